@@ -1,0 +1,165 @@
+//! Flags and help. Turns what was typed into a checked configuration; opens no model.
+
+pub mod eval;
+pub mod print;
+pub mod values;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+/// Competition prompt files in, scored submissions out, on a GPT-OSS engine that keeps 4-bit
+/// weights in 4 bits.
+#[derive(Debug, Parser)]
+#[command(
+    name = "podium",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true,
+    max_term_width = 100,
+    after_help = "Examples:\n  \
+        podium eval datasets/nano/mixed.jsonl\n  \
+        podium eval val.jsonl --model ./gpt-oss-20b --reasoning high --samples 4 --temperature 1\n  \
+        podium inspect val.jsonl\n  \
+        podium plan --batch 64\n\n\
+        Exit codes: 0 done, 1 done with rows in error, 2 could not run, 130/143 stopped by a signal."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What podium can be asked to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run prompt files through the model and write a scored submission for each
+    Eval(Box<eval::EvalArgs>),
+    /// Show how a prompt file is read: mapping, one rendered prompt, counts, baselines; no model runs
+    Inspect(Box<eval::InspectArgs>),
+    /// Show the bytes of a model by class and how many slots and positions fit
+    Plan(Box<eval::PlanArgs>),
+    /// Set runs of the same questions side by side; the first is the base
+    Compare(CompareArgs),
+    /// Judge a run's saved replies again, without the model
+    Score(ScoreArgs),
+    /// Write the page of a run: one HTML file that needs no network
+    Report(ReportArgs),
+    /// Join the runs of several shards into one complete run
+    Merge(MergeArgs),
+    /// Write teacher-forced logits and greedy continuations of token sequences as JSONL
+    Logits(LogitsArgs),
+    /// Prove on this machine that a row's bits depend neither on its batch nor on the instruction
+    /// set
+    Selfcheck(SelfcheckArgs),
+}
+
+/// Arguments of `podium compare`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  podium compare val-4bit val-8bit\n  \
+        podium compare submissions/val-4bit-1a2b3c4d submissions/val-8bit-5e6f7a8b --json")]
+pub struct CompareArgs {
+    /// Runs to compare, the base first: paths, unique prefixes or `latest`
+    #[arg(required = true, num_args = 2.., value_name = "RUN")]
+    pub runs: Vec<String>,
+    /// Compare although more than the precision differs; the heading names what
+    #[arg(long)]
+    pub force: bool,
+    /// Also score the base's outputs under the other runs' precisions, teacher-forced: divergence,
+    /// agreement and perplexity by position; loads the model in both
+    #[arg(long)]
+    pub divergence: bool,
+    /// Folder of the comparison [default: submissions/compare-A-vs-B]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// The whole comparison as one object on stdout instead of the tables
+    #[arg(long)]
+    pub json: bool,
+    /// Seed of the bootstrap and the permutation test
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// Arguments of `podium score`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "The log is never rewritten: scores.csv, the submission, run.json's tally and the page are made\n\
+    anew from it.\n\nExample:\n  podium score latest --profile mine.toml"
+)]
+pub struct ScoreArgs {
+    /// A run: its folder, a unique prefix of its name, or `latest`
+    pub run: String,
+    /// Profile whose rules judge, and whose columns are written [default: the run's own]
+    #[arg(long, value_name = "NAME|FILE")]
+    pub profile: Option<String>,
+    /// The run's data set, where it is no longer at the path it was read from
+    #[arg(long, value_name = "FILE")]
+    pub dataset: Option<PathBuf>,
+    /// One object on stdout instead of the table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `podium report`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  podium report latest")]
+pub struct ReportArgs {
+    /// A run: its folder, a unique prefix of its name, or `latest`
+    #[arg(default_value = "latest")]
+    pub run: String,
+}
+
+/// Arguments of `podium merge`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  podium merge submissions/val-1of2 submissions/val-2of2 --out submissions/val"
+)]
+pub struct MergeArgs {
+    /// Runs of one evaluation's shards: paths, unique prefixes or `latest`
+    #[arg(required = true, value_name = "RUN")]
+    pub runs: Vec<String>,
+    /// Folder of the joined run [default: the runs' common name under submissions/]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Join runs of different numerics; each row then names its own
+    #[arg(long)]
+    pub allow_mixed: bool,
+    /// One summary object on stdout instead of the table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `podium logits`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Each input line is {\"prompt\": NAME, \"tokens\": [...], \"n_greedy\": N}. For every position of\n\
+    the prompt and its greedy continuation a line {\"prompt\", \"position\", \"top\", \"logsumexp\"} is\n\
+    written, then one line {\"prompt\", \"greedy\"}.\n\n\
+    Example:\n  podium logits ./gpt-oss-20b input.jsonl --exact > logits.jsonl"
+)]
+pub struct LogitsArgs {
+    /// Checkpoint folder, or `nano`
+    pub model: String,
+    /// JSONL file of token sequences, or `-` for standard input
+    pub input: PathBuf,
+    /// All logits of a position (`logits`), not only the 20 highest
+    #[arg(long)]
+    pub full: bool,
+    /// Rows of one prefill pass
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = values::positive)]
+    pub prefill_rows: usize,
+    #[command(flatten)]
+    pub numerics: eval::NumericsArgs,
+}
+
+/// Arguments of `podium selfcheck`.
+#[derive(Debug, clap::Args)]
+pub struct SelfcheckArgs {
+    /// Checkpoint folder, or `nano`
+    #[arg(long, default_value = crate::job::nano::NANO)]
+    pub model: String,
+    /// Rows to run
+    #[arg(long, value_name = "N", default_value_t = 24, value_parser = values::positive)]
+    pub rows: usize,
+    #[command(flatten)]
+    pub numerics: eval::NumericsArgs,
+}

@@ -1,0 +1,222 @@
+//! Rows of JSON lines and of JSON arrays.
+//!
+//! An array is cut into its elements before anything is parsed, so that one broken element is
+//! one bad row and not the end of the file.
+
+use std::path::Path;
+
+use super::cell::{Row, object_from_json};
+use super::sniff::{Format, OpenFile};
+use super::{DatasetError, Defect};
+
+/// The fields under which a JSON object holds its rows.
+const ROWS_FIELDS: [&str; 9] = [
+    "examples",
+    "data",
+    "rows",
+    "questions",
+    "items",
+    "records",
+    "instances",
+    "problems",
+    "test",
+];
+
+/// The rows of a JSON or JSON lines file.
+pub fn rows(path: &Path, file: &OpenFile) -> Result<Vec<Row>, DatasetError> {
+    let bytes = file.bytes.as_slice();
+    let rows = match file.format {
+        Format::Json => array_rows(bytes).unwrap_or_else(|| line_rows(bytes)),
+        _ => line_rows(bytes),
+    };
+    let first = match rows.first() {
+        Some(row) => row.fields.as_ref().err(),
+        None => return Ok(rows),
+    };
+    if let Some(defect) = first
+        && rows.iter().all(|row| row.fields.is_err())
+    {
+        return Err(DatasetError::NoObjects {
+            path: path.to_owned(),
+            n_rows: rows.len(),
+            first: defect.message.clone(),
+        });
+    }
+    Ok(rows)
+}
+
+/// One row a line; blank lines are none. A file whose first line is no whole value may hold
+/// objects over several lines (as `jq` writes them).
+fn line_rows(bytes: &[u8]) -> Vec<Row> {
+    let lines: Vec<Row> = bytes
+        .split(|&byte| byte == b'\n')
+        .enumerate()
+        .filter(|(_, line)| !line.trim_ascii().is_empty())
+        .map(|(index, line)| row(index + 1, line.trim_ascii()))
+        .collect();
+    let first_is_broken = lines.first().is_some_and(|row| row.fields.is_err());
+    if first_is_broken && let Some(objects) = stream_rows(bytes) {
+        return objects;
+    }
+    lines
+}
+
+/// Objects one after another, whatever their lines; absent if anything else is there.
+fn stream_rows(bytes: &[u8]) -> Option<Vec<Row>> {
+    let mut lines = LineCounter::new(bytes);
+    let mut rows = Vec::new();
+    let mut at = 0;
+    while let Some(skip) = bytes
+        .get(at..)?
+        .iter()
+        .position(|b| !b.is_ascii_whitespace())
+    {
+        let from = at + skip;
+        let to = from + value_end(bytes.get(from..)?)?;
+        let row = row(lines.at(from), bytes.get(from..to)?);
+        row.fields.as_ref().ok()?;
+        rows.push(row);
+        at = to;
+    }
+    Some(rows)
+}
+
+/// The elements of an array that is the whole file, or of one that an object holds.
+fn array_rows(bytes: &[u8]) -> Option<Vec<Row>> {
+    let start = bytes.iter().position(|b| !b.is_ascii_whitespace())?;
+    let start = match bytes.get(start)? {
+        b'[' => start,
+        _ => match held_array(bytes, start) {
+            Some(start) => start,
+            None => {
+                // A file that is one object is one row.
+                let line = LineCounter::new(bytes).at(start);
+                let row = row(line, bytes.trim_ascii());
+                return row.fields.is_ok().then(|| vec![row]);
+            }
+        },
+    };
+    let is_whole_file = bytes.get(..start)?.trim_ascii().is_empty();
+    let mut lines = LineCounter::new(bytes);
+    let mut rows = Vec::new();
+    let mut at = start + 1;
+    loop {
+        at += bytes
+            .get(at..)?
+            .iter()
+            .position(|b| !b.is_ascii_whitespace() && *b != b',')
+            .unwrap_or(bytes.len() - at);
+        match bytes.get(at) {
+            // The array is not closed: what is there counts.
+            None => return Some(rows),
+            Some(b']') => break,
+            Some(_) => {}
+        }
+        let rest = bytes.get(at..)?;
+        let end = at + element_end(rest);
+        rows.push(row(lines.at(at), bytes.get(at..end)?.trim_ascii()));
+        at = end;
+    }
+    let after = bytes.get(at + 1..)?.trim_ascii();
+    // More after the array: then each line was an array, and no line is an object.
+    (!is_whole_file || after.is_empty()).then_some(rows)
+}
+
+/// Where the array begins that an object holds under one of [`ROWS_FIELDS`].
+fn held_array(bytes: &[u8], start: usize) -> Option<usize> {
+    let text = std::str::from_utf8(bytes).ok()?;
+    let parts: std::collections::HashMap<String, &serde_json::value::RawValue> =
+        serde_json::from_str(text.get(start..)?).ok()?;
+    let raw = ROWS_FIELDS.iter().find_map(|field| {
+        let raw = parts.get(*field)?;
+        let inner = raw.get().strip_prefix('[')?.trim_start();
+        (inner.starts_with('{')).then_some(raw.get())
+    })?;
+    // The raw value is borrowed from the text: its distance is its place.
+    (raw.as_ptr() as usize).checked_sub(bytes.as_ptr() as usize)
+}
+
+/// The length of an array's element: up to the comma or bracket that ends it.
+fn element_end(bytes: &[u8]) -> usize {
+    let mut depth = 0_usize;
+    let mut in_text = false;
+    let mut escaped = false;
+    for (index, &byte) in bytes.iter().enumerate() {
+        if in_text {
+            match byte {
+                _ if escaped => escaped = false,
+                b'\\' => escaped = true,
+                b'"' => in_text = false,
+                _ => {}
+            }
+            continue;
+        }
+        match byte {
+            b'"' => in_text = true,
+            b'{' | b'[' => depth += 1,
+            b'}' | b']' if depth > 0 => depth -= 1,
+            b',' | b']' if depth == 0 => return index,
+            _ => {}
+        }
+    }
+    bytes.len()
+}
+
+/// The length of the object that the bytes begin with.
+fn value_end(bytes: &[u8]) -> Option<usize> {
+    let mut stream =
+        serde_json::Deserializer::from_slice(bytes).into_iter::<&serde_json::value::RawValue>();
+    stream.next()?.ok()?;
+    Some(stream.byte_offset())
+}
+
+fn row(line: usize, bytes: &[u8]) -> Row {
+    let fields = match std::str::from_utf8(bytes) {
+        Ok(text) => object_from_json(text).map_err(|reason| Defect {
+            field: None,
+            message: if reason.starts_with("the row is") {
+                reason
+            } else {
+                format!("the row is not JSON: {reason}")
+            },
+            hint: "write the row as one JSON object; a quote inside a text is `\\\"`, a line \
+                   break `\\n`"
+                .into(),
+        }),
+        Err(error) => Err(Defect {
+            field: None,
+            message: format!("byte {} of the row is not UTF-8", error.valid_up_to() + 1),
+            hint: "save the file as UTF-8".into(),
+        }),
+    };
+    let raw = if fields.is_err() {
+        bytes.to_vec()
+    } else {
+        Vec::new()
+    };
+    Row { line, fields, raw }
+}
+
+/// Line numbers of rising offsets.
+struct LineCounter<'a> {
+    bytes: &'a [u8],
+    at: usize,
+    line: usize,
+}
+
+impl<'a> LineCounter<'a> {
+    fn new(bytes: &'a [u8]) -> Self {
+        Self {
+            bytes,
+            at: 0,
+            line: 1,
+        }
+    }
+
+    fn at(&mut self, offset: usize) -> usize {
+        let passed = self.bytes.get(self.at..offset).unwrap_or_default();
+        self.line += passed.iter().filter(|&&byte| byte == b'\n').count();
+        self.at = offset;
+        self.line
+    }
+}

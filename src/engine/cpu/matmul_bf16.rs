@@ -1,0 +1,114 @@
+//! Dense projections on bf16 weights: q, k, v, attention out, router, lm head.
+//!
+//! `out[row][o] = sum over k of w[o][k] x[row][k] + bias[o]`, one chain over ascending `k`, the
+//! bias added after it. What happens to a finished value is the caller's [`Epilogue`].
+
+use super::buffer::Disjoint;
+use super::gemm::{Exec, multiply, tiles_a_task};
+use super::lanes::{LANES, for_each};
+use super::weights::{Bf16Tiles, Tiles, Vector};
+
+/// A projection: packed weights of `n_out` rows (the last tile is padded) and their bias.
+pub struct Projection {
+    pub n_out: usize,
+    pub tiles: Bf16Tiles,
+    pub bias: Option<Vector>,
+}
+
+impl Projection {
+    pub fn n_bytes(&self) -> u64 {
+        self.tiles.n_bytes() + self.bias.as_ref().map_or(0, Vector::n_bytes)
+    }
+}
+
+/// What becomes of a finished value.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Epilogue {
+    /// `out = value`.
+    Store,
+    /// `out = out + value`: the residual.
+    Add,
+}
+
+/// Outputs `first_tile * 32 ..` of `x` `[n_rows, n_k]` into `out` `[n_rows, n_out]`.
+pub fn matmul(
+    exec: &Exec,
+    weights: &Projection,
+    first_tile: usize,
+    x: &[f32],
+    n_rows: usize,
+    into: Epilogue,
+    out: &mut [f32],
+) {
+    let (n_k, n_out) = (weights.tiles.n_k(), weights.n_out);
+    let n_tiles = weights.tiles.n_tiles() - first_tile;
+    assert!(out.len() >= n_rows * n_out, "output too short");
+    let out = Disjoint::new(out);
+    let a_task = tiles_a_task(n_tiles, n_rows, n_k);
+    for_each(n_tiles.div_ceil(a_task), 1, |task| {
+        let first = first_tile + task * a_task;
+        let tiles = first..(first + a_task).min(first_tile + n_tiles);
+        let finish = |tile: usize, first: usize, rows: &mut [[f32; LANES]]| {
+            let start = tile * LANES;
+            let n = LANES.min(n_out - start);
+            let bias = weights.bias.as_ref();
+            let bias = bias.map_or([0.0; LANES], |bias| bias.lanes::<LANES>(start));
+            for (i, lanes) in rows.iter_mut().enumerate() {
+                for lane in 0..LANES {
+                    lanes[lane] += bias[lane];
+                }
+                // SAFETY: each (row, tile) is finished once, by one task.
+                #[allow(unsafe_code, reason = "tiles are disjoint columns")]
+                let out = unsafe { out.slice_mut((first + i) * n_out + start, n) };
+                match into {
+                    Epilogue::Store => out.copy_from_slice(&lanes[..n]),
+                    Epilogue::Add => {
+                        for (out, value) in out.iter_mut().zip(lanes) {
+                            *out += *value;
+                        }
+                    }
+                }
+            }
+        };
+        multiply(
+            exec,
+            &weights.tiles,
+            tiles,
+            x,
+            n_rows,
+            |row| row * n_k,
+            finish,
+        );
+    });
+}
+
+/// As [`matmul`], slow and obvious.
+pub fn reference(
+    _exec: &Exec,
+    weights: &Projection,
+    first_tile: usize,
+    x: &[f32],
+    n_rows: usize,
+    into: Epilogue,
+    out: &mut [f32],
+) {
+    let (n_k, n_out) = (weights.tiles.n_k(), weights.n_out);
+    for row in 0..n_rows {
+        for o in first_tile * LANES..n_out {
+            let mut sum = 0.0f64;
+            for k in 0..n_k {
+                let w = weights.tiles.get(o / LANES, o % LANES, k);
+                sum += f64::from(w) * f64::from(x[row * n_k + k]);
+            }
+            sum += weights
+                .bias
+                .as_ref()
+                .map_or(0.0, |bias| f64::from(bias.get(o)));
+            let out = &mut out[row * n_out + o];
+            *out = match into {
+                Epilogue::Store => sum as f32,
+                Epilogue::Add => (f64::from(*out) + sum) as f32,
+            };
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! The weights of a model as the CPU holds them: packed once from a checkpoint, counted.
+//!
+//! [`CpuModel::planned_bytes`] computes from the configuration alone what [`CpuModel::load`] will
+//! allocate; a load whose own counts differ is refused.
+
+use super::buffer::Buffer;
+use super::lanes::LANES;
+use super::matmul_bf16::Projection;
+use super::moe_matmul::Experts;
+use super::pack;
+use super::weights::{Bf16Tiles, Mxfp4Tiles, Vector};
+use crate::engine::EngineError;
+use crate::engine::checkpoint::layers::Parts;
+use crate::engine::checkpoint::{
+    Checkpoint, CheckpointError, ClassBytes, ExpertFormat, Precision, Tensor, WeightFormat,
+};
+use crate::engine::config::{LayerKind, ModelConfig};
+
+/// Experts in one of the formats.
+pub enum ExpertWeights {
+    Mxfp4(Experts<Mxfp4Tiles>),
+    Bf16(Experts<Bf16Tiles>),
+}
+
+impl ExpertWeights {
+    fn n_bytes(&self) -> u64 {
+        match self {
+            Self::Mxfp4(e) => e.gate_up.n_bytes() + e.down.n_bytes() + biases_bytes(e),
+            Self::Bf16(e) => e.gate_up.n_bytes() + e.down.n_bytes() + biases_bytes(e),
+        }
+    }
+}
+
+fn biases_bytes<W>(experts: &Experts<W>) -> u64 {
+    experts.gate_up_bias.n_bytes() + experts.down_bias.n_bytes()
+}
+
+/// The weights of a layer.
+pub struct LayerWeights {
+    pub kind: LayerKind,
+    /// Index among the layers of this kind.
+    pub kind_index: usize,
+    pub attention_norm: Vector,
+    pub qkv: Projection,
+    pub sinks: Vector,
+    pub out: Projection,
+    pub mlp_norm: Vector,
+    pub router: Projection,
+    pub experts: ExpertWeights,
+}
+
+/// All weights.
+pub struct CpuModel {
+    pub config: ModelConfig,
+    pub format: WeightFormat,
+    /// `[n_vocab, hidden]`.
+    pub embedding: Buffer<u16>,
+    pub layers: Vec<LayerWeights>,
+    pub final_norm: Vector,
+    pub lm_head: Projection,
+    loaded: ClassBytes,
+}
+
+impl CpuModel {
+    /// Packs a checkpoint's weights, tensor by tensor; the file's pages are dropped behind.
+    /// Runs on the current rayon pool.
+    ///
+    /// # Errors
+    /// A precision this version lacks, a scale byte or a value that cannot be held, out of
+    /// memory, or counts that differ from the plan.
+    pub fn load(checkpoint: &Checkpoint, precision: Precision) -> Result<Self, EngineError> {
+        let config = checkpoint.config().clone();
+        let format = checkpoint.weight_format(precision)?;
+        let vector = |tensor: &Tensor| pack::vector(checkpoint, format.vectors, tensor);
+        let projection = |parts: &Parts| pack::projection(checkpoint, format.vectors, parts);
+        let embedding = pack::embedding(checkpoint)?;
+        let mut loaded = ClassBytes {
+            embedding: embedding.n_bytes(),
+            ..ClassBytes::default()
+        };
+        let (mut n_sliding, mut n_full) = (0, 0);
+        let mut layers = Vec::with_capacity(config.n_layers());
+        for (i, &kind) in config.layers.iter().enumerate() {
+            let tensors = checkpoint.layer(i)?;
+            let counter = match kind {
+                LayerKind::Sliding => &mut n_sliding,
+                LayerKind::Full => &mut n_full,
+            };
+            let layer = LayerWeights {
+                kind,
+                kind_index: *counter,
+                attention_norm: vector(&tensors.attention_norm)?,
+                qkv: projection(&tensors.qkv)?,
+                sinks: vector(&tensors.sinks)?,
+                out: projection(&tensors.out)?,
+                mlp_norm: vector(&tensors.mlp_norm)?,
+                router: projection(&tensors.router)?,
+                experts: match format.experts {
+                    ExpertFormat::Mxfp4 => {
+                        ExpertWeights::Mxfp4(pack::experts(checkpoint, format, &tensors)?)
+                    }
+                    ExpertFormat::Bf16 => {
+                        ExpertWeights::Bf16(pack::experts(checkpoint, format, &tensors)?)
+                    }
+                },
+            };
+            *counter += 1;
+            loaded.norms += layer.attention_norm.n_bytes() + layer.mlp_norm.n_bytes();
+            loaded.attention += layer.qkv.n_bytes() + layer.out.n_bytes() + layer.sinks.n_bytes();
+            loaded.router += layer.router.n_bytes();
+            loaded.experts += layer.experts.n_bytes();
+            layers.push(layer);
+        }
+        let final_norm = vector(&checkpoint.final_norm()?)?;
+        let lm_head = pack::lm_head(checkpoint)?;
+        loaded.norms += final_norm.n_bytes();
+        loaded.lm_head = lm_head.n_bytes();
+        let planned = Self::planned_bytes(&config, format);
+        for ((class, planned), (_, loaded)) in planned.classes().iter().zip(loaded.classes()) {
+            if *planned != loaded {
+                return Err(CheckpointError::Plan {
+                    class,
+                    planned: *planned,
+                    loaded,
+                }
+                .into());
+            }
+        }
+        Ok(Self {
+            config,
+            format,
+            embedding,
+            layers,
+            final_norm,
+            lm_head,
+            loaded,
+        })
+    }
+
+    /// Bytes of each class as loaded, counted at allocation.
+    pub fn loaded_bytes(&self) -> ClassBytes {
+        self.loaded
+    }
+
+    /// Bytes of each class that a model of this configuration takes; pure.
+    pub fn planned_bytes(config: &ModelConfig, format: impl Into<WeightFormat>) -> ClassBytes {
+        let format = format.into();
+        let of_vector = format.vectors.n_bytes();
+        let matrix = |n_out: usize, n_k: usize| n_out.div_ceil(LANES) * Bf16Tiles::tile_bytes(n_k);
+        let projection = |n_out: usize, n_k: usize| matrix(n_out, n_k) + n_out * of_vector;
+        let expert = |n_out: usize, n_k: usize| {
+            let tile = match format.experts {
+                ExpertFormat::Mxfp4 => Mxfp4Tiles::tile_bytes(n_k),
+                ExpertFormat::Bf16 => Bf16Tiles::tile_bytes(n_k),
+            };
+            config.n_experts * (n_out / LANES * tile + n_out * of_vector)
+        };
+        let (hidden, n_layers) = (config.hidden, config.n_layers());
+        let qkv = projection(config.qkv_width(), hidden);
+        let out = projection(hidden, config.q_width());
+        let gate_up = expert(2 * config.intermediate, hidden);
+        let down = expert(hidden, config.intermediate);
+        ClassBytes {
+            experts: (n_layers * (gate_up + down)) as u64,
+            attention: (n_layers * (qkv + out + config.n_heads * of_vector)) as u64,
+            router: (n_layers * projection(config.n_experts, hidden)) as u64,
+            norms: ((2 * n_layers + 1) * hidden * of_vector) as u64,
+            embedding: (config.n_vocab * hidden * size_of::<u16>()) as u64,
+            lm_head: matrix(config.n_vocab, hidden) as u64,
+        }
+    }
+}

@@ -1,0 +1,483 @@
+//! The backend as a whole on small random models: the same bits in any order of work, memory as
+//! planned, precisions, stops and failures. Parity with another program is in `tests/golden.rs`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use safetensors::tensor::{Dtype, TensorView};
+
+use super::*;
+use crate::engine::checkpoint::{CheckpointError, ExpertFormat, VectorFormat};
+use crate::engine::sample::logits_hash;
+use crate::engine::{SamplingParams, StopReason};
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    fn bf16(&mut self, size: f32) -> u16 {
+        let value = (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0;
+        crate::quant::bf16::from_f32(value * size)
+    }
+}
+
+const VOCAB: usize = 77;
+const HIDDEN: usize = 64;
+const WIDTH: usize = 96;
+const EXPERTS: usize = 6;
+
+const CONFIG: &str = r#"{"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 6, "num_experts_per_tok": 2,
+    "intermediate_size": 96, "vocab_size": 77, "sliding_window": 20, "rope_theta": 150000,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "max_position_embeddings": 4096}"#;
+
+/// A random checkpoint in the Hugging Face layout.
+struct Maker {
+    random: Random,
+    experts: ExpertFormat,
+    norms: VectorFormat,
+    tensors: BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>,
+}
+
+impl Maker {
+    fn new(experts: ExpertFormat, norms: VectorFormat) -> Self {
+        let mut maker = Self {
+            random: Random(11),
+            experts,
+            norms,
+            tensors: BTreeMap::new(),
+        };
+        maker.bf16("model.embed_tokens.weight", &[VOCAB, HIDDEN], 1.0);
+        maker.bf16("lm_head.weight", &[VOCAB, HIDDEN], 0.5);
+        maker.norm("model.norm.weight");
+        for layer in 0..3 {
+            let name = |rest: &str| format!("model.layers.{layer}.{rest}");
+            maker.norm(&name("input_layernorm.weight"));
+            maker.norm(&name("post_attention_layernorm.weight"));
+            for (part, n_out, n_k) in [
+                ("self_attn.q_proj", 192, HIDDEN),
+                ("self_attn.k_proj", 64, HIDDEN),
+                ("self_attn.v_proj", 64, HIDDEN),
+                ("self_attn.o_proj", HIDDEN, 192),
+                ("mlp.router", EXPERTS, HIDDEN),
+            ] {
+                maker.bf16(&name(&format!("{part}.weight")), &[n_out, n_k], 0.3);
+                maker.bf16(&name(&format!("{part}.bias")), &[n_out], 0.3);
+            }
+            maker.bf16(&name("self_attn.sinks"), &[6], 1.0);
+            maker.experts(&name("mlp.experts.gate_up_proj"), 2 * WIDTH, HIDDEN);
+            maker.experts(&name("mlp.experts.down_proj"), HIDDEN, WIDTH);
+        }
+        maker
+    }
+
+    fn bf16(&mut self, name: &str, shape: &[usize], size: f32) {
+        let n = shape.iter().product();
+        let bytes = (0..n)
+            .flat_map(|_| self.random.bf16(size).to_le_bytes())
+            .collect();
+        self.tensors
+            .insert(name.into(), (Dtype::BF16, shape.to_vec(), bytes));
+    }
+
+    fn norm(&mut self, name: &str) {
+        self.bf16(name, &[HIDDEN], 1.0);
+        if self.norms == VectorFormat::F32 {
+            let (dtype, _, bytes) = self.tensors.get_mut(name).expect("just made");
+            *dtype = Dtype::F32;
+            let wide = |b: &[u8; 2]| crate::quant::bf16::to_f32(u16::from_le_bytes(*b));
+            *bytes = bytes
+                .as_chunks()
+                .0
+                .iter()
+                .flat_map(|b| wide(b).to_le_bytes())
+                .collect();
+        }
+    }
+
+    fn experts(&mut self, name: &str, n_out: usize, n_k: usize) {
+        match self.experts {
+            ExpertFormat::Bf16 => self.bf16(name, &[EXPERTS, n_k, n_out], 0.2),
+            ExpertFormat::Mxfp4 => {
+                let n_blocks = EXPERTS * n_out * n_k / 32;
+                let codes = (0..16 * n_blocks)
+                    .map(|_| self.random.next() as u8)
+                    .collect();
+                let scales = (0..n_blocks).map(|_| 121 + (self.random.next() % 3) as u8);
+                let scales = scales.collect();
+                let shape = vec![EXPERTS, n_out, n_k / 32];
+                let wide = [&shape[..], &[16]].concat();
+                self.tensors
+                    .insert(format!("{name}_blocks"), (Dtype::U8, wide, codes));
+                self.tensors
+                    .insert(format!("{name}_scales"), (Dtype::U8, shape, scales));
+            }
+        }
+        self.bf16(&format!("{name}_bias"), &[EXPERTS, n_out], 0.2);
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let view = |(dtype, shape, bytes): &'_ (Dtype, Vec<usize>, Vec<u8>)| {
+            let bytes: &'static [u8] = bytes.clone().leak();
+            TensorView::new(*dtype, shape.clone(), bytes).expect("bytes fit the shape")
+        };
+        let views = self
+            .tensors
+            .iter()
+            .map(|(name, tensor)| (name.clone(), view(tensor)));
+        safetensors::serialize(views, None).expect("it serializes")
+    }
+
+    fn open(&self) -> Checkpoint {
+        Checkpoint::from_bytes(CONFIG.as_bytes(), self.bytes()).expect("it is complete")
+    }
+}
+
+fn checkpoint() -> Checkpoint {
+    Maker::new(ExpertFormat::Mxfp4, VectorFormat::Bf16).open()
+}
+
+const SHAPE: EngineShape = EngineShape {
+    n_slots: 9,
+    n_forks: 1,
+    n_pages: 20,
+    max_context: 512,
+    prefill_rows: 64,
+};
+
+fn options(exact: bool) -> CpuOptions {
+    CpuOptions {
+        n_threads: 2,
+        exact,
+        trace_hash: true,
+        poison: true,
+    }
+}
+
+fn backend(exact: bool) -> CpuBackend {
+    CpuBackend::open(&checkpoint(), Precision::Stored, SHAPE, options(exact)).expect("it opens")
+}
+
+/// Two pages a sequence.
+fn map_pages(backend: &mut CpuBackend, sequence: u32) {
+    for index in 0..2 {
+        backend.map_page(
+            SequenceId(sequence),
+            index,
+            PageId(2 * sequence + index as u32),
+        );
+    }
+}
+
+fn prompt(seed: u64, n: usize) -> Vec<TokenId> {
+    let mut random = Random(seed);
+    (0..n)
+        .map(|_| (random.next() % VOCAB as u64) as TokenId)
+        .collect()
+}
+
+fn span(sequence: u32, start: usize, tokens: &[TokenId]) -> Span {
+    Span {
+        sequence: SequenceId(sequence),
+        start,
+        tokens: tokens.into(),
+    }
+}
+
+fn start(slot: u32, tokens: &[TokenId], n: usize) -> SlotStart {
+    SlotStart {
+        slot: SequenceId(slot),
+        token: tokens[tokens.len() - 1],
+        position: tokens.len() - 1,
+        sampling: SamplingParams::default(),
+        row_hash: 0,
+        sample: 0,
+        stop_tokens: Arc::new([]),
+        max_new_tokens: n,
+    }
+}
+
+/// Logits hashes of every position of `tokens`, by scoring.
+fn score(backend: &mut CpuBackend, tokens: &[TokenId]) -> Vec<u64> {
+    map_pages(backend, 0);
+    let mut hashes = Vec::new();
+    let visit = &mut |_: usize, logits: &[f32]| hashes.push(logits_hash(logits));
+    backend
+        .score(&span(0, 0, tokens), visit)
+        .expect("it scores");
+    backend.clear(&[SequenceId(0)]);
+    hashes
+}
+
+fn events(backend: &mut CpuBackend) -> Vec<TokenEvent> {
+    let mut events = Vec::new();
+    assert!(backend.poll(&mut events).expect("steps ran"));
+    events
+}
+
+#[test]
+fn prefill_of_more_is_prefill_and_decode() {
+    for exact in [true, false] {
+        let mut backend = backend(exact);
+        let tokens = prompt(1, 330);
+        let expected = score(&mut backend, &tokens);
+        // Greedy from position `n` on, each time teacher-forced by a new prefill.
+        for n in [1, 2, 19, 20, 21, 63, 64, 65, 255, 256, 257, 330] {
+            map_pages(&mut backend, 3);
+            let head = &tokens[..n];
+            backend
+                .prefill(&[span(3, 0, &head[..n - 1])])
+                .expect("prefill");
+            backend.start(&start(3, head, 40)).expect("start");
+            backend.decode(40).expect("steps");
+            let events = events(&mut backend);
+            assert_eq!(
+                events[0].logits_hash,
+                Some(expected[n - 1]),
+                "{n}, exact {exact}"
+            );
+            let mut all = head.to_vec();
+            all.extend(events.iter().map(|event| event.token));
+            backend.clear(&[SequenceId(3)]);
+            let rescored = score(&mut backend, &all[..all.len() - 1]);
+            let decoded: Vec<u64> = events.iter().filter_map(|e| e.logits_hash).collect();
+            assert_eq!(decoded, rescored[n - 1..], "{n}, exact {exact}");
+        }
+    }
+}
+
+#[test]
+fn batch_mates_threads_and_paths_change_no_bit() {
+    for exact in [true, false] {
+        let mut first: Option<Vec<Vec<(TokenId, u32, u64)>>> = None;
+        for path in CpuPath::available() {
+            for (n_threads, n_together, prefill_rows) in [(1, 1, 3), (2, 4, 64), (3, 9, 512)] {
+                let shape = EngineShape {
+                    prefill_rows,
+                    ..SHAPE
+                };
+                let options = CpuOptions {
+                    n_threads,
+                    ..options(exact)
+                };
+                let opened =
+                    CpuBackend::open_on(path, &checkpoint(), Precision::Stored, shape, options);
+                let mut backend = opened.expect("it opens");
+                let mut traces = vec![Vec::new(); 9];
+                for rows in (0..9u32).collect::<Vec<_>>().chunks(n_together) {
+                    let prompts: Vec<_> = rows
+                        .iter()
+                        .map(|&row| prompt(u64::from(row), 3 + 37 * row as usize))
+                        .collect();
+                    let mut spans = Vec::new();
+                    // Rows land in slots in reverse.
+                    let slots = (0..rows.len() as u32).rev();
+                    for (slot, tokens) in slots.clone().zip(&prompts) {
+                        map_pages(&mut backend, slot);
+                        spans.push(span(slot, 0, &tokens[..tokens.len() - 1]));
+                    }
+                    backend.prefill(&spans).expect("prefill");
+                    for (slot, tokens) in slots.clone().zip(&prompts) {
+                        backend.start(&start(slot, tokens, 12)).expect("start");
+                    }
+                    backend.decode(12).expect("steps");
+                    for event in events(&mut backend) {
+                        let row = rows[rows.len() - 1 - event.slot.0 as usize];
+                        let hash = event.logits_hash.expect("asked for");
+                        let token = (event.token, event.logprob.to_bits(), hash);
+                        traces[row as usize].push(token);
+                    }
+                    backend.clear(&slots.map(SequenceId).collect::<Vec<_>>());
+                }
+                let name = format!("{path:?}, {n_threads} threads, {n_together} together");
+                assert!(traces.iter().all(|trace| trace.len() == 12));
+                assert_eq!(
+                    *first.get_or_insert_with(|| traces.clone()),
+                    traces,
+                    "{name}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn sixteen_bit_copies_of_mxfp4_experts_give_the_same_bits() {
+    let checkpoint = checkpoint();
+    let tokens = prompt(5, 40);
+    let mut hashes = Vec::new();
+    for precision in [Precision::Stored, Precision::Bits4, Precision::Bits16] {
+        let opened = CpuBackend::open(&checkpoint, precision, SHAPE, options(true));
+        hashes.push(score(&mut opened.expect("it opens"), &tokens));
+    }
+    assert_eq!(hashes[0], hashes[1]);
+    assert_eq!(hashes[0], hashes[2]);
+}
+
+#[test]
+fn memory_is_as_planned_for_every_format() {
+    for experts in [ExpertFormat::Mxfp4, ExpertFormat::Bf16] {
+        for norms in [VectorFormat::Bf16, VectorFormat::F32] {
+            let checkpoint = Maker::new(experts, norms).open();
+            for precision in [Precision::Stored, Precision::Bits4, Precision::Bits16] {
+                for exact in [true, false] {
+                    let format = checkpoint.weight_format(precision).expect("available");
+                    assert_eq!(format.vectors, norms);
+                    let options = options(exact);
+                    let planned =
+                        CpuBackend::planned_memory(checkpoint.config(), format, &SHAPE, &options);
+                    let opened = CpuBackend::open(&checkpoint, precision, SHAPE, options);
+                    let opened = opened.expect("it opens");
+                    assert_eq!(opened.memory(), planned);
+                    let classes = CpuModel::planned_bytes(checkpoint.config(), format);
+                    assert_eq!(opened.loaded_bytes(), classes);
+                }
+            }
+            // What is not padded takes the bytes of the file.
+            let stored = checkpoint.stored_bytes().expect("complete");
+            let format = checkpoint
+                .weight_format(Precision::Stored)
+                .expect("available");
+            let planned = CpuModel::planned_bytes(checkpoint.config(), format);
+            assert_eq!(planned.embedding, stored.embedding);
+            if norms == VectorFormat::Bf16 {
+                assert_eq!(planned.experts, stored.experts);
+                assert_eq!(planned.attention, stored.attention);
+                assert_eq!(planned.norms, stored.norms);
+            }
+        }
+    }
+}
+
+#[test]
+fn eight_bit_is_refused_by_name() {
+    let refused = CpuBackend::open(&checkpoint(), Precision::Bits8, SHAPE, options(true));
+    let Err(EngineError::Checkpoint(CheckpointError::Precision { asked })) = refused else {
+        panic!("8bit was not refused");
+    };
+    assert_eq!(asked, "8bit");
+}
+
+#[test]
+fn impossible_shapes_are_errors() {
+    let open = |shape| CpuBackend::open(&checkpoint(), Precision::Stored, shape, options(true));
+    let huge = EngineShape {
+        n_pages: 1 << 24,
+        ..SHAPE
+    };
+    assert!(matches!(open(huge), Err(EngineError::OutOfMemory { .. })));
+    let none = EngineShape {
+        n_slots: 0,
+        ..SHAPE
+    };
+    assert!(matches!(
+        open(none),
+        Err(EngineError::Config(ConfigError::Shape {
+            key: "n_slots",
+            ..
+        }))
+    ));
+}
+
+#[test]
+fn slots_stop_and_go_on_apart() {
+    let mut backend = backend(true);
+    let (a, b) = (prompt(1, 10), prompt(2, 30));
+    for (slot, tokens) in [(0, &a), (1, &b)] {
+        map_pages(&mut backend, slot);
+        backend
+            .prefill(&[span(slot, 0, &tokens[..tokens.len() - 1])])
+            .expect("prefill");
+    }
+    backend.start(&start(0, &a, 20)).expect("start");
+    backend.decode(20).expect("steps");
+    let alone = events(&mut backend);
+    assert_eq!(alone.len(), 20);
+    assert_eq!(alone[19].stop, Some(StopReason::Length));
+    assert!(alone[..19].iter().all(|event| event.stop.is_none()));
+    assert_eq!((alone[0].position, alone[19].position), (10, 29));
+    // The same row again, now ended by the token that it produced third.
+    backend.clear(&[SequenceId(0)]);
+    map_pages(&mut backend, 0);
+    backend.prefill(&[span(0, 0, &a[..9])]).expect("prefill");
+    let stop = alone[3].token;
+    let first = alone
+        .iter()
+        .position(|event| event.token == stop)
+        .expect("it is there");
+    let mut ended = start(0, &a, 20);
+    ended.stop_tokens = Arc::new([stop]);
+    backend.start(&ended).expect("start");
+    backend.start(&start(1, &b, 20)).expect("start");
+    backend.decode(100).expect("steps");
+    let both = events(&mut backend);
+    let of = |slot| {
+        both.iter()
+            .filter(move |event| event.slot == SequenceId(slot))
+    };
+    assert_eq!(of(0).count(), first + 1);
+    assert_eq!(
+        of(0).next_back().and_then(|event| event.stop),
+        Some(StopReason::Stop)
+    );
+    assert_eq!(of(1).count(), 20);
+    // The context's end stops a slot, too.
+    backend.clear(&[SequenceId(1)]);
+    map_pages(&mut backend, 1);
+    let long = prompt(3, 505);
+    backend
+        .prefill(&[span(1, 0, &long[..504])])
+        .expect("prefill");
+    backend.start(&start(1, &long, 100)).expect("start");
+    backend.decode(100).expect("steps");
+    let last = events(&mut backend).pop().expect("tokens came");
+    assert_eq!((last.position, last.stop), (511, Some(StopReason::Length)));
+}
+
+#[test]
+fn tokens_outside_the_vocabulary_and_nan_are_errors() {
+    let mut opened = backend(true);
+    map_pages(&mut opened, 0);
+    let refused = opened.prefill(&[span(0, 0, &[3, VOCAB as u32])]);
+    assert!(matches!(
+        refused,
+        Err(EngineError::Token {
+            token: 77,
+            n_vocab: 77
+        })
+    ));
+
+    let mut maker = Maker::new(ExpertFormat::Mxfp4, VectorFormat::Bf16);
+    let (.., bytes) = maker
+        .tensors
+        .get_mut("model.norm.weight")
+        .expect("it is there");
+    bytes[..2].copy_from_slice(&crate::quant::bf16::NAN.to_le_bytes());
+    let opened = CpuBackend::open(&maker.open(), Precision::Stored, SHAPE, options(true));
+    let mut backend = opened.expect("it opens");
+    map_pages(&mut backend, 2);
+    let tokens = prompt(1, 5);
+    backend
+        .prefill(&[span(2, 0, &tokens[..4])])
+        .expect("prefill");
+    backend.start(&start(2, &tokens, 5)).expect("start");
+    let failed = backend.decode(5);
+    assert!(matches!(
+        failed,
+        Err(EngineError::NotFinite {
+            slot: 2,
+            position: 5
+        })
+    ));
+    let failed = backend.score(&span(1, 0, &[]), &mut |_, _| ());
+    assert!(failed.is_ok(), "an empty span is nothing");
+}

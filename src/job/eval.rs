@@ -1,0 +1,392 @@
+//! `podium eval`: every data set in every precision asked for.
+
+use std::path::{Path, PathBuf};
+
+use super::JobError;
+use super::datasets;
+use super::folder::Opening;
+use super::model::OpenModel;
+use super::prepare::{Prepared, prepare};
+use super::report::page_after;
+use super::run::{Run, Weights};
+use super::settings::{Effective, Layers, Settings};
+use super::{precisions, signal};
+use crate::cli::eval::{ConfigFile, EvalArgs};
+use crate::cli::print;
+use crate::cli::values::{AutoOr, Device};
+use crate::dataset;
+use crate::engine::checkpoint::Precision;
+use crate::engine::cpu::CpuOptions;
+use crate::profile::Profile;
+use crate::report::summary::Summary;
+use crate::report::table::color_wanted;
+use crate::submission::log::{self, RESULTS_FILE};
+use crate::submission::manifest::{Outcome, RunManifest};
+use crate::submission::{Results, RowError};
+
+/// Runs the command and gives its exit code.
+///
+/// # Errors
+/// Something that keeps a run from being done; rows in error are no such thing.
+pub fn eval(args: &EvalArgs, config: ConfigFile) -> Result<u8, JobError> {
+    signal::install();
+    let layers = Layers {
+        flags: args.options.clone(),
+        config: config.options,
+    };
+    for options in [&layers.flags, &layers.config] {
+        options
+            .check()
+            .map_err(|message| JobError::Option { message })?;
+    }
+    let named = if args.datasets.is_empty() {
+        &config.datasets
+    } else {
+        &args.datasets
+    };
+    let paths = datasets::find(named)?;
+    let precision = layers.precision();
+    let wanted = precisions(&precision.value)?;
+    let n_runs = paths.len() * wanted.len();
+    if args.out.is_some() && n_runs > 1 {
+        return Err(JobError::OneFolder { n_runs });
+    }
+    let model_word = layers.model();
+    let model = OpenModel::open(&model_word.value)?;
+    let mut weights: Weights = None;
+    let mut code = 0;
+    // Precision outside, so that each is loaded once.
+    for &value in &wanted {
+        for path in &paths {
+            let precision = Effective {
+                value,
+                origin: precision.origin,
+            };
+            let run = assemble(&layers, &model, &model_word, precision, path, args.poison)?;
+            code = code.max(eval_one(args, &run, &mut weights)?);
+            if let Some(signal) = signal::received() {
+                return Ok(128 + signal as u8);
+            }
+        }
+    }
+    Ok(code)
+}
+
+/// Reads and renders one data set under the settings in force.
+///
+/// # Errors
+/// A data set, profile or precision that cannot be used; with `--strict`, a row that cannot.
+pub fn assemble<'a>(
+    layers: &Layers,
+    model: &'a OpenModel,
+    model_word: &'a Effective<String>,
+    precision: Effective<Precision>,
+    path: &Path,
+    poison: bool,
+) -> Result<Run<'a>, JobError> {
+    let profile_word = layers.profile();
+    let (dataset, profile) = read_dataset(path, profile_word.as_deref(), model.is_nano)?;
+    let settings = Settings::resolve(layers, &profile, model.is_nano);
+    if let Device::Cuda(_) = settings.device.value {
+        return Err(JobError::NoCuda);
+    }
+    model.checkpoint.weight_format(precision.value)?;
+    let date = settings.date.value.as_deref();
+    let mut prepared = prepare(
+        dataset,
+        profile,
+        &model.tokenizer,
+        settings.reasoning.value,
+        date,
+    );
+    let max_context = choose_context(&settings, model, &prepared);
+    prepared.refuse_too_long(max_context, model.checkpoint.config().max_context);
+    if settings.strict.value
+        && let Some((record, error)) = prepared.first_error()
+    {
+        return Err(JobError::BadRow {
+            key: record.key.clone(),
+            message: error.message.clone(),
+            file: record.location.file.to_string_lossy().into_owned(),
+            line: error.line,
+            field: error.field.clone(),
+            hint: error.hint.clone(),
+        });
+    }
+    let options = CpuOptions {
+        n_threads: settings.threads.value,
+        exact: settings.exact.value,
+        trace_hash: settings.trace_hash.value,
+        poison,
+    };
+    Ok(Run {
+        model,
+        model_word,
+        precision,
+        profile_word,
+        settings,
+        prepared,
+        max_context,
+        options,
+    })
+}
+
+/// Reads a data set with the profile named for it, or with the one that fits it.
+///
+/// # Errors
+/// A file or a profile that cannot be used.
+pub fn read_dataset(
+    path: &Path,
+    profile: Option<&str>,
+    is_nano: bool,
+) -> Result<(dataset::Dataset, Profile), JobError> {
+    let (dataset, profile) = match profile {
+        Some(word) => {
+            let profile = Profile::find(word)?;
+            (dataset::read_with(path, &profile.mapping)?, profile)
+        }
+        None => {
+            let dataset = dataset::read(path)?;
+            let profile = Profile::for_dataset(&dataset, is_nano)?;
+            (dataset, profile)
+        }
+    };
+    let profile = profile.resolved(&dataset.records);
+    Ok((dataset, profile))
+}
+
+/// `--context`, else what the longest prompt that fits the model needs with its whole budget.
+fn choose_context(settings: &Settings, model: &OpenModel, prepared: &Prepared) -> usize {
+    let most = model.checkpoint.config().max_context;
+    match settings.context.value {
+        AutoOr::Exactly(n) => n.min(most),
+        AutoOr::Auto => {
+            let lengths = prepared.rows.iter().map(|row| row.tokens.len());
+            let longest = lengths.filter(|&n| n < most).max().unwrap_or(1);
+            longest
+                .saturating_add(settings.max_new_tokens.value)
+                .min(most)
+        }
+    }
+}
+
+fn eval_one(args: &EvalArgs, run: &Run, weights: &mut Weights) -> Result<u8, JobError> {
+    let identity = run.identity()?;
+    let opening = Opening {
+        dataset: &run.prepared.dataset.path,
+        identity: &identity,
+        out: args.out.as_deref(),
+        fresh: args.fresh,
+        allow_mixed: args.allow_mixed,
+    };
+    let path = opening.path();
+    let tell = |text: &str| {
+        if !args.quiet {
+            print::tell(text);
+        }
+    };
+    let existing = opening.existing()?;
+    let results = match &existing {
+        Some(_) => Results::new(log::read(&path)?.rows),
+        None => Results::default(),
+    };
+    let missing = run.missing(&results);
+    tell(&heading(run, &path, missing.len(), results.len()));
+    let plan = run.plan(missing.len())?;
+    if args.dry_run {
+        print::result(&format!(
+            "{plan}\nwould run {} samples into {}",
+            missing.len(),
+            path.display()
+        ));
+        return Ok(0);
+    }
+    if !missing.is_empty() {
+        tell(&format!("\n{plan}"));
+    } else if let Some(manifest) = existing
+        && manifest.scoring_hash == run.scoring_hash()
+        && manifest
+            .sessions
+            .last()
+            .is_some_and(|s| s.outcome == Some(Outcome::Complete))
+    {
+        return Ok(finish(
+            args,
+            run,
+            &manifest,
+            &path,
+            vec!["this run was complete already; `--fresh` runs it again".to_owned()],
+        ));
+    }
+    let finished = run.execute(&opening, &plan, weights, args.quiet)?;
+    page_after(&path, None);
+    let mut notes = Vec::new();
+    if finished.repaired_bytes > 0 {
+        notes.push(format!(
+            "{} bytes of a torn last line of {RESULTS_FILE} were cut off",
+            finished.repaired_bytes
+        ));
+    }
+    let last = finished
+        .manifest
+        .sessions
+        .last()
+        .and_then(|session| session.outcome);
+    if let Some(signal) = signal::received() {
+        let name = if signal == libc::SIGINT {
+            "Ctrl-C"
+        } else {
+            "SIGTERM"
+        };
+        print::tell(&format!(
+            "stopped by {name}; the same command goes on from here"
+        ));
+    } else if last == Some(Outcome::TimeLimit) {
+        notes.push("the time limit was reached; the same command goes on from here".to_owned());
+    }
+    Ok(finish(args, run, &finished.manifest, &path, notes))
+}
+
+/// Prints the summary and gives the run's exit code.
+fn finish(
+    args: &EvalArgs,
+    run: &Run,
+    manifest: &RunManifest,
+    path: &Path,
+    mut notes: Vec<String>,
+) -> u8 {
+    if run.model.is_nano && !is_nanos_own(&run.prepared.dataset.path) {
+        notes.push(
+            "nano is a demonstration model for its own questions; `--model FOLDER` runs a \
+             checkpoint of yours"
+                .to_owned(),
+        );
+    }
+    let (shown, more) = error_notes(run);
+    notes.extend(shown);
+    if more > 0 {
+        notes.push(format!(
+            "and {more} more rows cannot run; scores.csv has them all"
+        ));
+    }
+    let files = [
+        "submission.csv",
+        "submission.jsonl",
+        "scores.csv",
+        "results.jsonl",
+        "prompts.jsonl",
+        "run.json",
+        "memory.jsonl",
+        "throughput.jsonl",
+        "report.html",
+    ];
+    let summary = Summary::new(manifest, path, files.map(str::to_owned).into(), notes);
+    if args.json {
+        print::result(&summary.to_json());
+    } else {
+        print::result(&summary.render(color_wanted()));
+    }
+    let n_errors = manifest
+        .tally
+        .as_ref()
+        .and_then(|tally| tally.statuses.get("error").copied())
+        .unwrap_or(0);
+    u8::from(n_errors > 0)
+}
+
+/// Rows in error that the summary names.
+const MAX_NAMED_ERRORS: usize = 5;
+
+/// A note for each of the first rows that cannot run, and how many more there are.
+fn error_notes(run: &Run) -> (Vec<String>, usize) {
+    let mut errors = run
+        .prepared
+        .pairs()
+        .filter_map(|(record, row)| Some((record, row.error.as_ref()?)));
+    let shown = errors
+        .by_ref()
+        .take(MAX_NAMED_ERRORS)
+        .map(|(record, error)| describe(record, error))
+        .collect();
+    (shown, errors.count())
+}
+
+/// A row that cannot run: what, where, and how to mend it.
+fn describe(record: &dataset::Record, error: &RowError) -> String {
+    let field = error.field.as_ref();
+    format!(
+        "row `{}` cannot run: {} (in {}, line {}{}); {}",
+        record.key,
+        error.message,
+        error.file,
+        error.line,
+        field.map_or(String::new(), |field| format!(", field `{field}`")),
+        error.hint
+    )
+}
+
+/// Whether a data set is one of `datasets/nano`.
+fn is_nanos_own(path: &Path) -> bool {
+    path.canonicalize()
+        .unwrap_or_else(|_| PathBuf::from(path))
+        .parent()
+        .is_some_and(|parent| parent.ends_with("datasets/nano"))
+}
+
+/// What is about to run: the data set as it was understood, and one rendered prompt.
+fn heading(run: &Run, path: &Path, n_missing: usize, n_done: usize) -> String {
+    let prepared = &run.prepared;
+    let n_errors = prepared
+        .rows
+        .iter()
+        .filter(|row| row.error.is_some())
+        .count();
+    let mut text = format!(
+        "{}: {} rows{}\n{}\nprofile {}, model {} in {}\n",
+        prepared.dataset.path.display(),
+        prepared.rows.len(),
+        match n_errors {
+            0 => String::new(),
+            n => format!(", {n} of them cannot run"),
+        },
+        indent(&prepared.dataset.mapping.to_string()),
+        prepared.profile.name,
+        run.model.name,
+        run.model.effective_precision(run.precision.value).name(),
+    );
+    if let Some(prompt) = prepared
+        .prompts
+        .iter()
+        .find_map(|prompt| prompt.text.as_deref())
+    {
+        text += &format!("first prompt:\n{}\n", indent(prompt));
+    }
+    text += &match n_done {
+        0 => format!("{n_missing} samples to run, into {}", path.display()),
+        done => format!(
+            "{n_missing} samples to run, {done} are done, in {}",
+            path.display()
+        ),
+    };
+    text
+}
+
+/// Every line moved in by two blanks.
+pub fn indent(text: &str) -> String {
+    text.lines()
+        .map(|line| format!("  {line}"))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_nanos_own_files_are_nanos() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        assert!(is_nanos_own(&root.join("datasets/nano/mixed.jsonl")));
+        assert!(!is_nanos_own(&root.join("README.md")));
+    }
+}

@@ -1,0 +1,235 @@
+//! The job: the order of the stages, what one failed record does to a run, resume. The only
+//! part that sees every stage.
+//!
+//! `eval` runs prompt files: [`prepare`] reads and renders, [`folder`] takes the run's folder,
+//! [`run`] drives the engine and [`record`] logs what comes out. The other commands stand beside
+//! it, a file each.
+
+pub mod compare;
+pub mod datasets;
+pub mod divergence;
+pub mod eval;
+pub mod folder;
+pub mod inspect;
+pub mod logits;
+pub mod merge;
+pub mod model;
+pub mod nano;
+pub mod plan;
+pub mod prepare;
+pub mod progress;
+pub mod record;
+pub mod report;
+pub mod run;
+pub mod score;
+pub mod selfcheck;
+pub mod settings;
+pub mod signal;
+
+use std::path::PathBuf;
+
+use crate::dataset::DatasetError;
+use crate::engine::EngineError;
+use crate::engine::checkpoint::{CheckpointError, Precision};
+use crate::engine::config::ConfigError;
+use crate::engine::generate::{ForcedError, GenerateError};
+use crate::engine::plan::PlanError;
+use crate::profile::ProfileError;
+use crate::report::compare::load::CompareError;
+use crate::report::html::PageError;
+use crate::submission::find::FindError as FindRunError;
+use crate::submission::lock::LockError;
+use crate::submission::log::LogError;
+use crate::submission::manifest::ManifestError;
+use crate::submission::merge::MergeError;
+use crate::submission::prompts::PromptsError;
+use crate::submission::write::WriteError;
+use crate::tokenizer::TokenizerError;
+
+/// Why a job could not be done.
+#[derive(Debug, thiserror::Error)]
+pub enum JobError {
+    #[error(transparent)]
+    Datasets(#[from] datasets::FindError),
+    #[error(transparent)]
+    Dataset(#[from] DatasetError),
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+    #[error(transparent)]
+    Model(#[from] model::ModelError),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+    #[error(transparent)]
+    Forced(#[from] ForcedError),
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    #[error(transparent)]
+    Prompts(#[from] PromptsError),
+    #[error(transparent)]
+    Merge(#[from] MergeError),
+    #[error(transparent)]
+    Compare(#[from] CompareError),
+    #[error(transparent)]
+    FindRun(#[from] FindRunError),
+    #[error(transparent)]
+    Page(#[from] PageError),
+    #[error(transparent)]
+    Score(#[from] score::ScoreError),
+    #[error("{message}")]
+    Option { message: String },
+    #[error("unknown precision `{word}`")]
+    Precision { word: String },
+    #[error("this version has no CUDA engine")]
+    NoCuda,
+    #[error("`--out` names one folder, but {n_runs} runs were asked for")]
+    OneFolder { n_runs: usize },
+    #[error("`{path}` holds files that are not a run's")]
+    NotARun { path: PathBuf },
+    #[error("record `{key}`: {message}\n  in {file}, line {line}{}", in_field(.field))]
+    BadRow {
+        key: String,
+        message: String,
+        file: String,
+        line: usize,
+        field: Option<String>,
+        hint: String,
+    },
+    #[error("the {what} of `{run}` is not what it was when the run was made")]
+    Changed { what: &'static str, run: PathBuf },
+    #[error("cannot rename `{path}`: {source}")]
+    Rename {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("cannot read `{path}`: {source}")]
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("`{path}`, line {line}: {reason}")]
+    Input {
+        path: PathBuf,
+        line: usize,
+        reason: String,
+    },
+}
+
+fn in_field(field: &Option<String>) -> String {
+    field
+        .as_ref()
+        .map_or(String::new(), |field| format!(", field `{field}`"))
+}
+
+impl From<CheckpointError> for JobError {
+    fn from(error: CheckpointError) -> Self {
+        EngineError::from(error).into()
+    }
+}
+
+impl From<ConfigError> for JobError {
+    fn from(error: ConfigError) -> Self {
+        EngineError::from(error).into()
+    }
+}
+
+impl From<PlanError> for JobError {
+    fn from(error: PlanError) -> Self {
+        EngineError::from(error).into()
+    }
+}
+
+impl JobError {
+    /// How to mend it.
+    pub fn hint(&self) -> String {
+        match self {
+            Self::Datasets(error) => error.hint(),
+            Self::Dataset(error) => error.hint().to_string(),
+            Self::Profile(error) => error.hint(),
+            Self::Model(error) => error.hint(),
+            Self::Tokenizer(error) => error.hint().to_owned(),
+            Self::Engine(error) | Self::Generate(GenerateError::Engine(error)) => error.hint(),
+            Self::Generate(GenerateError::ArenaTooSmall { .. }) => {
+                "raise `--host-memory`, or lower `--context`".to_owned()
+            }
+            Self::Forced(_) => "raise `--host-memory`, or lower `--context`".to_owned(),
+            Self::Lock(error) => error.hint(),
+            Self::Log(error) => error.hint(),
+            Self::Manifest(error) => error.hint(),
+            Self::Write(error) => error.hint(),
+            Self::Prompts(error) => error.hint(),
+            Self::Merge(error) => error.hint(),
+            Self::Compare(error) => error.hint(),
+            Self::FindRun(error) => error.hint(),
+            Self::Page(error) => error.hint(),
+            Self::Score(error) => error.hint(),
+            Self::Option { .. } => "`podium help eval` has every option".to_owned(),
+            Self::Precision { .. } => {
+                "expected 4bit or 16bit, or several with commas between".to_owned()
+            }
+            Self::NoCuda => "leave `--device` out, or give `--device cpu`".to_owned(),
+            Self::OneFolder { .. } => {
+                "leave `--out` out, or run one data set in one precision".to_owned()
+            }
+            Self::NotARun { .. } => {
+                "give another `--out`, or `--fresh` to rename the folder aside".to_owned()
+            }
+            Self::BadRow { hint, .. } => format!("{hint}; without `--strict` the run goes on"),
+            Self::Changed { .. } => {
+                "put the files back that its run.json names, or leave `--divergence` out".to_owned()
+            }
+            Self::Rename { .. } | Self::Read { .. } => {
+                "check the path and its permissions".to_owned()
+            }
+            Self::Input { .. } => {
+                "each line is {\"prompt\": NAME, \"tokens\": [...], \"n_greedy\": N}".to_owned()
+            }
+        }
+    }
+}
+
+/// `--precision`: one word, or several with commas.
+///
+/// # Errors
+/// A word that is no precision.
+pub fn precisions(text: &str) -> Result<Vec<Precision>, JobError> {
+    text.split(',')
+        .map(|word| {
+            let known = [
+                Precision::Stored,
+                Precision::Bits4,
+                Precision::Bits8,
+                Precision::Bits16,
+            ];
+            known
+                .into_iter()
+                .find(|precision| precision.name() == word.trim())
+                .ok_or_else(|| JobError::Precision {
+                    word: word.trim().to_owned(),
+                })
+        })
+        .collect()
+}
+
+/// One precision.
+///
+/// # Errors
+/// No precision, or several.
+pub fn precision(text: Option<&str>) -> Result<Precision, JobError> {
+    let text = text.unwrap_or(Precision::Stored.name());
+    match precisions(text)?.as_slice() {
+        [one] => Ok(*one),
+        _ => Err(JobError::Precision {
+            word: text.to_owned(),
+        }),
+    }
+}

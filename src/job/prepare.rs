@@ -1,0 +1,180 @@
+//! A data set becomes token rows: read, rendered, encoded, each defect kept with its place.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use crate::dataset::{Dataset, Record};
+use crate::engine::TokenId;
+use crate::profile::Profile;
+use crate::prompt::{Reasoning, Segment, harmony};
+use crate::submission::RowError;
+use crate::submission::prompts::PromptRow;
+use crate::tokenizer::Tokenizer;
+
+/// A row that is ready to run, or the reason why it cannot.
+pub struct Row {
+    /// Token ids of the rendered prompt; empty for a row in error.
+    pub tokens: Arc<[TokenId]>,
+    pub error: Option<RowError>,
+}
+
+/// A data set with its rendered prompts; `rows` stand beside `dataset.records`.
+pub struct Prepared {
+    pub dataset: Dataset,
+    pub profile: Profile,
+    pub rows: Vec<Row>,
+    pub prompts: Vec<PromptRow>,
+}
+
+impl Prepared {
+    /// Tokens of the longest prompt that can run.
+    pub fn longest_prompt(&self) -> usize {
+        self.rows
+            .iter()
+            .map(|row| row.tokens.len())
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// Records with their rows, in input order.
+    pub fn pairs(&self) -> impl Iterator<Item = (&Record, &Row)> {
+        self.dataset.records.iter().zip(&self.rows)
+    }
+
+    /// Marks rows whose prompt leaves no room for a reply, in a context of `max_context` or in
+    /// the model's own.
+    pub fn refuse_too_long(&mut self, max_context: usize, model_context: usize) {
+        for (record, row) in self.dataset.records.iter().zip(&mut self.rows) {
+            let n = row.tokens.len();
+            let (holder, holds, hint) = if n >= model_context {
+                (
+                    "model",
+                    model_context,
+                    "shorten the row or the prompt template",
+                )
+            } else {
+                let hint = "raise `--context`, or shorten the row or the prompt template";
+                ("context", max_context, hint)
+            };
+            if n >= holds {
+                let message = format!("needs {n} tokens, the {holder} holds {holds}");
+                row.error = Some(error_at(record, message, hint.to_owned(), None));
+                row.tokens = Arc::from([]);
+            }
+        }
+    }
+
+    /// The first row in error.
+    pub fn first_error(&self) -> Option<(&Record, &RowError)> {
+        self.pairs()
+            .find_map(|(record, row)| Some((record, row.error.as_ref()?)))
+    }
+}
+
+/// Reads a prompt file and renders its rows.
+///
+/// `choose` gives the profile for the records found, once the file has been read with `pinned`'s
+/// fields.
+///
+/// # Errors
+/// The file as a whole cannot be used; a bad row is a row with an error.
+pub fn prepare(
+    dataset: Dataset,
+    profile: Profile,
+    tokenizer: &Tokenizer,
+    reasoning: Reasoning,
+    date: Option<&str>,
+) -> Prepared {
+    let rendered: Vec<Result<(String, Vec<TokenId>), RowError>> = dataset
+        .records
+        .par_iter()
+        .map(|record| render(record, &profile, tokenizer, reasoning, date))
+        .collect();
+    let mut rows = Vec::with_capacity(rendered.len());
+    let mut prompts = Vec::with_capacity(rendered.len());
+    for (record, rendered) in dataset.records.iter().zip(rendered) {
+        let shown = rendered
+            .as_ref()
+            .ok()
+            .map(|(text, ids)| (text.as_str(), ids.as_slice()));
+        prompts.push(PromptRow::new(
+            &record.key,
+            record.id.clone(),
+            record.group.clone(),
+            shown,
+        ));
+        rows.push(match rendered {
+            Ok((_, ids)) => Row {
+                tokens: ids.into(),
+                error: None,
+            },
+            Err(error) => Row {
+                tokens: Arc::from([]),
+                error: Some(error),
+            },
+        });
+    }
+    Prepared {
+        dataset,
+        profile,
+        rows,
+        prompts,
+    }
+}
+
+fn render(
+    record: &Record,
+    profile: &Profile,
+    tokenizer: &Tokenizer,
+    reasoning: Reasoning,
+    date: Option<&str>,
+) -> Result<(String, Vec<TokenId>), RowError> {
+    if let Some(defect) = &record.defect {
+        let field = defect.field.clone();
+        return Err(error_at(
+            record,
+            defect.message.clone(),
+            defect.hint.clone(),
+            field,
+        ));
+    }
+    let prompt = profile
+        .render(record, reasoning, date)
+        .map_err(|error| error_at(record, error.to_string(), error.hint().to_owned(), None))?;
+    let segments = harmony::render(&prompt);
+    let ids = tokenizer
+        .encode(&segments)
+        .map_err(|error| error_at(record, error.to_string(), error.hint().to_owned(), None))?;
+    Ok((spell(&segments), ids))
+}
+
+/// A prompt as one text, special tokens spelled out.
+pub fn spell(segments: &[Segment]) -> String {
+    segments
+        .iter()
+        .map(|segment| match segment {
+            Segment::Special(name) => name,
+            Segment::Text(text) => text.as_str(),
+        })
+        .collect()
+}
+
+fn error_at(record: &Record, message: String, hint: String, field: Option<String>) -> RowError {
+    RowError {
+        message,
+        hint,
+        file: shown_path(&record.location.file),
+        line: record.location.line,
+        field,
+        transient: false,
+    }
+}
+
+/// A data set's path as results name it: its file name, so that a log tells nothing of a machine.
+pub fn shown_path(path: &Path) -> String {
+    path.file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}

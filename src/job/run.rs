@@ -1,0 +1,511 @@
+//! One run: a prepared data set through the engine, from the first missing row to the files.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use super::JobError;
+use super::folder::{Opening, RunFolder};
+use super::model::OpenModel;
+use super::plan::{Wanted, plan_run};
+use super::prepare::Prepared;
+use super::progress::Progress;
+use super::record::{Recorder, blank_row};
+use super::settings::{Effective, Settings};
+use crate::batch::Job;
+use crate::engine::checkpoint::Precision;
+use crate::engine::cpu::model::CpuModel;
+use crate::engine::cpu::path::CpuPath;
+use crate::engine::cpu::{CpuBackend, CpuOptions};
+use crate::engine::generate::{GenerateOptions, Outcome as Generated, generate};
+use crate::engine::plan::MemoryPlan;
+use crate::engine::{Backend, StopReason};
+use crate::profile::{Profile, Source};
+use crate::prompt::harmony;
+use crate::report::tally::tally;
+use crate::score::{self, Status};
+use crate::submission::environment::{Environment, redact};
+use crate::submission::identity::{GenerationIdentity, sha256_hex};
+use crate::submission::manifest::{
+    Origin, Outcome, RUN_SCHEMA, RunManifest, Session, Setting, Shard,
+};
+use crate::submission::prompts::{prompts_hash, write_prompts};
+use crate::submission::write::{
+    Column, ColumnValue, SubmissionFormat, chosen_sample, first_sample, write_submission,
+};
+use crate::submission::{ResultRow, Results};
+use crate::telemetry::memory::{MemoryEvent, MemoryLog, MemorySummary, SAMPLE_PERIOD};
+use crate::telemetry::throughput::{ThroughputLog, ThroughputTotals};
+use crate::tokenizer::Tokenizer;
+
+/// What a run is made of.
+pub struct Run<'a> {
+    pub model: &'a OpenModel,
+    pub model_word: &'a Effective<String>,
+    pub precision: Effective<Precision>,
+    pub profile_word: Option<String>,
+    pub settings: Settings,
+    pub prepared: Prepared,
+    pub max_context: usize,
+    pub options: CpuOptions,
+}
+
+/// Weights kept between the runs of one command, so that each model is loaded once.
+pub type Weights = Option<(Precision, Arc<CpuModel>)>;
+
+impl Run<'_> {
+    fn n_samples(&self) -> u32 {
+        u32::try_from(self.settings.samples.value).unwrap_or(u32::MAX)
+    }
+
+    /// What the tokens depend on.
+    ///
+    /// # Errors
+    /// `PODIUM_CPU` names a path that this machine does not have.
+    pub fn identity(&self) -> Result<GenerationIdentity, JobError> {
+        let settings = &self.settings;
+        let budget = settings.max_new_tokens.value;
+        // `--context` is part of the identity only where it takes a row's tokens away.
+        let longest = self.prepared.longest_prompt();
+        let whole = self
+            .model
+            .checkpoint
+            .config()
+            .max_context
+            .min(longest + budget);
+        let mut identity = GenerationIdentity {
+            dataset: self.prepared.dataset.content_hash.clone(),
+            prompts: prompts_hash(&self.prepared.prompts),
+            model: self.model.hash.clone(),
+            tokenizer: self.model.tokenizer_hash.clone(),
+            precision: self
+                .model
+                .effective_precision(self.precision.value)
+                .name()
+                .to_owned(),
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            seed: 0,
+            max_new_tokens: budget,
+            context: (self.max_context < whole).then_some(self.max_context),
+            samples: self.n_samples(),
+            answer_headroom: 0,
+            numerics: CpuBackend::numerics_id(CpuPath::choose()?, self.options.exact),
+        };
+        identity.set_sampling(&settings.sampling());
+        Ok(identity)
+    }
+
+    /// Hash over what turns replies into verdicts and columns.
+    pub fn scoring_hash(&self) -> String {
+        scoring_hash(&self.prepared.profile)
+    }
+
+    /// Whether `--limit` and `--shard` take the row with this index.
+    fn takes(&self, row: usize) -> bool {
+        self.settings.limit.value.is_none_or(|limit| row < limit)
+            && self
+                .settings
+                .shard
+                .value
+                .is_none_or(|shard| shard.takes(row))
+    }
+
+    /// The samples that no finished line of the log stands for.
+    pub fn missing(&self, results: &Results) -> Vec<(usize, u32)> {
+        let records = &self.prepared.dataset.records;
+        (0..records.len())
+            .filter(|&row| self.takes(row))
+            .flat_map(|row| (0..self.n_samples()).map(move |sample| (row, sample)))
+            .filter(|&(row, sample)| !results.is_finished(&records[row].key, sample))
+            .collect()
+    }
+
+    /// The memory plan for the samples to run.
+    ///
+    /// # Errors
+    /// Nothing fits.
+    pub fn plan(&self, n_jobs: usize) -> Result<MemoryPlan, JobError> {
+        let wanted = Wanted {
+            batch: self.settings.batch.value,
+            max_context: self.max_context,
+            longest_prompt: self.prepared.longest_prompt(),
+            n_jobs,
+            prefix_reuse: self.settings.prefix_reuse.value,
+            host_memory: self.settings.host_memory.value,
+        };
+        plan_run(self.model, self.precision.value, &self.options, &wanted)
+    }
+
+    /// A new run's manifest.
+    fn manifest(&self, path: &Path, identity: &GenerationIdentity) -> RunManifest {
+        let mut environment = Environment::read(std::env::args());
+        environment.cpu_path = CpuPath::choose().ok().map(|path| path.name().to_owned());
+        environment.n_threads = Some(self.options.n_threads);
+        let dataset_path = self.prepared.dataset.path.to_string_lossy();
+        RunManifest {
+            schema: RUN_SCHEMA.to_owned(),
+            name: path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned(),
+            generation_hash: identity.hash(),
+            scoring_hash: self.scoring_hash(),
+            generation: identity.clone(),
+            dataset_path: redact(&dataset_path),
+            model_path: redact(&self.model.name),
+            profile: self.prepared.profile.name.clone(),
+            config: self.config(),
+            submission_format: submission_format(&self.prepared.profile),
+            shard: self.shard(),
+            n_rows: self.prepared.rows.len(),
+            ledger: serde_json::Value::Null,
+            memory_plan: serde_json::Value::Null,
+            environment,
+            sessions: Vec::new(),
+            totals: ThroughputTotals::default(),
+            tally: None,
+        }
+    }
+
+    fn config(&self) -> BTreeMap<String, Setting> {
+        let mut config = self.settings.config();
+        let mut add = |name: &str, value: serde_json::Value, origin| {
+            config.insert(name.to_owned(), Setting { value, origin });
+        };
+        add(
+            "model",
+            redact(&self.model_word.value).into(),
+            self.model_word.origin,
+        );
+        let precision = self.precision.value;
+        let origin = match precision {
+            Precision::Stored => Origin::Model,
+            _ => self.precision.origin,
+        };
+        add(
+            "precision",
+            self.model.effective_precision(precision).name().into(),
+            origin,
+        );
+        let profile = match &self.profile_word {
+            Some(word) => (redact(word), Origin::Flag),
+            None => (self.prepared.profile.name.clone(), Origin::Default),
+        };
+        add("profile", profile.0.into(), profile.1);
+        config
+    }
+
+    fn shard(&self) -> Option<Shard> {
+        let shard = self.settings.shard.value?;
+        Some(Shard {
+            index: shard.index,
+            count: shard.count,
+        })
+    }
+
+    /// Runs the missing samples and writes the files.
+    ///
+    /// # Errors
+    /// The model cannot be held, the engine fails, or the log cannot be written; what was
+    /// finished before is in the log.
+    pub fn execute(
+        &self,
+        opening: &Opening,
+        plan: &MemoryPlan,
+        weights: &mut Weights,
+        quiet: bool,
+    ) -> Result<Finished, JobError> {
+        let mut folder = opening.open()?;
+        let path = folder.path.clone();
+        write_prompts(&path, &self.prepared.prompts)?;
+        let fresh = self.manifest(&path, opening.identity);
+        let mut manifest = match folder.manifest.take() {
+            // What the run is stays; how it goes on is this call's.
+            Some(old) => RunManifest {
+                sessions: old.sessions,
+                totals: old.totals,
+                ..fresh
+            },
+            None => fresh,
+        };
+        // Our own plain values always have a JSON form.
+        manifest.ledger = serde_json::to_value(&plan.ledger).unwrap_or_default();
+        manifest.memory_plan = serde_json::to_value(plan).unwrap_or_default();
+        let mut session = Session::start("cpu", &opening.identity.numerics, plan.shape.n_slots);
+        session.shard = self.shard();
+        let index = manifest.begin_session(&path, session);
+        manifest.write(&path)?;
+
+        let ran = self.generate(&mut folder, index, plan, weights, opening, quiet);
+        let (outcome, totals, memory, error) = match ran {
+            Ok(ran) => (ran.outcome, ran.totals, Some(ran.memory), ran.error),
+            Err(error) => (
+                Outcome::Failed,
+                ThroughputTotals::default(),
+                None,
+                Some(error),
+            ),
+        };
+        let results = folder.results;
+        let closed = folder.log.close();
+        self.write_files(&path, &results, &mut manifest)?;
+        manifest.end_session(outcome, totals, memory);
+        manifest.write(&path)?;
+        if let Some(error) = error {
+            return Err(error);
+        }
+        closed?;
+        Ok(Finished {
+            manifest,
+            repaired_bytes: folder.repaired_bytes,
+        })
+    }
+
+    fn generate(
+        &self,
+        folder: &mut RunFolder,
+        session: usize,
+        plan: &MemoryPlan,
+        weights: &mut Weights,
+        opening: &Opening,
+        quiet: bool,
+    ) -> Result<Ran, JobError> {
+        let memory = MemoryLog::start(&folder.path, session, SAMPLE_PERIOD, Some(plan.memory));
+        let mut jobs = Vec::new();
+        let missing = self.missing(&folder.results);
+        for &(row, sample) in &missing {
+            let Some(record) = self.prepared.dataset.records.get(row) else {
+                continue;
+            };
+            let Some(prepared) = self.prepared.rows.get(row) else {
+                continue;
+            };
+            if let Some(error) = &prepared.error {
+                let verdict = score::without_answer(record, Status::Error);
+                let mut result = blank_row(record, sample, Status::Error);
+                result.correct = verdict.correct;
+                result.error = Some(error.clone());
+                folder.log.append(&result)?;
+                folder.results.insert(result);
+                continue;
+            }
+            jobs.push(Job {
+                row,
+                sample,
+                prompt: Arc::clone(&prepared.tokens),
+                max_new_tokens: self.settings.max_new_tokens.value,
+                row_hash: row_hash(&record.key),
+            });
+        }
+        let n_jobs = jobs.len();
+        if n_jobs == 0 {
+            let (memory, _) = memory.finish();
+            let totals = ThroughputTotals::default();
+            return Ok(Ran {
+                outcome: Outcome::Complete,
+                totals,
+                memory,
+                error: None,
+            });
+        }
+
+        let model = self.load(weights)?;
+        memory.event(MemoryEvent::Load, None);
+        let path = CpuPath::choose()?;
+        let mut backend = CpuBackend::with_model(path, model, plan.shape, self.options)?;
+        memory.event(MemoryEvent::Arena, Some(backend.memory()));
+
+        let stop = AtomicBool::new(false);
+        let n_done = folder.results.len();
+        let progress = Progress::new(n_jobs, n_done, quiet);
+        let mut throughput = ThroughputLog::open(&folder.path, session);
+        let mut recorder = Recorder::new(
+            &self.prepared,
+            &self.model.tokenizer,
+            &mut folder.log,
+            &mut folder.results,
+            &mut throughput,
+            &memory,
+            &progress,
+            &stop,
+            plan.shape.n_slots,
+            n_jobs,
+        );
+        if opening.allow_mixed {
+            recorder.numerics_id = Some(opening.identity.numerics.clone());
+        }
+        let options = GenerateOptions {
+            refill: self.settings.refill.value,
+            prefix_reuse: self.settings.prefix_reuse.value,
+            deadline: self.settings.time_limit.value.and_then(|limit| {
+                Instant::now().checked_add(Duration::try_from_secs_f64(limit.0).ok()?)
+            }),
+            ..GenerateOptions::new(
+                self.settings.sampling(),
+                Arc::clone(&self.model.stop_tokens),
+            )
+        };
+        let generated = generate(&mut backend, jobs, &options, &stop, &mut recorder);
+        recorder.flush();
+        let failure = recorder.failure.take();
+        progress.clear();
+        let (totals, throughput_written) = throughput.finish();
+        let (memory, memory_written) = memory.finish();
+        for warning in [throughput_written.err(), memory_written.err()]
+            .into_iter()
+            .flatten()
+        {
+            crate::cli::print::tell(&format!("warning: {warning}\nhint: {}", warning.hint()));
+        }
+        let (outcome, error) = match (failure, generated) {
+            (Some(failure), _) => (Outcome::Failed, Some(failure.into())),
+            (None, Err(error)) => (Outcome::Failed, Some(error.into())),
+            (None, Ok(Generated::Complete)) => (Outcome::Complete, None),
+            (None, Ok(Generated::Stopped)) => (Outcome::Stopped, None),
+            (None, Ok(Generated::DeadlineReached)) => (Outcome::TimeLimit, None),
+        };
+        Ok(Ran {
+            outcome,
+            totals,
+            memory,
+            error,
+        })
+    }
+
+    fn load(&self, weights: &mut Weights) -> Result<Arc<CpuModel>, JobError> {
+        let precision = self.model.effective_precision(self.precision.value);
+        if let Some((loaded, model)) = weights
+            && *loaded == precision
+        {
+            return Ok(Arc::clone(model));
+        }
+        // The other precision's weights go before these come.
+        *weights = None;
+        let model = CpuBackend::load(&self.model.checkpoint, precision, self.options.n_threads)?;
+        let model = Arc::new(model);
+        *weights = Some((precision, Arc::clone(&model)));
+        Ok(model)
+    }
+
+    /// Rebuilds submission and scores from the log's rows, and counts them.
+    pub fn write_files(
+        &self,
+        path: &Path,
+        results: &Results,
+        manifest: &mut RunManifest,
+    ) -> Result<(), JobError> {
+        let results = self.judged(results);
+        let keys = || {
+            self.prepared
+                .dataset
+                .records
+                .iter()
+                .map(|record| record.key.as_str())
+        };
+        let questions: Vec<&ResultRow> = keys()
+            .filter_map(|key| chosen_sample(&results, key, &first_sample))
+            .collect();
+        let samples: Vec<&ResultRow> = results.in_order(keys()).collect();
+        let random = score::baseline::random(&self.prepared.dataset.records);
+        manifest.tally = Some(tally(&questions, &samples, random));
+        write_submission(
+            path,
+            &self.prepared.prompts,
+            &results,
+            &manifest.submission_format,
+            &first_sample,
+        )?;
+        Ok(())
+    }
+
+    /// The rows with their verdicts by this run's scoring: replies are read again, never made
+    /// again, so that a changed profile or data set gold takes effect on finished rows too.
+    fn judged(&self, results: &Results) -> Results {
+        let mut judged = Vec::with_capacity(results.len());
+        for record in &self.prepared.dataset.records {
+            for row in results.samples(&record.key) {
+                let mut row = row.clone();
+                if let Some(stop) = row.stop_reason {
+                    judge_again(
+                        &mut row,
+                        record,
+                        &self.prepared.profile,
+                        stop,
+                        &self.model.tokenizer,
+                    );
+                }
+                judged.push(row);
+            }
+        }
+        Results::new(judged)
+    }
+}
+
+fn judge_again(
+    row: &mut ResultRow,
+    record: &crate::dataset::Record,
+    profile: &Profile,
+    stop: StopReason,
+    tokenizer: &Tokenizer,
+) {
+    let reply = harmony::parse(&row.output_ids, tokenizer);
+    let verdict = score::judge(record, &profile.scoring, &reply, stop);
+    row.status = verdict.status;
+    row.correct = verdict.correct;
+    row.answer = verdict.answer;
+    row.gold = record.gold.clone();
+}
+
+/// What the engine part of a run came to.
+struct Ran {
+    outcome: Outcome,
+    totals: ThroughputTotals,
+    memory: MemorySummary,
+    /// What ended it early, once its rows are safe.
+    error: Option<JobError>,
+}
+
+/// A run that has its files.
+pub struct Finished {
+    pub manifest: RunManifest,
+    pub repaired_bytes: u64,
+}
+
+/// Keys the generator: the first 8 bytes of the key's SHA-256.
+fn row_hash(key: &str) -> u64 {
+    let hex = sha256_hex(key.as_bytes());
+    hex.get(..16)
+        .and_then(|hex| u64::from_str_radix(hex, 16).ok())
+        .unwrap_or_default()
+}
+
+/// Hash over what turns replies into verdicts and columns.
+pub fn scoring_hash(profile: &Profile) -> String {
+    let parts = serde_json::json!([profile.scoring, profile.submission]);
+    sha256_hex(parts.to_string().as_bytes())
+}
+
+/// The profile's columns as the writer takes them.
+pub fn submission_format(profile: &Profile) -> SubmissionFormat {
+    let columns = profile.submission.columns.iter().map(|column| Column {
+        name: column.name.clone(),
+        value: match column.source {
+            Source::Id => ColumnValue::Id,
+            Source::Answer => ColumnValue::Answer,
+            Source::FinalText => ColumnValue::FinalText,
+            Source::RawText => ColumnValue::RawText,
+            Source::Score => ColumnValue::Score,
+            Source::Status => ColumnValue::Status,
+            Source::Group => ColumnValue::Group,
+        },
+    });
+    SubmissionFormat {
+        columns: columns.collect(),
+        ..SubmissionFormat::default()
+    }
+}

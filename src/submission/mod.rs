@@ -1,0 +1,97 @@
+//! A run's files: the append-only result log, and the submission rebuilt from it.
+//!
+//! A finished sample is a [`ResultRow`], a line of the [`log`]. Everything else in a run folder
+//! is made from the log and the manifest and replaced whole ([`mod@write`], [`manifest`]), so a run
+//! that was killed and resumed leaves the same submission as one that was not. One process at a
+//! time writes to a folder ([`lock`]); readers need no lock. Which rows to run and how they are
+//! scored is decided elsewhere.
+
+pub mod environment;
+pub mod find;
+pub mod identity;
+pub mod lock;
+pub mod log;
+pub mod manifest;
+pub mod merge;
+pub mod prompts;
+pub mod results;
+pub mod write;
+
+#[cfg(test)]
+pub(crate) mod test_rows;
+
+pub use results::Results;
+
+use crate::dataset::Gold;
+use crate::engine::StopReason;
+use crate::score::{Answer, Status};
+
+/// The schema of a line of `results.jsonl`.
+pub const RESULT_SCHEMA: &str = "podium.result/1";
+
+/// A line of `results.jsonl`: one finished sample (schema `podium.result/1`).
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct ResultRow {
+    pub schema: String,
+    pub key: String,
+    pub id: Option<serde_json::Value>,
+    pub sample: u32,
+    pub status: Status,
+    pub correct: Option<bool>,
+    pub gold: Option<Gold>,
+    pub answer: Option<Answer>,
+    /// What the model wrote, special tokens spelled out.
+    pub raw_text: String,
+    /// The text of the last final message.
+    pub final_text: Option<String>,
+    pub output_ids: Vec<u32>,
+    /// Sum of the output tokens' log-probabilities, added in order in f32.
+    pub logprob_sum: Option<f32>,
+    /// The same, its f32 bits in hex.
+    pub logprob_sum_bits: Option<String>,
+    pub prompt_tokens: u32,
+    /// Prompt tokens whose KV was taken from a shared prefix.
+    pub reused_tokens: u32,
+    pub analysis_tokens: u32,
+    pub final_tokens: u32,
+    pub stop_reason: Option<StopReason>,
+    pub group: Option<String>,
+    pub cluster: Option<String>,
+    /// From the row's start in a slot to its end.
+    pub seconds: Option<f64>,
+    /// What was wrong with the reply's chat format, in words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub format_issues: Vec<String>,
+    /// Why the row is in error, with file and line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<RowError>,
+    /// Hash over the bits of every step's logits (`--trace-hash`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace_hash: Option<String>,
+    /// The numerics this row ran under, where a run mixes several (`--allow-mixed`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numerics_id: Option<String>,
+}
+
+/// Why a row is in error.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct RowError {
+    pub message: String,
+    pub hint: String,
+    pub file: String,
+    pub line: usize,
+    pub field: Option<String>,
+    /// A resume tries the row again (a passing failure of the device, not of the row).
+    pub transient: bool,
+}
+
+impl ResultRow {
+    /// Whether a resume leaves this row alone: it ran, or failed for a reason of its own.
+    pub fn is_finished(&self) -> bool {
+        match self.status {
+            Status::NotRun => false,
+            Status::Error => !self.error.as_ref().is_some_and(|error| error.transient),
+            _ => true,
+        }
+    }
+}

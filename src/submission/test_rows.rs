@@ -1,0 +1,67 @@
+//! Result rows for tests.
+
+use super::{RESULT_SCHEMA, ResultRow};
+use crate::dataset::Gold;
+use crate::engine::StopReason;
+use crate::score::{Answer, Status};
+
+/// A right answer to row `key`, with every optional field that a usual row has.
+pub(crate) fn row(key: &str, sample: u32) -> ResultRow {
+    let final_text = "The answer is 4\u{202f}200.".to_owned();
+    ResultRow {
+        schema: RESULT_SCHEMA.to_owned(),
+        key: key.to_owned(),
+        id: Some(serde_json::Value::from(key)),
+        sample,
+        status: Status::Answered,
+        correct: Some(true),
+        gold: Some(Gold::Text("4200".to_owned())),
+        answer: Some(Answer {
+            text: "4200".to_owned(),
+            rule: "answer_is".to_owned(),
+            span: [14, 21],
+            rules_agree: true,
+        }),
+        raw_text: format!(
+            "<|channel|>analysis<|message|>sum\n<|end|><|start|>assistant\
+             <|channel|>final<|message|>{final_text}<|return|>"
+        ),
+        final_text: Some(final_text),
+        output_ids: vec![200_005, 35_644, 200_008, 200_002],
+        logprob_sum: Some(-0.1),
+        logprob_sum_bits: Some(format!("{:08x}", (-0.1_f32).to_bits())),
+        prompt_tokens: 77,
+        reused_tokens: 64,
+        analysis_tokens: 1,
+        final_tokens: 1,
+        stop_reason: Some(StopReason::Stop),
+        group: Some("sums".to_owned()),
+        cluster: None,
+        seconds: Some(0.25),
+        format_issues: Vec::new(),
+        error: None,
+        trace_hash: None,
+        numerics_id: None,
+    }
+}
+
+/// A wrong answer.
+pub(crate) fn wrong(key: &str, sample: u32, text: &str) -> ResultRow {
+    let mut row = row(key, sample);
+    row.correct = Some(false);
+    if let Some(answer) = &mut row.answer {
+        text.clone_into(&mut answer.text);
+    }
+    row
+}
+
+/// A sample without an answer.
+pub(crate) fn unanswered(key: &str, sample: u32, status: Status) -> ResultRow {
+    ResultRow {
+        status,
+        correct: Some(false),
+        answer: None,
+        final_text: None,
+        ..row(key, sample)
+    }
+}
