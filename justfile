@@ -1,0 +1,67 @@
+# podium's recipes. `just` alone lists them; each passes its arguments on untouched.
+
+set positional-arguments
+
+manifest := justfile_directory() / "Cargo.toml"
+venv := justfile_directory() / ".venv"
+browser := justfile_directory() / "tests/browser"
+pages := browser / "pages"
+
+[private]
+default:
+    @just --list --unsorted --justfile '{{ justfile() }}'
+
+# Run prompt files through the model: just eval dataset.jsonl [options]
+[no-cd]
+eval *args:
+    @cargo run --release --manifest-path '{{ manifest }}' -- eval "$@"
+
+# Set runs side by side, the first is the base: just compare RUN_A RUN_B
+[no-cd]
+compare *args:
+    @cargo run --release --manifest-path '{{ manifest }}' -- compare "$@"
+
+# Show bytes by class, and how many slots and positions fit
+[no-cd]
+plan *args:
+    @cargo run --release --manifest-path '{{ manifest }}' -- plan "$@"
+
+# Write the page of a run: just report [RUN]
+[no-cd]
+report *args:
+    @cargo run --release --manifest-path '{{ manifest }}' -- report "$@"
+
+# Tests that need cargo alone
+test *args:
+    cargo test --release --manifest-path '{{ manifest }}' "$@"
+
+# Python with the independent implementations (numpy, pandas, torch, transformers), in .venv; a browser
+setup: setup-browser
+    test -x '{{ venv }}/bin/python' || python3 -m venv '{{ venv }}'
+    '{{ venv }}/bin/python' -m pip install --quiet --requirement '{{ justfile_directory() }}/tests/python/requirements.txt'
+
+# Chromium and the package that drives it; installs Chromium only where it may
+[private]
+setup-browser:
+    test -x /usr/bin/chromium || test "$(id -u)" != 0 || (apt-get update && apt-get install --yes chromium)
+    cd '{{ browser }}' && npm ci --no-audit --no-fund
+
+# The pages in headless Chromium; fails where Chromium, node or the driver is missing
+test-browser:
+    PODIUM_PAGES='{{ pages }}' cargo test --release --manifest-path '{{ manifest }}' --test report -- --ignored pages_for_the_browser
+    cd '{{ browser }}' && PODIUM_PAGES='{{ pages }}' node --test test.js
+
+# All tests: also those against Python's implementations and in a browser; fails where one is missing
+test-full: setup test test-browser
+    '{{ venv }}/bin/python' '{{ justfile_directory() }}/models/nano/data.py' --check
+    PODIUM_PYTHON='{{ venv }}/bin/python' cargo test --release --manifest-path '{{ manifest }}' -- --ignored independent
+
+# Make the golden files again with the independent implementations and compare
+golden: setup
+    '{{ venv }}/bin/python' '{{ justfile_directory() }}/tests/golden/make.py' --check
+
+# Format, lints and documentation
+check:
+    cargo fmt --check --manifest-path '{{ manifest }}'
+    cargo clippy --release --all-targets --locked --manifest-path '{{ manifest }}' -- --deny warnings
+    RUSTDOCFLAGS='--deny warnings' cargo doc --release --no-deps --locked --manifest-path '{{ manifest }}'
