@@ -63,7 +63,8 @@ test("a run's page filters, searches and opens rows", () => withPage(join(pages,
   const marked = await detail.locator("mark").innerText();
   assert.equal(marked, await page.locator("#rows tr.row td.clip").first().innerText(), "the answer is marked");
   await detail.getByText("Whole prompt").click();
-  assert.match(await detail.locator("details[open] pre").innerText(), /<\|start\|>system<\|message\|>/);
+  // A fold is filled when its toggle event arrives, which is after the click.
+  await detail.locator("details[open] pre").filter({ hasText: "<|start|>system<|message|>" }).waitFor({ timeout: 5000 });
 
   await page.getByRole("button", { name: "Clear filters" }).click();
   await until(page, "500 rows");
