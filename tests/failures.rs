@@ -288,11 +288,6 @@ fn commands_that_cannot_run() {
         &["eval", "a.jsonl", "--precision", "3bit"],
     );
     cannot_run(
-        "precision-8bit",
-        &[("a.jsonl", good)],
-        &["eval", "a.jsonl", "--precision", "8bit"],
-    );
-    cannot_run(
         "device-cuda",
         &[("a.jsonl", good)],
         &["eval", "a.jsonl", "--device", "cuda"],

@@ -78,14 +78,23 @@ pub struct InspectArgs {
 
 /// Arguments of `podium plan`.
 #[derive(Debug, clap::Args)]
-#[command(
-    after_help = "Example:\n  podium plan ./gpt-oss-20b --batch 64 --context 4096 --host-memory 32GiB"
-)]
+#[command(after_help = "Examples:\n  \
+    podium plan ./gpt-oss-20b --batch 64 --context 4096 --host-memory 32GiB\n  \
+    podium plan --shape gpt-oss-20b --card a100-40\n  \
+    podium plan --shape gpt-oss-120b --card 80GiB --precision 4bit\n\n\
+    A card is planned for as it is when idle: its memory less what the CUDA context takes.")]
 pub struct PlanArgs {
-    /// Checkpoint folder, or `nano`
-    #[arg(default_value = crate::job::nano::NANO)]
-    pub model: String,
-    /// Precision of the weights [default: as stored]
+    /// Checkpoint folder, or `nano` [default: nano]
+    #[arg(conflicts_with = "shape")]
+    pub model: Option<String>,
+    /// Plan for a published shape without its weights: gpt-oss-20b or gpt-oss-120b
+    #[arg(long, value_name = "SHAPE")]
+    pub shape: Option<String>,
+    /// Plan for a GPU that need not be here: t4-16, l4-24, 4090-24, a100-40, a100-80, h100-80,
+    /// h200-141, or the bytes that it leaves, such as 22GiB
+    #[arg(long, value_name = "NAME|BYTES", conflicts_with = "host_memory")]
+    pub card: Option<String>,
+    /// Precision of the weights, a policy of `eval` [default: as stored]
     #[arg(long, value_name = "PRECISION")]
     pub precision: Option<String>,
     /// Slots
@@ -108,7 +117,7 @@ pub struct PlanArgs {
 /// Arguments shared by the commands that run the engine on token sequences.
 #[derive(Clone, Debug, clap::Args)]
 pub struct NumericsArgs {
-    /// Precision of the weights [default: as stored]
+    /// Precision of the weights, a policy of `eval` [default: as stored]
     #[arg(long, value_name = "PRECISION")]
     pub precision: Option<String>,
     /// f32 activations and KV
@@ -127,7 +136,8 @@ pub struct Options {
     #[arg(long, value_name = "MODEL", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// 4bit or 16bit, or several with commas [default: as stored]
+    /// 4bit, 8bit, 16bit, experts8, 4bit-dense8 or 4bit-dense4, or several with commas
+    /// [default: as stored]
     #[arg(long, value_name = "PRECISION", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub precision: Option<String>,

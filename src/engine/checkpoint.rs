@@ -20,7 +20,9 @@ use safetensors::{Dtype, SafeTensors};
 use super::EngineError;
 use super::config::ModelConfig;
 
-pub use format::{ClassBytes, ExpertFormat, Precision, VectorFormat, WeightFormat};
+pub use format::{
+    ByClass, ClassBytes, Deviation, MatrixFormat, Precision, VectorFormat, WeightFormat,
+};
 pub use layers::{ExpertTensors, Layer};
 
 /// A config or an index larger than this is not one.
@@ -78,8 +80,6 @@ pub enum CheckpointError {
         tensor: String,
         element: usize,
     },
-    #[error("precision `{asked}` is not available in this version")]
-    Precision { asked: &'static str },
     #[error("{class} weights take {loaded} bytes, {planned} were planned")]
     Plan {
         class: &'static str,
@@ -103,7 +103,6 @@ impl CheckpointError {
             Self::Scale { .. } | Self::NotFinite { .. } => {
                 "the weights are damaged: fetch the file again"
             }
-            Self::Precision { .. } => "choose 4bit or 16bit, or leave `--precision` out",
             Self::Plan { .. } => "this is a mistake in podium; please report it",
         }
     }
@@ -170,7 +169,7 @@ pub struct Checkpoint {
     shards: Vec<Shard>,
     tensors: HashMap<String, Located>,
     layout: layers::Layout,
-    expert_format: ExpertFormat,
+    expert_format: MatrixFormat,
     vector_format: VectorFormat,
 }
 
@@ -230,7 +229,7 @@ impl Checkpoint {
             path,
             shards,
             tensors,
-            expert_format: ExpertFormat::Mxfp4,
+            expert_format: MatrixFormat::Mxfp4,
             vector_format: VectorFormat::Bf16,
         };
         (checkpoint.expert_format, checkpoint.vector_format) = checkpoint.check()?;
@@ -247,7 +246,7 @@ impl Checkpoint {
     }
 
     /// How the experts are stored.
-    pub fn expert_format(&self) -> ExpertFormat {
+    pub fn expert_format(&self) -> MatrixFormat {
         self.expert_format
     }
 

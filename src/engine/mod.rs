@@ -20,6 +20,7 @@ pub mod kv;
 pub mod plan;
 pub mod sample;
 pub mod scripted;
+pub mod shapes;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -90,7 +90,6 @@ pub fn assemble<'a>(
     if let Device::Cuda(_) = settings.device.value {
         return Err(JobError::NoCuda);
     }
-    model.checkpoint.weight_format(precision.value)?;
     let date = settings.date.value.as_deref();
     let mut prepared = prepare(
         dataset,

@@ -33,7 +33,9 @@ use crate::engine::EngineError;
 use crate::engine::checkpoint::{CheckpointError, Precision};
 use crate::engine::config::ConfigError;
 use crate::engine::generate::{ForcedError, GenerateError};
+use crate::engine::plan::CARDS;
 use crate::engine::plan::PlanError;
+use crate::engine::shapes;
 use crate::profile::ProfileError;
 use crate::report::compare::load::CompareError;
 use crate::report::html::PageError;
@@ -89,6 +91,10 @@ pub enum JobError {
     Option { message: String },
     #[error("unknown precision `{word}`")]
     Precision { word: String },
+    #[error("unknown shape `{word}`")]
+    Shape { word: String },
+    #[error("unknown card `{word}`")]
+    Card { word: String },
     #[error("this version has no CUDA engine")]
     NoCuda,
     #[error("`--out` names one folder, but {n_runs} runs were asked for")]
@@ -174,7 +180,13 @@ impl JobError {
             Self::Score(error) => error.hint(),
             Self::Option { .. } => "`podium help eval` has every option".to_owned(),
             Self::Precision { .. } => {
-                "expected 4bit or 16bit, or several with commas between".to_owned()
+                let names = Precision::POLICIES.map(Precision::name).join(", ");
+                format!("expected one of {names}, or several with commas between")
+            }
+            Self::Shape { .. } => format!("expected one of {}", shapes::NAMES.join(", ")),
+            Self::Card { .. } => {
+                let names = CARDS.map(|card| card.name).join(", ");
+                format!("expected one of {names}, or the bytes that the card leaves, such as 22GiB")
             }
             Self::NoCuda => "leave `--device` out, or give `--device cpu`".to_owned(),
             Self::OneFolder { .. } => {
@@ -204,13 +216,7 @@ impl JobError {
 pub fn precisions(text: &str) -> Result<Vec<Precision>, JobError> {
     text.split(',')
         .map(|word| {
-            let known = [
-                Precision::Stored,
-                Precision::Bits4,
-                Precision::Bits8,
-                Precision::Bits16,
-            ];
-            known
+            Precision::ALL
                 .into_iter()
                 .find(|precision| precision.name() == word.trim())
                 .ok_or_else(|| JobError::Precision {

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use super::JobError;
 use super::nano::{self, NANO};
 use crate::engine::TokenId;
-use crate::engine::checkpoint::{Checkpoint, ExpertFormat, Precision};
+use crate::engine::checkpoint::{Checkpoint, MatrixFormat, Precision};
 use crate::submission::identity::sha256_hex;
 use crate::tokenizer::Tokenizer;
 
@@ -202,8 +202,8 @@ impl OpenModel {
     /// The precision that a run of this checkpoint has: what `stored` comes to.
     pub fn effective_precision(&self, asked: Precision) -> Precision {
         match (asked, self.checkpoint.expert_format()) {
-            (Precision::Stored, ExpertFormat::Mxfp4) => Precision::Bits4,
-            (Precision::Stored, ExpertFormat::Bf16) => Precision::Bits16,
+            (Precision::Stored, MatrixFormat::Mxfp4) => Precision::Bits4,
+            (Precision::Stored, _) => Precision::Bits16,
             (asked, _) => asked,
         }
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::JobError;
 use super::folder::{Opening, RunFolder};
 use super::model::OpenModel;
-use super::plan::{Wanted, plan_run};
+use super::plan::{PREFILL_ROWS, Planned, Wanted, host_budget, measured};
 use super::prepare::Prepared;
 use super::progress::Progress;
 use super::record::{Recorder, blank_row};
@@ -20,7 +20,7 @@ use crate::engine::cpu::model::CpuModel;
 use crate::engine::cpu::path::CpuPath;
 use crate::engine::cpu::{CpuBackend, CpuOptions};
 use crate::engine::generate::{GenerateOptions, Outcome as Generated, generate};
-use crate::engine::plan::MemoryPlan;
+use crate::engine::plan::{MemoryPlan, ledger_table};
 use crate::engine::{Backend, StopReason};
 use crate::profile::{Profile, Source};
 use crate::prompt::harmony;
@@ -135,9 +135,10 @@ impl Run<'_> {
             longest_prompt: self.prepared.longest_prompt(),
             n_jobs,
             prefix_reuse: self.settings.prefix_reuse.value,
-            host_memory: self.settings.host_memory.value,
+            budget: host_budget(self.settings.host_memory.value),
+            prefill_rows: PREFILL_ROWS,
         };
-        plan_run(self.model, self.precision.value, &self.options, &wanted)
+        Planned::of(&self.model.checkpoint)?.plan(self.precision.value, &self.options, &wanted)
     }
 
     /// A new run's manifest.
@@ -241,20 +242,23 @@ impl Run<'_> {
         let index = manifest.begin_session(&path, session);
         manifest.write(&path)?;
 
-        let ran = self.generate(&mut folder, index, plan, weights, opening, quiet);
-        let (outcome, totals, memory, error) = match ran {
-            Ok(ran) => (ran.outcome, ran.totals, Some(ran.memory), ran.error),
-            Err(error) => (
-                Outcome::Failed,
-                ThroughputTotals::default(),
-                None,
-                Some(error),
-            ),
+        let ran = self.generate(
+            &mut folder,
+            &mut manifest,
+            index,
+            plan,
+            weights,
+            opening,
+            quiet,
+        );
+        let (ran, error) = match ran {
+            Ok((ran, error)) => (ran, error),
+            Err(error) => (Ran::failed(), Some(error)),
         };
         let results = folder.results;
         let closed = folder.log.close();
         self.write_files(&path, &results, &mut manifest)?;
-        manifest.end_session(outcome, totals, memory);
+        manifest.end_session(ran.outcome, ran.totals, ran.memory, ran.kernel_calls);
         manifest.write(&path)?;
         if let Some(error) = error {
             return Err(error);
@@ -266,15 +270,17 @@ impl Run<'_> {
         })
     }
 
+    #[allow(clippy::too_many_arguments, reason = "one caller, all of them its own")]
     fn generate(
         &self,
         folder: &mut RunFolder,
+        manifest: &mut RunManifest,
         session: usize,
         plan: &MemoryPlan,
         weights: &mut Weights,
         opening: &Opening,
         quiet: bool,
-    ) -> Result<Ran, JobError> {
+    ) -> Result<(Ran, Option<JobError>), JobError> {
         let memory = MemoryLog::start(&folder.path, session, SAMPLE_PERIOD, Some(plan.memory));
         let mut jobs = Vec::new();
         let missing = self.missing(&folder.results);
@@ -305,17 +311,24 @@ impl Run<'_> {
         let n_jobs = jobs.len();
         if n_jobs == 0 {
             let (memory, _) = memory.finish();
-            let totals = ThroughputTotals::default();
-            return Ok(Ran {
+            let ran = Ran {
                 outcome: Outcome::Complete,
-                totals,
-                memory,
-                error: None,
-            });
+                memory: Some(memory),
+                ..Ran::failed()
+            };
+            return Ok((ran, None));
         }
 
         let model = self.load(weights)?;
         memory.event(MemoryEvent::Load, None);
+        let mut ledger = plan.ledger.clone();
+        measured(&mut ledger, &model.deviation());
+        if ledger != plan.ledger && !quiet {
+            let table = ledger_table(&ledger);
+            crate::cli::print::tell(&format!("\nmeasured while loading\n{table}"));
+        }
+        manifest.ledger = serde_json::to_value(&ledger).unwrap_or_default();
+        manifest.write(&folder.path)?;
         let path = CpuPath::choose()?;
         let mut backend = CpuBackend::with_model(path, model, plan.shape, self.options)?;
         memory.event(MemoryEvent::Arena, Some(backend.memory()));
@@ -369,12 +382,13 @@ impl Run<'_> {
             (None, Ok(Generated::Stopped)) => (Outcome::Stopped, None),
             (None, Ok(Generated::DeadlineReached)) => (Outcome::TimeLimit, None),
         };
-        Ok(Ran {
+        let ran = Ran {
             outcome,
             totals,
-            memory,
-            error,
-        })
+            memory: Some(memory),
+            kernel_calls: backend.kernel_calls(),
+        };
+        Ok((ran, error))
     }
 
     fn load(&self, weights: &mut Weights) -> Result<Arc<CpuModel>, JobError> {
@@ -465,9 +479,20 @@ fn judge_again(
 struct Ran {
     outcome: Outcome,
     totals: ThroughputTotals,
-    memory: MemorySummary,
-    /// What ended it early, once its rows are safe.
-    error: Option<JobError>,
+    memory: Option<MemorySummary>,
+    kernel_calls: BTreeMap<String, u64>,
+}
+
+impl Ran {
+    /// Nothing was done.
+    fn failed() -> Self {
+        Self {
+            outcome: Outcome::Failed,
+            totals: ThroughputTotals::default(),
+            memory: None,
+            kernel_calls: BTreeMap::new(),
+        }
+    }
 }
 
 /// A run that has its files.

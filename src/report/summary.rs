@@ -372,7 +372,7 @@ pub(crate) mod tests {
             decode_seconds: 2.0,
             wall_seconds: 4.1,
         };
-        manifest.end_session(Outcome::Complete, totals, Some(memory));
+        manifest.end_session(Outcome::Complete, totals, Some(memory), Default::default());
         manifest.tally = Some(tally(&rows, &rows, Some(0.25)));
         manifest
     }

@@ -79,6 +79,10 @@ pub struct Session {
     pub shard: Option<Shard>,
     pub throughput: ThroughputTotals,
     pub memory: Option<MemorySummary>,
+    /// Matrix products by the kernel that did them, such as `moe_matmul_mxfp4`: what ran, counted
+    /// where it ran.
+    #[serde(default)]
+    pub kernel_calls: BTreeMap<String, u64>,
 }
 
 impl Session {
@@ -94,6 +98,7 @@ impl Session {
             shard: None,
             throughput: ThroughputTotals::default(),
             memory: None,
+            kernel_calls: BTreeMap::new(),
         }
     }
 }
@@ -253,12 +258,14 @@ impl RunManifest {
         outcome: Outcome,
         throughput: ThroughputTotals,
         memory: Option<MemorySummary>,
+        kernel_calls: BTreeMap<String, u64>,
     ) {
         if let Some(session) = self.sessions.last_mut() {
             session.end = Some(utc_now());
             session.outcome = Some(outcome);
             session.throughput = throughput;
             session.memory = memory;
+            session.kernel_calls = kernel_calls;
         }
         self.sum_sessions();
     }

@@ -1,8 +1,8 @@
 //! In which format weights are held, and how many bytes each class of them takes.
 
-use super::{Checkpoint, CheckpointError};
+use super::Checkpoint;
 
-/// What the user asks for.
+/// What the user asks for: a policy of formats by tensor class.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize,
 )]
@@ -11,31 +11,108 @@ pub enum Precision {
     #[default]
     #[serde(rename = "stored")]
     Stored,
+    /// MXFP4 experts, all else bf16: as released.
     #[serde(rename = "4bit")]
     Bits4,
+    /// MXINT8 experts, attention projections and lm head.
     #[serde(rename = "8bit")]
     Bits8,
+    /// bf16 throughout.
     #[serde(rename = "16bit")]
     Bits16,
+    /// MXINT8 experts, all else bf16.
+    #[serde(rename = "experts8")]
+    Experts8,
+    /// MXFP4 experts, MXINT8 attention projections and lm head.
+    #[serde(rename = "4bit-dense8")]
+    Bits4Dense8,
+    /// MXFP4 experts, attention projections and lm head.
+    #[serde(rename = "4bit-dense4")]
+    Bits4Dense4,
 }
 
 impl Precision {
+    /// All of them, `stored` first.
+    pub const ALL: [Self; 7] = [
+        Self::Stored,
+        Self::Bits4,
+        Self::Bits8,
+        Self::Bits16,
+        Self::Experts8,
+        Self::Bits4Dense8,
+        Self::Bits4Dense4,
+    ];
+
+    /// Those that name formats: all but `stored`.
+    pub const POLICIES: [Self; 6] = [
+        Self::Bits4,
+        Self::Bits8,
+        Self::Bits16,
+        Self::Experts8,
+        Self::Bits4Dense8,
+        Self::Bits4Dense4,
+    ];
+
     pub fn name(self) -> &'static str {
         match self {
             Self::Stored => "stored",
             Self::Bits4 => "4bit",
             Self::Bits8 => "8bit",
             Self::Bits16 => "16bit",
+            Self::Experts8 => "experts8",
+            Self::Bits4Dense8 => "4bit-dense8",
+            Self::Bits4Dense4 => "4bit-dense4",
+        }
+    }
+
+    /// The formats of a checkpoint whose experts are stored as `experts` and whose vectors take
+    /// `vectors`.
+    pub fn formats(self, experts: MatrixFormat, vectors: VectorFormat) -> WeightFormat {
+        use MatrixFormat::{Bf16, Mxfp4, Mxint8};
+        let (experts, dense) = match self {
+            Self::Stored => (experts, Bf16),
+            Self::Bits4 => (Mxfp4, Bf16),
+            Self::Bits8 => (Mxint8, Mxint8),
+            Self::Bits16 => (Bf16, Bf16),
+            Self::Experts8 => (Mxint8, Bf16),
+            Self::Bits4Dense8 => (Mxfp4, Mxint8),
+            Self::Bits4Dense4 => (Mxfp4, Mxfp4),
+        };
+        WeightFormat {
+            experts,
+            attention: dense,
+            lm_head: dense,
+            vectors,
         }
     }
 }
 
-/// The format of the experts' weights.
+/// The format of a matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum ExpertFormat {
+pub enum MatrixFormat {
     Mxfp4,
+    Mxint8,
     Bf16,
+}
+
+impl MatrixFormat {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Mxfp4 => "mxfp4",
+            Self::Mxint8 => "mxint8",
+            Self::Bf16 => "bf16",
+        }
+    }
+
+    /// Whether every value of a format is exact in this one, whatever the values are: the formats
+    /// widen in the order MXFP4, MXINT8, bf16.
+    pub const fn holds(self, stored: Self) -> bool {
+        matches!(
+            (stored, self),
+            (Self::Mxfp4, _) | (Self::Mxint8, Self::Mxint8 | Self::Bf16) | (Self::Bf16, Self::Bf16)
+        )
+    }
 }
 
 /// The format of norms, biases and sinks: f32 when the checkpoint stores any of them so.
@@ -55,37 +132,45 @@ impl VectorFormat {
     }
 }
 
-/// The formats of a loaded model; dense matrices are bf16.
+/// The formats of a loaded model; router and embedding are bf16 always.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct WeightFormat {
-    pub experts: ExpertFormat,
+    pub experts: MatrixFormat,
+    /// q, k, v and out projections.
+    pub attention: MatrixFormat,
+    pub lm_head: MatrixFormat,
     pub vectors: VectorFormat,
 }
 
-impl From<ExpertFormat> for WeightFormat {
-    /// Vectors in bf16, as released.
-    fn from(experts: ExpertFormat) -> Self {
-        Self {
-            experts,
-            vectors: VectorFormat::Bf16,
+impl WeightFormat {
+    /// The matrices' format of a class by its name in [`ClassBytes::classes`].
+    pub fn of_class(&self, class: &str) -> MatrixFormat {
+        match class {
+            "experts" => self.experts,
+            "attention" => self.attention,
+            "lm_head" => self.lm_head,
+            _ => MatrixFormat::Bf16,
         }
     }
 }
 
-/// Bytes by tensor class. Biases and sinks count with their matrix.
+/// A number for each class of tensors. Biases and sinks count with their matrix.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct ClassBytes {
-    pub experts: u64,
-    pub attention: u64,
-    pub router: u64,
-    pub norms: u64,
-    pub embedding: u64,
-    pub lm_head: u64,
+pub struct ByClass<T> {
+    pub experts: T,
+    pub attention: T,
+    pub router: T,
+    pub norms: T,
+    pub embedding: T,
+    pub lm_head: T,
 }
 
-impl ClassBytes {
-    /// Name and bytes of each class.
-    pub fn classes(&self) -> [(&'static str, u64); 6] {
+/// Bytes by tensor class.
+pub type ClassBytes = ByClass<u64>;
+
+impl<T: Copy> ByClass<T> {
+    /// Name and value of each class.
+    pub fn classes(&self) -> [(&'static str, T); 6] {
         [
             ("experts", self.experts),
             ("attention", self.attention),
@@ -95,31 +180,81 @@ impl ClassBytes {
             ("lm_head", self.lm_head),
         ]
     }
+}
 
+impl ClassBytes {
     pub fn total(&self) -> u64 {
         self.classes().iter().map(|(_, n_bytes)| n_bytes).sum()
     }
 }
 
+/// What a change of format did to the values of a class: sums over the changed matrices.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Deviation {
+    /// Sum of squared differences.
+    pub error: f64,
+    /// Sum of squared values.
+    pub values: f64,
+}
+
+impl Deviation {
+    /// Adds one value and what became of it.
+    #[inline(always)]
+    pub fn add(&mut self, value: f32, held: f32) {
+        let (value, held) = (f64::from(value), f64::from(held));
+        self.error += (value - held) * (value - held);
+        self.values += value * value;
+    }
+
+    /// Root of the mean squared error over the root mean square; 0 where nothing changed.
+    pub fn relative(&self) -> f64 {
+        if self.error == 0.0 {
+            return 0.0;
+        }
+        (self.error / self.values).sqrt()
+    }
+}
+
+impl std::ops::AddAssign for Deviation {
+    fn add_assign(&mut self, other: Self) {
+        self.error += other.error;
+        self.values += other.values;
+    }
+}
+
 impl Checkpoint {
     /// The formats in which this checkpoint is held at a precision.
-    ///
-    /// # Errors
-    /// A precision that this version does not have.
-    pub fn weight_format(&self, precision: Precision) -> Result<WeightFormat, CheckpointError> {
-        let experts = match precision {
-            Precision::Stored => self.expert_format,
-            Precision::Bits4 => ExpertFormat::Mxfp4,
-            Precision::Bits16 => ExpertFormat::Bf16,
-            Precision::Bits8 => {
-                return Err(CheckpointError::Precision {
-                    asked: precision.name(),
-                });
-            }
+    pub fn weight_format(&self, precision: Precision) -> WeightFormat {
+        precision.formats(self.expert_format, self.vector_format)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_names_the_format_of_each_class() {
+        let of = |precision: Precision| {
+            let format = precision.formats(MatrixFormat::Mxfp4, VectorFormat::Bf16);
+            [format.experts, format.attention, format.lm_head].map(MatrixFormat::name)
         };
-        Ok(WeightFormat {
-            experts,
-            vectors: self.vector_format,
-        })
+        assert_eq!(of(Precision::Stored), ["mxfp4", "bf16", "bf16"]);
+        assert_eq!(of(Precision::Bits4), ["mxfp4", "bf16", "bf16"]);
+        assert_eq!(of(Precision::Bits8), ["mxint8", "mxint8", "mxint8"]);
+        assert_eq!(of(Precision::Bits16), ["bf16", "bf16", "bf16"]);
+        assert_eq!(of(Precision::Experts8), ["mxint8", "bf16", "bf16"]);
+        assert_eq!(of(Precision::Bits4Dense8), ["mxfp4", "mxint8", "mxint8"]);
+        assert_eq!(of(Precision::Bits4Dense4), ["mxfp4", "mxfp4", "mxfp4"]);
+    }
+
+    #[test]
+    fn a_deviation_is_relative_to_the_values() {
+        let mut deviation = Deviation::default();
+        assert_eq!(deviation.relative(), 0.0);
+        deviation.add(3.0, 3.0);
+        assert_eq!(deviation.relative(), 0.0);
+        deviation.add(4.0, 4.5);
+        assert_eq!(deviation.relative(), 0.1);
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use safetensors::Dtype;
 
-use super::{Checkpoint, CheckpointError, ClassBytes, ExpertFormat, Located, Tensor, VectorFormat};
+use super::{Checkpoint, CheckpointError, ClassBytes, Located, MatrixFormat, Tensor, VectorFormat};
 use crate::quant::mxfp4;
 
 /// Which names the tensors have.
@@ -153,7 +153,7 @@ impl Checkpoint {
     }
 
     /// Checks every tensor; returns the formats found.
-    pub(super) fn check(&self) -> Result<(ExpertFormat, VectorFormat), CheckpointError> {
+    pub(super) fn check(&self) -> Result<(MatrixFormat, VectorFormat), CheckpointError> {
         let mut vectors = VectorFormat::Bf16;
         let mut experts = None;
         self.embedding()?;
@@ -167,15 +167,15 @@ impl Checkpoint {
             let layer = self.layer(i)?;
             for tensors in [&layer.gate_up, &layer.down] {
                 let (format, tensor) = match tensors {
-                    ExpertTensors::Mxfp4 { codes, .. } => (ExpertFormat::Mxfp4, codes),
-                    ExpertTensors::Bf16 { values, .. } => (ExpertFormat::Bf16, values),
+                    ExpertTensors::Mxfp4 { codes, .. } => (MatrixFormat::Mxfp4, codes),
+                    ExpertTensors::Bf16 { values, .. } => (MatrixFormat::Bf16, values),
                 };
                 if *experts.get_or_insert(format) != format {
                     return Err(tensor.type_error("the format of the other experts"));
                 }
             }
         }
-        Ok((experts.unwrap_or(ExpertFormat::Mxfp4), vectors))
+        Ok((experts.unwrap_or(MatrixFormat::Mxfp4), vectors))
     }
 
     /// Bytes of each class as the file stores them.

@@ -10,8 +10,8 @@ use super::gemm::{Exec, MAX_QUERIES};
 use super::kv_append::kv_append;
 use super::kv_cache::{KvCache, KvElement};
 use super::lanes::for_each;
-use super::matmul_bf16::{Epilogue, matmul};
-use super::model::{CpuModel, ExpertWeights, LayerWeights};
+use super::matmul::{Epilogue, matmul};
+use super::model::{CpuModel, LayerWeights};
 use super::moe_combine::moe_combine;
 use super::moe_matmul;
 use super::rmsnorm::rmsnorm;
@@ -191,10 +191,9 @@ pub fn forward<E: KvElement>(
             &mut work.router_logits,
         );
         route(exec.path, &work.router_logits, n_rows, &mut work.routing);
-        match &layer.experts {
-            ExpertWeights::Mxfp4(experts) => mlp(exec, config, experts, work),
-            ExpertWeights::Bf16(experts) => mlp(exec, config, experts, work),
-        }
+        let (experts, limit) = (&layer.experts, config.swiglu_limit);
+        moe_matmul::gate_up(exec, experts, &work.routing, limit, &work.t, &mut work.act);
+        moe_matmul::down(exec, experts, &work.routing, &work.act, &mut work.y);
         moe_combine(
             exec.path,
             &work.routing,
@@ -203,17 +202,6 @@ pub fn forward<E: KvElement>(
             &mut work.x,
         );
     }
-}
-
-fn mlp<W: super::weights::Tiles>(
-    exec: &Exec,
-    config: &ModelConfig,
-    experts: &moe_matmul::Experts<W>,
-    work: &mut Workspace,
-) {
-    let limit = config.swiglu_limit;
-    moe_matmul::gate_up(exec, experts, &work.routing, limit, &work.t, &mut work.act);
-    moe_matmul::down(exec, experts, &work.routing, &work.act, &mut work.y);
 }
 
 /// Logits of residual rows `rows`, into the first rows of `work.logits`.

@@ -7,6 +7,7 @@
 use std::sync::Mutex;
 
 use super::buffer::Buffer;
+use super::calls::Calls;
 use super::lanes::{LANES, fma_chain};
 use super::path::CpuPath;
 use super::weights::{CHUNK_K, Tiles};
@@ -24,6 +25,8 @@ pub struct Exec {
     pub path: CpuPath,
     /// No rounding to bf16 anywhere.
     pub exact: bool,
+    /// Products done, by operation and weight format.
+    pub calls: Calls,
     scratch: Vec<Mutex<Scratch>>,
 }
 
@@ -113,6 +116,7 @@ impl Exec {
         Ok(Self {
             path,
             exact,
+            calls: Calls::default(),
             scratch,
         })
     }

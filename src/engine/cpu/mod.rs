@@ -7,13 +7,14 @@
 
 pub mod attention;
 pub mod buffer;
+pub mod calls;
 pub mod embed;
 pub mod forward;
 pub mod gemm;
 pub mod kv_append;
 pub mod kv_cache;
 pub mod lanes;
-pub mod matmul_bf16;
+pub mod matmul;
 pub mod model;
 pub mod moe_combine;
 pub mod moe_matmul;
@@ -109,8 +110,8 @@ impl CpuBackend {
     /// Loads a checkpoint and allocates everything a run needs.
     ///
     /// # Errors
-    /// A precision this version lacks, weights that cannot be held, an impossible shape, out of
-    /// memory, no worker threads, or a `PODIUM_CPU` that this machine cannot follow.
+    /// Weights that cannot be held, an impossible shape, out of memory, no worker threads, or a
+    /// `PODIUM_CPU` that this machine cannot follow.
     pub fn open(
         checkpoint: &Checkpoint,
         precision: Precision,
@@ -208,7 +209,7 @@ impl CpuBackend {
     /// The bytes that [`CpuBackend::open`] will allocate, by class; pure.
     pub fn planned_memory(
         config: &ModelConfig,
-        format: impl Into<WeightFormat>,
+        format: WeightFormat,
         shape: &EngineShape,
         options: &CpuOptions,
     ) -> BackendMemory {
@@ -245,6 +246,11 @@ impl CpuBackend {
     /// Bytes of each weight class as loaded, counted at allocation.
     pub fn loaded_bytes(&self) -> ClassBytes {
         self.model.loaded_bytes()
+    }
+
+    /// Matrix products so far by kernel name, such as `moe_matmul_mxfp4`.
+    pub fn kernel_calls(&self) -> std::collections::BTreeMap<String, u64> {
+        self.exec.calls.by_name()
     }
 
     fn check_tokens(&self, tokens: &[TokenId]) -> Result<(), EngineError> {

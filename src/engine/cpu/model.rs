@@ -5,34 +5,21 @@
 
 use super::buffer::Buffer;
 use super::lanes::LANES;
-use super::matmul_bf16::Projection;
+use super::matmul::Projection;
 use super::moe_matmul::Experts;
 use super::pack;
-use super::weights::{Bf16Tiles, Mxfp4Tiles, Vector};
+use super::weights::{Matrix, Vector};
 use crate::engine::EngineError;
 use crate::engine::checkpoint::layers::Parts;
 use crate::engine::checkpoint::{
-    Checkpoint, CheckpointError, ClassBytes, ExpertFormat, Precision, Tensor, WeightFormat,
+    ByClass, Checkpoint, CheckpointError, ClassBytes, Deviation, MatrixFormat, Precision, Tensor,
+    WeightFormat,
 };
 use crate::engine::config::{LayerKind, ModelConfig};
 
-/// Experts in one of the formats.
-pub enum ExpertWeights {
-    Mxfp4(Experts<Mxfp4Tiles>),
-    Bf16(Experts<Bf16Tiles>),
-}
-
-impl ExpertWeights {
-    fn n_bytes(&self) -> u64 {
-        match self {
-            Self::Mxfp4(e) => e.gate_up.n_bytes() + e.down.n_bytes() + biases_bytes(e),
-            Self::Bf16(e) => e.gate_up.n_bytes() + e.down.n_bytes() + biases_bytes(e),
-        }
-    }
-}
-
-fn biases_bytes<W>(experts: &Experts<W>) -> u64 {
-    experts.gate_up_bias.n_bytes() + experts.down_bias.n_bytes()
+fn expert_bytes(experts: &Experts) -> u64 {
+    let matrices = experts.gate_up.n_bytes() + experts.down.n_bytes();
+    matrices + experts.gate_up_bias.n_bytes() + experts.down_bias.n_bytes()
 }
 
 /// The weights of a layer.
@@ -46,7 +33,7 @@ pub struct LayerWeights {
     pub out: Projection,
     pub mlp_norm: Vector,
     pub router: Projection,
-    pub experts: ExpertWeights,
+    pub experts: Experts,
 }
 
 /// All weights.
@@ -59,6 +46,7 @@ pub struct CpuModel {
     pub final_norm: Vector,
     pub lm_head: Projection,
     loaded: ClassBytes,
+    deviation: ByClass<Deviation>,
 }
 
 impl CpuModel {
@@ -66,13 +54,16 @@ impl CpuModel {
     /// Runs on the current rayon pool.
     ///
     /// # Errors
-    /// A precision this version lacks, a scale byte or a value that cannot be held, out of
-    /// memory, or counts that differ from the plan.
+    /// A scale byte or a value that cannot be held, out of memory, or counts that differ from
+    /// the plan.
     pub fn load(checkpoint: &Checkpoint, precision: Precision) -> Result<Self, EngineError> {
         let config = checkpoint.config().clone();
-        let format = checkpoint.weight_format(precision)?;
+        let format = checkpoint.weight_format(precision);
         let vector = |tensor: &Tensor| pack::vector(checkpoint, format.vectors, tensor);
-        let projection = |parts: &Parts| pack::projection(checkpoint, format.vectors, parts);
+        let projection = |class: MatrixFormat, parts: &Parts| {
+            pack::projection(checkpoint, class, format.vectors, parts)
+        };
+        let mut deviation = ByClass::<Deviation>::default();
         let embedding = pack::embedding(checkpoint)?;
         let mut loaded = ClassBytes {
             embedding: embedding.n_bytes(),
@@ -86,33 +77,34 @@ impl CpuModel {
                 LayerKind::Sliding => &mut n_sliding,
                 LayerKind::Full => &mut n_full,
             };
+            let (qkv, of_qkv) = projection(format.attention, &tensors.qkv)?;
+            let (out, of_out) = projection(format.attention, &tensors.out)?;
+            let (experts, of_experts) = pack::experts(checkpoint, format, &tensors)?;
+            for of_part in [of_qkv, of_out] {
+                deviation.attention += of_part;
+            }
+            deviation.experts += of_experts;
             let layer = LayerWeights {
                 kind,
                 kind_index: *counter,
                 attention_norm: vector(&tensors.attention_norm)?,
-                qkv: projection(&tensors.qkv)?,
+                qkv,
                 sinks: vector(&tensors.sinks)?,
-                out: projection(&tensors.out)?,
+                out,
                 mlp_norm: vector(&tensors.mlp_norm)?,
-                router: projection(&tensors.router)?,
-                experts: match format.experts {
-                    ExpertFormat::Mxfp4 => {
-                        ExpertWeights::Mxfp4(pack::experts(checkpoint, format, &tensors)?)
-                    }
-                    ExpertFormat::Bf16 => {
-                        ExpertWeights::Bf16(pack::experts(checkpoint, format, &tensors)?)
-                    }
-                },
+                router: projection(MatrixFormat::Bf16, &tensors.router)?.0,
+                experts,
             };
             *counter += 1;
             loaded.norms += layer.attention_norm.n_bytes() + layer.mlp_norm.n_bytes();
             loaded.attention += layer.qkv.n_bytes() + layer.out.n_bytes() + layer.sinks.n_bytes();
             loaded.router += layer.router.n_bytes();
-            loaded.experts += layer.experts.n_bytes();
+            loaded.experts += expert_bytes(&layer.experts);
             layers.push(layer);
         }
         let final_norm = vector(&checkpoint.final_norm()?)?;
-        let lm_head = pack::lm_head(checkpoint)?;
+        let (lm_head, of_lm_head) = pack::lm_head(checkpoint, format.lm_head)?;
+        deviation.lm_head = of_lm_head;
         loaded.norms += final_norm.n_bytes();
         loaded.lm_head = lm_head.n_bytes();
         let planned = Self::planned_bytes(&config, format);
@@ -134,6 +126,7 @@ impl CpuModel {
             final_norm,
             lm_head,
             loaded,
+            deviation,
         })
     }
 
@@ -142,31 +135,35 @@ impl CpuModel {
         self.loaded
     }
 
+    /// What the change of format did to the values of each class; zero where none was made or
+    /// all were exact.
+    pub fn deviation(&self) -> ByClass<Deviation> {
+        self.deviation
+    }
+
     /// Bytes of each class that a model of this configuration takes; pure.
-    pub fn planned_bytes(config: &ModelConfig, format: impl Into<WeightFormat>) -> ClassBytes {
-        let format = format.into();
+    pub fn planned_bytes(config: &ModelConfig, format: WeightFormat) -> ClassBytes {
         let of_vector = format.vectors.n_bytes();
-        let matrix = |n_out: usize, n_k: usize| n_out.div_ceil(LANES) * Bf16Tiles::tile_bytes(n_k);
-        let projection = |n_out: usize, n_k: usize| matrix(n_out, n_k) + n_out * of_vector;
-        let expert = |n_out: usize, n_k: usize| {
-            let tile = match format.experts {
-                ExpertFormat::Mxfp4 => Mxfp4Tiles::tile_bytes(n_k),
-                ExpertFormat::Bf16 => Bf16Tiles::tile_bytes(n_k),
-            };
-            config.n_experts * (n_out / LANES * tile + n_out * of_vector)
+        let matrix = |format: MatrixFormat, n_out: usize, n_k: usize| {
+            n_out.div_ceil(LANES) * Matrix::tile_bytes(format, n_k)
         };
+        let projection = |format: MatrixFormat, n_out: usize, n_k: usize| {
+            matrix(format, n_out, n_k) + n_out * of_vector
+        };
+        let expert =
+            |n_out: usize, n_k: usize| config.n_experts * projection(format.experts, n_out, n_k);
         let (hidden, n_layers) = (config.hidden, config.n_layers());
-        let qkv = projection(config.qkv_width(), hidden);
-        let out = projection(hidden, config.q_width());
+        let qkv = projection(format.attention, config.qkv_width(), hidden);
+        let out = projection(format.attention, hidden, config.q_width());
         let gate_up = expert(2 * config.intermediate, hidden);
         let down = expert(hidden, config.intermediate);
         ClassBytes {
             experts: (n_layers * (gate_up + down)) as u64,
             attention: (n_layers * (qkv + out + config.n_heads * of_vector)) as u64,
-            router: (n_layers * projection(config.n_experts, hidden)) as u64,
+            router: (n_layers * projection(MatrixFormat::Bf16, config.n_experts, hidden)) as u64,
             norms: ((2 * n_layers + 1) * hidden * of_vector) as u64,
             embedding: (config.n_vocab * hidden * size_of::<u16>()) as u64,
-            lm_head: matrix(config.n_vocab, hidden) as u64,
+            lm_head: matrix(format.lm_head, config.n_vocab, hidden) as u64,
         }
     }
 }

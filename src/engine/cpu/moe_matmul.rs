@@ -1,7 +1,7 @@
 //! Expert products on packed weights, unpacked in registers, grouped by expert.
 //!
 //! One body serves every weight format ([`Tiles`] says how a tile is unpacked), so MXFP4 experts
-//! and their bf16 copies give equal bits. Tasks are (expert, some tiles); an expert without rows
+//! and their MXINT8 and bf16 copies give equal bits. Tasks are (expert, some tiles); an expert without rows
 //! costs nothing, and a tile is unpacked once for a whole group of its rows.
 //!
 //! ```text
@@ -10,25 +10,26 @@
 //! ```
 
 use super::buffer::Disjoint;
+use super::calls::Op;
 use super::gemm::{Exec, multiply, tiles_a_task};
 use super::lanes::{LANES, for_each};
 use super::swiglu::{self, PAIRS};
 use super::topk_routing::Routing;
-use super::weights::{Tiles, Vector};
+use super::weights::{Matrix, Tiles, Vector};
 
 /// The experts of a layer. Tiles of expert `e` begin at `e * n_tiles / n_experts`.
-pub struct Experts<W> {
+pub struct Experts {
     pub n_experts: usize,
     /// Tile `t` of an expert: lanes 0..16 gates, lanes 16..32 ups of pairs `16 t ..`.
-    pub gate_up: W,
+    pub gate_up: Matrix,
     /// `[n_experts, 2 * intermediate]` in the order of the tiles' lanes.
     pub gate_up_bias: Vector,
-    pub down: W,
+    pub down: Matrix,
     /// `[n_experts, hidden]`.
     pub down_bias: Vector,
 }
 
-impl<W: Tiles> Experts<W> {
+impl Experts {
     fn hidden(&self) -> usize {
         self.gate_up.n_k()
     }
@@ -40,9 +41,9 @@ impl<W: Tiles> Experts<W> {
 
 /// The first half of the experts, from `x` `[n_rows, hidden]` to `act`
 /// `[n_rows * k, intermediate]`.
-pub fn gate_up<W: Tiles>(
+pub fn gate_up(
     exec: &Exec,
-    experts: &Experts<W>,
+    experts: &Experts,
     routing: &Routing,
     limit: f32,
     x: &[f32],
@@ -74,13 +75,7 @@ pub fn gate_up<W: Tiles>(
 }
 
 /// The second half, from `act` to `y` `[n_rows * k, hidden]`.
-pub fn down<W: Tiles>(
-    exec: &Exec,
-    experts: &Experts<W>,
-    routing: &Routing,
-    act: &[f32],
-    y: &mut [f32],
-) {
+pub fn down(exec: &Exec, experts: &Experts, routing: &Routing, act: &[f32], y: &mut [f32]) {
     let (hidden, intermediate) = (experts.hidden(), experts.intermediate());
     let y = Disjoint::new(y);
     let row_start = |entry: u32| entry as usize * intermediate;
@@ -107,14 +102,15 @@ pub fn down<W: Tiles>(
 }
 
 /// All experts' tiles times their entries; `finish(expert, tile of the expert, entries, rows)`.
-fn grouped<W: Tiles>(
+fn grouped(
     exec: &Exec,
-    weights: &W,
+    weights: &Matrix,
     routing: &Routing,
     x: &[f32],
     row_start: impl Fn(u32) -> usize + Sync + Send,
     finish: impl Fn(usize, usize, &[u32], &mut [[f32; LANES]]) + Sync + Send,
 ) {
+    exec.calls.count(Op::MoeMatmul, weights.format());
     let n_tiles = weights.n_tiles() / routing.n_experts;
     let n_entries = routing.n_rows * routing.n_experts_per_token;
     let mean_rows = n_entries.div_ceil(routing.n_experts);
@@ -143,9 +139,9 @@ fn grouped<W: Tiles>(
 }
 
 /// As [`gate_up`], slow and obvious.
-pub fn gate_up_reference<W: Tiles>(
+pub fn gate_up_reference(
     exec: &Exec,
-    experts: &Experts<W>,
+    experts: &Experts,
     routing: &Routing,
     limit: f32,
     x: &[f32],
@@ -174,9 +170,9 @@ pub fn gate_up_reference<W: Tiles>(
 }
 
 /// As [`down`], slow and obvious.
-pub fn down_reference<W: Tiles>(
+pub fn down_reference(
     _exec: &Exec,
-    experts: &Experts<W>,
+    experts: &Experts,
     routing: &Routing,
     act: &[f32],
     y: &mut [f32],

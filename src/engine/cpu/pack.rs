@@ -1,23 +1,31 @@
 //! Tensors as stored to weights as the kernels read them.
 //!
 //! Every function takes one tensor's bytes, packs its tiles in parallel, and lets the system
-//! drop the file's pages. Formats change only as the precision asked for says: MXFP4 to bf16 is
-//! exact, bf16 to MXFP4 quantizes.
+//! drop the file's pages. Formats change only as the precision asked for says: MXFP4 to MXINT8
+//! and to bf16 is exact, bf16 to MXFP4 and to MXINT8 quantizes, and what that did to the values
+//! is summed up in a [`Deviation`].
 
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::lanes::LANES;
-use super::matmul_bf16::Projection;
+use super::matmul::Projection;
 use super::moe_matmul::Experts;
 use super::swiglu::PAIRS;
-use super::weights::{Bf16Tiles, Mxfp4Tiles, Vector, pack_bf16, pack_mxfp4_block};
+use super::weights::{
+    Bf16Tiles, Matrix, Mxfp4Tiles, Mxint8Tiles, Vector, pack_bf16, pack_mxfp4_block,
+    pack_mxint8_block,
+};
 use crate::engine::EngineError;
 use crate::engine::checkpoint::layers::Parts;
 use crate::engine::checkpoint::{
-    Checkpoint, CheckpointError, ExpertTensors, Layer, Tensor, VectorFormat, WeightFormat,
+    Checkpoint, CheckpointError, Deviation, ExpertTensors, Layer, MatrixFormat, Tensor,
+    VectorFormat, WeightFormat,
 };
-use crate::quant::{bf16, mxfp4};
+use crate::quant::{bf16, mxfp4, mxint8};
+
+/// Elements under one scale, in every block format.
+const BLOCK: usize = mxfp4::BLOCK;
 
 /// Element `i` of a vector tensor.
 fn element(tensor: &Tensor, i: usize) -> f32 {
@@ -83,42 +91,40 @@ pub fn embedding(checkpoint: &Checkpoint) -> Result<Buffer<u16>, EngineError> {
     Ok(values)
 }
 
-pub fn lm_head(checkpoint: &Checkpoint) -> Result<Projection, EngineError> {
+pub fn lm_head(
+    checkpoint: &Checkpoint,
+    format: MatrixFormat,
+) -> Result<(Projection, Deviation), EngineError> {
     let tensor = checkpoint.lm_head()?;
     let parts = Parts {
         weights: vec![tensor],
         biases: Vec::new(),
     };
-    projection(checkpoint, VectorFormat::Bf16, &parts)
+    projection(checkpoint, format, VectorFormat::Bf16, &parts)
 }
 
+/// A dense matrix and its bias.
 pub fn projection(
     checkpoint: &Checkpoint,
-    format: VectorFormat,
+    format: MatrixFormat,
+    vectors: VectorFormat,
     parts: &Parts,
-) -> Result<Projection, EngineError> {
+) -> Result<(Projection, Deviation), EngineError> {
     let n_k = parts.weights.first().map_or(0, |tensor| tensor.shape[1]);
     let n_out = parts.weights.iter().map(|tensor| tensor.shape[0]).sum();
-    let mut tiles = Bf16Tiles::zeroed("a projection", usize::div_ceil(n_out, LANES), n_k)?;
-    let tile_words = tiles.tile_words();
-    let pack = |(tile, words): (usize, &mut [u32])| {
-        for lane in 0..LANES {
-            let Some((tensor, row)) = part_of(&parts.weights, tile * LANES + lane) else {
-                return;
-            };
-            for k in 0..n_k {
-                pack_bf16(words, lane, k, tensor.bf16(row * n_k + k));
-            }
-        }
+    let shape = MatrixShape {
+        n_groups: 1,
+        n_out,
+        n_k,
     };
-    tiles
-        .words_mut()
-        .par_chunks_mut(tile_words)
-        .enumerate()
-        .for_each(pack);
+    let source = DenseSource {
+        parts: &parts.weights,
+        n_k,
+    };
+    let (tiles, deviation) = matrix("a projection", format, shape, &source, plain_row)?;
     let bias = match parts.biases.is_empty() {
         true => None,
-        false => Some(vector_from(format, n_out, |i| {
+        false => Some(vector_from(vectors, n_out, |i| {
             let (tensor, i) = part_of(&parts.biases, i).expect("biases are as long as weights");
             element(tensor, i)
         })?),
@@ -127,7 +133,7 @@ pub fn projection(
         .weights
         .iter()
         .for_each(|tensor| checkpoint.release(tensor));
-    Ok(Projection { n_out, tiles, bias })
+    Ok((Projection { n_out, tiles, bias }, deviation))
 }
 
 /// The part that holds row `row`, and the row's index in it.
@@ -152,28 +158,35 @@ fn plain_row(tile: usize, lane: usize) -> usize {
 }
 
 /// Packs the experts of a layer.
-pub fn experts<W: PackedTiles>(
+pub fn experts(
     checkpoint: &Checkpoint,
     format: WeightFormat,
     layer: &Layer,
-) -> Result<Experts<W>, EngineError> {
+) -> Result<(Experts, Deviation), EngineError> {
     let config = checkpoint.config();
     let (hidden, width) = (config.hidden, config.intermediate);
-    let shape = |n_out, n_k| ExpertShape {
-        n_experts: config.n_experts,
-        n_out,
-        n_k,
+    let pack = |tensors: &ExpertTensors, n_out, n_k, row_of| {
+        let shape = MatrixShape {
+            n_groups: config.n_experts,
+            n_out,
+            n_k,
+        };
+        let source = ExpertSource { tensors, shape };
+        matrix("experts", format.experts, shape, &source, row_of)
     };
     let gate_up_bias = vector_from(format.vectors, config.n_experts * 2 * width, |i| {
         let (expert, lane) = (i / (2 * width), i % (2 * width));
         let row = gate_up_row(lane / LANES, lane % LANES);
         element(&layer.gate_up_bias, expert * 2 * width + row)
     })?;
+    let (gate_up, mut deviation) = pack(&layer.gate_up, 2 * width, hidden, gate_up_row)?;
+    let (down, of_down) = pack(&layer.down, hidden, width, plain_row)?;
+    deviation += of_down;
     let experts = Experts {
         n_experts: config.n_experts,
-        gate_up: W::pack(&layer.gate_up, shape(2 * width, hidden), gate_up_row)?,
+        gate_up,
         gate_up_bias,
-        down: W::pack(&layer.down, shape(hidden, width), plain_row)?,
+        down,
         down_bias: vector(checkpoint, format.vectors, &layer.down_bias)?,
     };
     for tensors in [&layer.gate_up, &layer.down] {
@@ -185,34 +198,99 @@ pub fn experts<W: PackedTiles>(
             ExpertTensors::Bf16 { values, .. } => checkpoint.release(values),
         }
     }
-    Ok(experts)
+    Ok((experts, deviation))
 }
 
-/// Shape of an expert projection.
+/// Shape of a matrix: `n_groups` experts, or one, of `n_out` rows.
 #[derive(Clone, Copy)]
-pub struct ExpertShape {
-    n_experts: usize,
+struct MatrixShape {
+    n_groups: usize,
     n_out: usize,
     n_k: usize,
 }
 
-/// Blocks of 32 k of an expert projection, whatever the file's format.
-struct Source<'a> {
-    tensors: &'a ExpertTensors<'a>,
-    shape: ExpertShape,
+/// 32 values along K as the file holds them.
+enum StoredBlock {
+    Mxfp4(u8, [u8; mxfp4::BLOCK_BYTES]),
+    Bf16([u16; BLOCK]),
 }
 
-impl Source<'_> {
-    /// Scale and codes of a block, quantized when the file holds bf16.
-    fn mxfp4(
+/// A stored matrix in blocks of 32 k, whatever the file's format and layout.
+trait Source: Sync {
+    /// A block of a row of a group; nothing past the last row.
+    fn block(
+        &self,
+        group: usize,
+        row: usize,
+        block: usize,
+    ) -> Result<Option<StoredBlock>, CheckpointError>;
+
+    /// The error for a block that holds a value which is not finite.
+    fn not_finite(&self, group: usize, row: usize, block: usize) -> CheckpointError;
+}
+
+/// Rows of dense bf16 tensors that follow each other.
+struct DenseSource<'a> {
+    parts: &'a [Tensor<'a>],
+    n_k: usize,
+}
+
+impl Source for DenseSource<'_> {
+    fn block(
+        &self,
+        _group: usize,
+        row: usize,
+        block: usize,
+    ) -> Result<Option<StoredBlock>, CheckpointError> {
+        Ok(part_of(self.parts, row).map(|(tensor, row)| {
+            let start = row * self.n_k + block * BLOCK;
+            StoredBlock::Bf16(std::array::from_fn(|i| tensor.bf16(start + i)))
+        }))
+    }
+
+    fn not_finite(&self, _group: usize, row: usize, block: usize) -> CheckpointError {
+        let (tensor, row) = part_of(self.parts, row).expect("the block was read");
+        not_finite(tensor, row * self.n_k + block * BLOCK)
+    }
+}
+
+fn not_finite(tensor: &Tensor, element: usize) -> CheckpointError {
+    CheckpointError::NotFinite {
+        path: tensor.path.to_owned(),
+        tensor: tensor.name.clone(),
+        element,
+    }
+}
+
+/// An expert projection.
+struct ExpertSource<'a> {
+    tensors: &'a ExpertTensors<'a>,
+    shape: MatrixShape,
+}
+
+impl ExpertSource<'_> {
+    /// Index of a bf16 value.
+    fn element(&self, expert: usize, row: usize, k: usize) -> usize {
+        let MatrixShape { n_out, n_k, .. } = self.shape;
+        match self.tensors {
+            ExpertTensors::Bf16 {
+                transposed: true, ..
+            } => (expert * n_k + k) * n_out + row,
+            _ => (expert * n_out + row) * n_k + k,
+        }
+    }
+}
+
+impl Source for ExpertSource<'_> {
+    fn block(
         &self,
         expert: usize,
         row: usize,
         block: usize,
-    ) -> Result<(u8, [u8; mxfp4::BLOCK_BYTES]), CheckpointError> {
-        match self.tensors {
+    ) -> Result<Option<StoredBlock>, CheckpointError> {
+        Ok(Some(match self.tensors {
             ExpertTensors::Mxfp4 { codes, scales } => {
-                let n_blocks = self.shape.n_k / mxfp4::BLOCK;
+                let n_blocks = self.shape.n_k / BLOCK;
                 let index = (expert * self.shape.n_out + row) * n_blocks + block;
                 let codes = codes.bytes.as_chunks::<{ mxfp4::BLOCK_BYTES }>().0[index];
                 let byte = scales.bytes[index];
@@ -224,123 +302,150 @@ impl Source<'_> {
                         byte,
                     });
                 }
-                Ok((byte, codes))
+                StoredBlock::Mxfp4(byte, codes)
             }
-            ExpertTensors::Bf16 { values, .. } => {
-                let mut block_values = [0.0; mxfp4::BLOCK];
-                for (i, value) in block_values.iter_mut().enumerate() {
-                    let k = block * mxfp4::BLOCK + i;
-                    *value = bf16::to_f32(values.bf16(self.element(expert, row, k)));
-                }
-                mxfp4::pack(&block_values).ok_or_else(|| CheckpointError::NotFinite {
-                    path: values.path.to_owned(),
-                    tensor: values.name.clone(),
-                    element: self.element(expert, row, block * mxfp4::BLOCK),
+            ExpertTensors::Bf16 { values, .. } => StoredBlock::Bf16(std::array::from_fn(|i| {
+                values.bf16(self.element(expert, row, block * BLOCK + i))
+            })),
+        }))
+    }
+
+    fn not_finite(&self, expert: usize, row: usize, block: usize) -> CheckpointError {
+        match self.tensors {
+            ExpertTensors::Mxfp4 { scales: values, .. } | ExpertTensors::Bf16 { values, .. } => {
+                not_finite(values, self.element(expert, row, block * BLOCK))
+            }
+        }
+    }
+}
+
+/// Packs a matrix; `row_of(tile, lane)` is the file's row within the group. The sums of the
+/// deviation run over tiles in order, so that they do not depend on the threads.
+fn matrix(
+    what: &str,
+    format: MatrixFormat,
+    shape: MatrixShape,
+    source: &impl Source,
+    row_of: fn(usize, usize) -> usize,
+) -> Result<(Matrix, Deviation), EngineError> {
+    let tiles_a_group = shape.n_out.div_ceil(LANES);
+    let n_tiles = shape.n_groups * tiles_a_group;
+    // Calls `put(lane, block, stored)` for all blocks of a tile.
+    let each_block = |tile: usize,
+                      put: &mut dyn FnMut(usize, usize, StoredBlock) -> Option<()>|
+     -> Result<(), CheckpointError> {
+        let (group, tile) = (tile / tiles_a_group, tile % tiles_a_group);
+        for lane in 0..LANES {
+            let row = row_of(tile, lane);
+            for block in 0..shape.n_k / BLOCK {
+                let Some(stored) = source.block(group, row, block)? else {
+                    break;
+                };
+                put(lane, block, stored).ok_or_else(|| source.not_finite(group, row, block))?;
+            }
+        }
+        Ok(())
+    };
+    Ok(match format {
+        MatrixFormat::Mxfp4 => {
+            let mut packed = Mxfp4Tiles::zeroed(what, n_tiles, shape.n_k)?;
+            let length = Mxfp4Tiles::tile_bytes(shape.n_k);
+            let deviation = fill(packed.bytes_mut(), length, |tile, bytes, deviation| {
+                each_block(tile, &mut |lane, block, stored| {
+                    let (scale, codes) = as_mxfp4(&stored, deviation)?;
+                    pack_mxfp4_block(bytes, lane, block, scale, &codes);
+                    Some(())
                 })
-            }
-        }
-    }
-
-    /// The bf16 bits of a block's values; exact.
-    fn bf16(
-        &self,
-        expert: usize,
-        row: usize,
-        block: usize,
-    ) -> Result<[u16; mxfp4::BLOCK], CheckpointError> {
-        let mut bits = [0; mxfp4::BLOCK];
-        match self.tensors {
-            ExpertTensors::Mxfp4 { .. } => {
-                let (scale, codes) = self.mxfp4(expert, row, block)?;
-                for (bits, value) in bits.iter_mut().zip(mxfp4::unpack(scale, &codes)) {
-                    *bits = bf16::from_f32(value);
-                }
-            }
-            ExpertTensors::Bf16 { values, .. } => {
-                for (i, bits) in bits.iter_mut().enumerate() {
-                    *bits = values.bf16(self.element(expert, row, block * mxfp4::BLOCK + i));
-                }
-            }
-        }
-        Ok(bits)
-    }
-
-    fn element(&self, expert: usize, row: usize, k: usize) -> usize {
-        let ExpertShape { n_out, n_k, .. } = self.shape;
-        match self.tensors {
-            ExpertTensors::Bf16 {
-                transposed: true, ..
-            } => (expert * n_k + k) * n_out + row,
-            _ => (expert * n_out + row) * n_k + k,
-        }
-    }
-}
-
-/// Tiles that experts can be packed into.
-pub trait PackedTiles: Sized {
-    /// Packs a projection; `row_of(tile, lane)` is the file's row within the expert.
-    fn pack(
-        tensors: &ExpertTensors,
-        shape: ExpertShape,
-        row_of: fn(usize, usize) -> usize,
-    ) -> Result<Self, EngineError>;
-}
-
-impl PackedTiles for Mxfp4Tiles {
-    fn pack(
-        tensors: &ExpertTensors,
-        shape: ExpertShape,
-        row_of: fn(usize, usize) -> usize,
-    ) -> Result<Self, EngineError> {
-        let tiles_an_expert = shape.n_out / LANES;
-        let n_tiles = shape.n_experts * tiles_an_expert;
-        let mut packed = Self::zeroed("experts", n_tiles, shape.n_k)?;
-        let source = Source { tensors, shape };
-        packed
-            .bytes_mut()
-            .par_chunks_mut(Self::tile_bytes(shape.n_k))
-            .enumerate()
-            .try_for_each(|(tile, bytes)| {
-                let (expert, tile) = (tile / tiles_an_expert, tile % tiles_an_expert);
-                for lane in 0..LANES {
-                    for block in 0..shape.n_k / mxfp4::BLOCK {
-                        let (scale, codes) = source.mxfp4(expert, row_of(tile, lane), block)?;
-                        pack_mxfp4_block(bytes, lane, block, scale, &codes);
-                    }
-                }
-                Ok::<_, CheckpointError>(())
             })?;
-        Ok(packed)
+            (Matrix::Mxfp4(packed), deviation)
+        }
+        MatrixFormat::Mxint8 => {
+            let mut packed = Mxint8Tiles::zeroed(what, n_tiles, shape.n_k)?;
+            let length = Mxint8Tiles::tile_bytes(shape.n_k);
+            let deviation = fill(packed.bytes_mut(), length, |tile, bytes, deviation| {
+                each_block(tile, &mut |lane, block, stored| {
+                    let (scale, codes) = as_mxint8(&stored, deviation)?;
+                    pack_mxint8_block(bytes, lane, block, scale, &codes);
+                    Some(())
+                })
+            })?;
+            (Matrix::Mxint8(packed), deviation)
+        }
+        MatrixFormat::Bf16 => {
+            let mut packed = Bf16Tiles::zeroed(what, n_tiles, shape.n_k)?;
+            let length = packed.tile_words();
+            let deviation = fill(packed.words_mut(), length, |tile, words, _| {
+                each_block(tile, &mut |lane, block, stored| {
+                    for (i, bits) in as_bf16(&stored).into_iter().enumerate() {
+                        pack_bf16(words, lane, block * BLOCK + i, bits);
+                    }
+                    Some(())
+                })
+            })?;
+            (Matrix::Bf16(packed), deviation)
+        }
+    })
+}
+
+/// Fills tiles of `length` words in parallel.
+fn fill<T: Send>(
+    words: &mut [T],
+    length: usize,
+    pack: impl Fn(usize, &mut [T], &mut Deviation) -> Result<(), CheckpointError> + Sync,
+) -> Result<Deviation, CheckpointError> {
+    let by_tile: Vec<Deviation> = words
+        .par_chunks_mut(length)
+        .enumerate()
+        .map(|(tile, words)| {
+            let mut deviation = Deviation::default();
+            pack(tile, words, &mut deviation)?;
+            Ok(deviation)
+        })
+        .collect::<Result<_, CheckpointError>>()?;
+    let mut sum = Deviation::default();
+    by_tile.into_iter().for_each(|tile| sum += tile);
+    Ok(sum)
+}
+
+/// A block in MXFP4, quantized when the file holds bf16; nothing when a value is not finite.
+fn as_mxfp4(
+    stored: &StoredBlock,
+    deviation: &mut Deviation,
+) -> Option<(u8, [u8; mxfp4::BLOCK_BYTES])> {
+    match stored {
+        StoredBlock::Mxfp4(scale, codes) => Some((*scale, *codes)),
+        StoredBlock::Bf16(bits) => {
+            let values = bits.map(bf16::to_f32);
+            let (scale, codes) = mxfp4::pack(&values)?;
+            compare(&values, &mxfp4::unpack(scale, &codes), deviation);
+            Some((scale, codes))
+        }
     }
 }
 
-impl PackedTiles for Bf16Tiles {
-    fn pack(
-        tensors: &ExpertTensors,
-        shape: ExpertShape,
-        row_of: fn(usize, usize) -> usize,
-    ) -> Result<Self, EngineError> {
-        let tiles_an_expert = shape.n_out / LANES;
-        let n_tiles = shape.n_experts * tiles_an_expert;
-        let mut packed = Self::zeroed("experts", n_tiles, shape.n_k)?;
-        let tile_words = packed.tile_words();
-        let source = Source { tensors, shape };
-        packed
-            .words_mut()
-            .par_chunks_mut(tile_words)
-            .enumerate()
-            .try_for_each(|(tile, words)| {
-                let (expert, tile) = (tile / tiles_an_expert, tile % tiles_an_expert);
-                for lane in 0..LANES {
-                    for block in 0..shape.n_k / mxfp4::BLOCK {
-                        let bits = source.bf16(expert, row_of(tile, lane), block)?;
-                        for (i, bits) in bits.into_iter().enumerate() {
-                            pack_bf16(words, lane, block * mxfp4::BLOCK + i, bits);
-                        }
-                    }
-                }
-                Ok::<_, CheckpointError>(())
-            })?;
-        Ok(packed)
+/// A block in MXINT8: exact from MXFP4, quantized from bf16.
+fn as_mxint8(stored: &StoredBlock, deviation: &mut Deviation) -> Option<(u8, [i8; BLOCK])> {
+    match stored {
+        StoredBlock::Mxfp4(scale, codes) => Some(mxint8::from_mxfp4(*scale, codes)),
+        StoredBlock::Bf16(bits) => {
+            let values = bits.map(bf16::to_f32);
+            let (scale, codes) = mxint8::pack(&values)?;
+            compare(&values, &mxint8::unpack(scale, &codes), deviation);
+            Some((scale, codes))
+        }
+    }
+}
+
+/// The bf16 bits of a block's values; exact.
+fn as_bf16(stored: &StoredBlock) -> [u16; BLOCK] {
+    match stored {
+        StoredBlock::Mxfp4(scale, codes) => mxfp4::unpack(*scale, codes).map(bf16::from_f32),
+        StoredBlock::Bf16(bits) => *bits,
+    }
+}
+
+fn compare(values: &[f32; BLOCK], held: &[f32; BLOCK], deviation: &mut Deviation) {
+    for (&value, &held) in values.iter().zip(held) {
+        deviation.add(value, held);
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::*;
-use crate::engine::checkpoint::{CheckpointError, ExpertFormat, VectorFormat};
+use crate::engine::checkpoint::{MatrixFormat, VectorFormat};
 use crate::engine::sample::logits_hash;
 use crate::engine::{SamplingParams, StopReason};
 
@@ -43,13 +43,13 @@ const CONFIG: &str = r#"{"num_hidden_layers": 3, "hidden_size": 64, "num_attenti
 /// A random checkpoint in the Hugging Face layout.
 struct Maker {
     random: Random,
-    experts: ExpertFormat,
+    experts: MatrixFormat,
     norms: VectorFormat,
     tensors: BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>,
 }
 
 impl Maker {
-    fn new(experts: ExpertFormat, norms: VectorFormat) -> Self {
+    fn new(experts: MatrixFormat, norms: VectorFormat) -> Self {
         let mut maker = Self {
             random: Random(11),
             experts,
@@ -106,8 +106,9 @@ impl Maker {
 
     fn experts(&mut self, name: &str, n_out: usize, n_k: usize) {
         match self.experts {
-            ExpertFormat::Bf16 => self.bf16(name, &[EXPERTS, n_k, n_out], 0.2),
-            ExpertFormat::Mxfp4 => {
+            MatrixFormat::Bf16 => self.bf16(name, &[EXPERTS, n_k, n_out], 0.2),
+            MatrixFormat::Mxint8 => unreachable!("no layout stores it"),
+            MatrixFormat::Mxfp4 => {
                 let n_blocks = EXPERTS * n_out * n_k / 32;
                 let codes = (0..16 * n_blocks)
                     .map(|_| self.random.next() as u8)
@@ -143,7 +144,7 @@ impl Maker {
 }
 
 fn checkpoint() -> Checkpoint {
-    Maker::new(ExpertFormat::Mxfp4, VectorFormat::Bf16).open()
+    Maker::new(MatrixFormat::Mxfp4, VectorFormat::Bf16).open()
 }
 
 const SHAPE: EngineShape = EngineShape {
@@ -311,26 +312,105 @@ fn batch_mates_threads_and_paths_change_no_bit() {
 }
 
 #[test]
-fn sixteen_bit_copies_of_mxfp4_experts_give_the_same_bits() {
+fn eight_and_sixteen_bit_copies_of_mxfp4_experts_give_the_same_bits() {
     let checkpoint = checkpoint();
     let tokens = prompt(5, 40);
-    let mut hashes = Vec::new();
-    for precision in [Precision::Stored, Precision::Bits4, Precision::Bits16] {
-        let opened = CpuBackend::open(&checkpoint, precision, SHAPE, options(true));
-        hashes.push(score(&mut opened.expect("it opens"), &tokens));
+    let mut base = None;
+    for (precision, kernel) in [
+        (Precision::Stored, "moe_matmul_mxfp4"),
+        (Precision::Bits4, "moe_matmul_mxfp4"),
+        (Precision::Experts8, "moe_matmul_mxint8"),
+        (Precision::Bits16, "moe_matmul_bf16"),
+    ] {
+        for exact in [true, false] {
+            let mut opened =
+                CpuBackend::open(&checkpoint, precision, SHAPE, options(exact)).expect("it opens");
+            let hashes = score(&mut opened, &tokens);
+            let base = base.get_or_insert_with(|| [None, None]);
+            let base = base[usize::from(exact)].get_or_insert_with(|| hashes.clone());
+            assert_eq!(*base, hashes, "{}", precision.name());
+            let calls = opened.kernel_calls();
+            assert_eq!(
+                calls[kernel] % 6,
+                0,
+                "two products for each of three layers"
+            );
+            let other = calls
+                .keys()
+                .find(|&name| name.starts_with("moe") && name != kernel);
+            assert_eq!(other, None, "no other kernel multiplied experts");
+        }
     }
-    assert_eq!(hashes[0], hashes[1]);
-    assert_eq!(hashes[0], hashes[2]);
+}
+
+#[test]
+fn every_policy_changes_what_it_names_and_nothing_else() {
+    let checkpoint = checkpoint();
+    let tokens = prompt(5, 40);
+    let mut seen: Vec<Vec<u64>> = Vec::new();
+    for (precision, changed) in [
+        (Precision::Bits4, &[][..]),
+        (Precision::Bits8, &["attention", "lm_head"][..]),
+        (Precision::Bits4Dense8, &["attention", "lm_head"][..]),
+        (Precision::Bits4Dense4, &["attention", "lm_head"][..]),
+    ] {
+        let mut opened =
+            CpuBackend::open(&checkpoint, precision, SHAPE, options(true)).expect("it opens");
+        for (class, deviation) in opened.model.deviation().classes() {
+            let relative = deviation.relative();
+            let expected = match (changed.contains(&class), precision) {
+                (false, _) => 0.0..=0.0,
+                (true, Precision::Bits4Dense4) => 0.05..=0.2,
+                (true, _) => 0.001..=0.02,
+            };
+            assert!(
+                expected.contains(&relative),
+                "{} of {class}: {relative}",
+                precision.name()
+            );
+        }
+        seen.push(score(&mut opened, &tokens));
+    }
+    // 8bit's experts are exact copies, so it is 4bit-dense8 in other bytes.
+    assert_eq!(seen[1], seen[2]);
+    assert_ne!(seen[0], seen[1]);
+    assert_ne!(seen[1], seen[3]);
+}
+
+#[test]
+fn one_flipped_weight_code_changes_the_hash() {
+    let mut maker = Maker::new(MatrixFormat::Mxfp4, VectorFormat::Bf16);
+    let tokens = prompt(5, 40);
+    let hashes = |maker: &Maker| {
+        let opened = CpuBackend::open(&maker.open(), Precision::Experts8, SHAPE, options(false));
+        score(&mut opened.expect("it opens"), &tokens)
+    };
+    // The highest bit of one magnitude of an expert.
+    let flip = |maker: &mut Maker, expert: usize| {
+        let name = "model.layers.1.mlp.experts.down_proj_blocks";
+        let (_, shape, codes) = maker.tensors.get_mut(name).expect("it was made");
+        let an_expert: usize = shape[1..].iter().product();
+        codes[expert * an_expert + an_expert / 2] ^= 0x40;
+    };
+    let before = hashes(&maker);
+    let mut n_seen = 0;
+    for expert in 0..EXPERTS {
+        flip(&mut maker, expert);
+        n_seen += usize::from(before != hashes(&maker));
+        flip(&mut maker, expert);
+    }
+    // An expert that no token was sent to may hold anything.
+    assert!(n_seen >= 2, "{n_seen} of {EXPERTS} flips were seen");
 }
 
 #[test]
 fn memory_is_as_planned_for_every_format() {
-    for experts in [ExpertFormat::Mxfp4, ExpertFormat::Bf16] {
+    for experts in [MatrixFormat::Mxfp4, MatrixFormat::Bf16] {
         for norms in [VectorFormat::Bf16, VectorFormat::F32] {
             let checkpoint = Maker::new(experts, norms).open();
-            for precision in [Precision::Stored, Precision::Bits4, Precision::Bits16] {
+            for precision in Precision::ALL {
                 for exact in [true, false] {
-                    let format = checkpoint.weight_format(precision).expect("available");
+                    let format = checkpoint.weight_format(precision);
                     assert_eq!(format.vectors, norms);
                     let options = options(exact);
                     let planned =
@@ -344,9 +424,7 @@ fn memory_is_as_planned_for_every_format() {
             }
             // What is not padded takes the bytes of the file.
             let stored = checkpoint.stored_bytes().expect("complete");
-            let format = checkpoint
-                .weight_format(Precision::Stored)
-                .expect("available");
+            let format = checkpoint.weight_format(Precision::Stored);
             let planned = CpuModel::planned_bytes(checkpoint.config(), format);
             assert_eq!(planned.embedding, stored.embedding);
             if norms == VectorFormat::Bf16 {
@@ -359,12 +437,15 @@ fn memory_is_as_planned_for_every_format() {
 }
 
 #[test]
-fn eight_bit_is_refused_by_name() {
-    let refused = CpuBackend::open(&checkpoint(), Precision::Bits8, SHAPE, options(true));
-    let Err(EngineError::Checkpoint(CheckpointError::Precision { asked })) = refused else {
-        panic!("8bit was not refused");
+fn eight_bit_experts_take_33_bytes_for_17() {
+    let checkpoint = checkpoint();
+    let of = |precision| {
+        let planned =
+            CpuModel::planned_bytes(checkpoint.config(), checkpoint.weight_format(precision));
+        // Biases are the same in both.
+        planned.experts - (3 * EXPERTS * (2 * WIDTH + HIDDEN) * 2) as u64
     };
-    assert_eq!(asked, "8bit");
+    assert_eq!(of(Precision::Experts8) * 17, of(Precision::Bits4) * 33);
 }
 
 #[test]
@@ -456,7 +537,7 @@ fn tokens_outside_the_vocabulary_and_nan_are_errors() {
         })
     ));
 
-    let mut maker = Maker::new(ExpertFormat::Mxfp4, VectorFormat::Bf16);
+    let mut maker = Maker::new(MatrixFormat::Mxfp4, VectorFormat::Bf16);
     let (.., bytes) = maker
         .tensors
         .get_mut("model.norm.weight")

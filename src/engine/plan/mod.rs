@@ -7,20 +7,24 @@
 //! longest prompt and one page more, and one row its whole context.
 
 mod available;
+mod card;
+mod fit;
 mod grid;
 mod table;
 #[cfg(test)]
 mod tests;
 
 pub use available::available_memory;
-pub use grid::{CARDS, GridCell, card_bytes, grid};
-pub use table::{bytes_text, grid_table};
+pub use card::{CARDS, CONTEXT_BYTES, Card};
+pub use fit::{FitCell, MAX_FIT_SLOTS, PrecisionFit, fit};
+pub use grid::{GridCell, grid};
+pub use table::{bytes_text, fit_table, grid_table, ledger_table};
 
 use super::kv::pages_for;
 use super::{BackendMemory, EngineShape, PAGE_POSITIONS};
 
 /// Bytes of one class of tensors.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct LedgerEntry {
     /// `experts`, `attention`, `embedding`, …
     pub class: String,
@@ -30,6 +34,10 @@ pub struct LedgerEntry {
     pub loaded_bytes: u64,
     /// Whether the loaded values equal the stored ones; absent when not known before loading.
     pub lossless: Option<bool>,
+    /// Root mean squared error over the root mean square of the stored values, measured while
+    /// loading where the format changed to a narrower one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relative_error: Option<f64>,
 }
 
 /// Bytes the engine may take.
@@ -81,6 +89,8 @@ pub struct PlanRequest {
     pub n_jobs: usize,
     pub prefix_reuse: bool,
     pub prefill_rows: usize,
+    /// The format of keys and values in the cache.
+    pub kv_scheme: &'static str,
 }
 
 /// Slots an automatic batch goes up to.
@@ -98,13 +108,16 @@ const PREFIX_LEVELS: usize = 4;
 const MAX_PREFIXES_A_REFILL: usize = 16;
 
 /// What will be allocated, for `run.json` and for the user to read.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct MemoryPlan {
     pub shape: EngineShape,
     pub memory: BackendMemory,
     pub total_bytes: u64,
     pub budget_bytes: u64,
     pub batch: BatchSize,
+    /// The format of keys and values in the cache: `bf16`, or `f32` with exact arithmetic.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub kv_scheme: String,
     /// Pages with which every slot could fill its context at once.
     pub full_pages: usize,
     pub ledger: Vec<LedgerEntry>,
@@ -212,6 +225,7 @@ pub fn plan(
         total_bytes: total(&memory),
         budget_bytes: request.budget.total_bytes,
         batch: request.batch,
+        kv_scheme: request.kv_scheme.to_owned(),
         full_pages: full_pages(shape.n_slots, shape.max_context, shape.n_forks),
         ledger: request.ledger.clone(),
     })

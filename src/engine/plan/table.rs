@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{BatchSize, GridCell, MemoryPlan};
+use super::{BatchSize, GridCell, LedgerEntry, MemoryPlan, PrecisionFit};
 
 /// Bytes as a person reads them: `12.82 GiB`, `640.0 MiB`, `312 B`.
 pub fn bytes_text(bytes: u64) -> String {
@@ -19,34 +19,49 @@ pub fn bytes_text(bytes: u64) -> String {
     }
 }
 
-/// The ledger, a line a class, then the plan, a line a use.
+/// The ledger, a line a class, with the totals.
+pub fn ledger_table(ledger: &[LedgerEntry]) -> String {
+    struct Table<'a>(&'a [LedgerEntry]);
+    impl fmt::Display for Table<'_> {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write_ledger(f, self.0)
+        }
+    }
+    Table(ledger).to_string()
+}
+
+fn write_ledger(f: &mut fmt::Formatter<'_>, ledger: &[LedgerEntry]) -> fmt::Result {
+    let mut rows = vec![["weights", "held as", "stored", "loaded", "values"].map(str::to_owned)];
+    for entry in ledger {
+        let values = match (entry.lossless, entry.relative_error) {
+            (Some(true), _) => "exact".to_owned(),
+            (Some(false), Some(error)) => format!("changed, error {:.2} %", 100.0 * error),
+            (Some(false), None) => "changed".to_owned(),
+            (None, _) => "quantized at load".to_owned(),
+        };
+        rows.push([
+            entry.class.clone(),
+            entry.scheme.clone(),
+            bytes_text(entry.stored_bytes),
+            bytes_text(entry.loaded_bytes),
+            values,
+        ]);
+    }
+    let sum = |of: fn(&LedgerEntry) -> u64| ledger.iter().map(of).sum::<u64>();
+    rows.push([
+        "total".to_owned(),
+        String::new(),
+        bytes_text(sum(|e| e.stored_bytes)),
+        bytes_text(sum(|e| e.loaded_bytes)),
+        String::new(),
+    ]);
+    write_aligned(f, &rows, &[false, false, true, true, false])
+}
+
+/// The ledger, then the plan, a line a use.
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut rows =
-            vec![["weights", "held as", "stored", "loaded", "values"].map(str::to_owned)];
-        for entry in &self.ledger {
-            let values = match entry.lossless {
-                Some(true) => "exact",
-                Some(false) => "changed",
-                None => "-",
-            };
-            rows.push([
-                entry.class.clone(),
-                entry.scheme.clone(),
-                bytes_text(entry.stored_bytes),
-                bytes_text(entry.loaded_bytes),
-                values.to_owned(),
-            ]);
-        }
-        let sum = |of: fn(&super::LedgerEntry) -> u64| self.ledger.iter().map(of).sum::<u64>();
-        rows.push([
-            "total".to_owned(),
-            String::new(),
-            bytes_text(sum(|e| e.stored_bytes)),
-            bytes_text(sum(|e| e.loaded_bytes)),
-            String::new(),
-        ]);
-        write_aligned(f, &rows, &[false, false, true, true, false])?;
+        write_ledger(f, &self.ledger)?;
         writeln!(f)?;
 
         let shape = &self.shape;
@@ -77,8 +92,8 @@ impl fmt::Display for MemoryPlan {
                 "kv cache".to_owned(),
                 bytes_text(self.memory.kv_bytes),
                 format!(
-                    "{} slots ({origin}){forks} x {} positions, {pages}",
-                    shape.n_slots, shape.max_context
+                    "{}, {} slots ({origin}){forks} x {} positions, {pages}",
+                    self.kv_scheme, shape.n_slots, shape.max_context
                 ),
             ],
             [
@@ -125,6 +140,39 @@ pub fn grid_table(cells: &[Vec<GridCell>], budget_bytes: u64) -> String {
         }
     }
     Table(cells, budget_bytes).to_string()
+}
+
+/// Precisions down, contexts across: the largest number of slots, each at its full context.
+pub fn fit_table(fits: &[PrecisionFit]) -> String {
+    struct Table<'a>(&'a [PrecisionFit]);
+    impl fmt::Display for Table<'_> {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            let contexts = self.0.first().map_or(&[][..], |fit| &fit.cells);
+            let head = ["precision", "weights", "fits"].map(str::to_owned);
+            let contexts = contexts
+                .iter()
+                .map(|cell| format!("context {}", cell.max_context));
+            let mut rows = vec![head.into_iter().chain(contexts).collect::<Vec<String>>()];
+            for fit in self.0 {
+                let yes = if fit.fits { "yes" } else { "no" };
+                let head = [
+                    fit.precision.to_owned(),
+                    bytes_text(fit.weights_bytes),
+                    yes.to_owned(),
+                ];
+                let cells = fit.cells.iter().map(|cell| match cell.n_slots {
+                    0 => "-".to_owned(),
+                    super::MAX_FIT_SLOTS.. => format!("{}+", super::MAX_FIT_SLOTS),
+                    n => n.to_string(),
+                });
+                rows.push(head.into_iter().chain(cells).collect());
+            }
+            let width = rows.iter().map(Vec::len).max().unwrap_or(0);
+            let right: Vec<bool> = (0..width).map(|column| column == 1 || column > 2).collect();
+            write_aligned(f, &rows, &right)
+        }
+    }
+    Table(fits).to_string()
 }
 
 /// Writes rows with columns padded to their widest cell, no blanks at line ends.

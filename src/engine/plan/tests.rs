@@ -25,6 +25,7 @@ fn request(batch: BatchSize, total_bytes: u64) -> PlanRequest {
                 stored_bytes: 700_000,
                 loaded_bytes: 700_000,
                 lossless: Some(true),
+                relative_error: None,
             },
             LedgerEntry {
                 class: "attention".to_owned(),
@@ -32,6 +33,7 @@ fn request(batch: BatchSize, total_bytes: u64) -> PlanRequest {
                 stored_bytes: 400_000,
                 loaded_bytes: 300_000,
                 lossless: Some(false),
+                relative_error: Some(0.0123),
             },
         ],
         budget: Budget::given(total_bytes),
@@ -41,6 +43,7 @@ fn request(batch: BatchSize, total_bytes: u64) -> PlanRequest {
         n_jobs: 1000,
         prefix_reuse: false,
         prefill_rows: 100,
+        kv_scheme: "bf16",
     }
 }
 
@@ -175,12 +178,12 @@ fn the_table_shows_ledger_and_plan() -> Result<(), PlanError> {
     let expected = "\
 weights    held as     stored     loaded  values
 experts    mxfp4    683.6 KiB  683.6 KiB  exact
-attention  mxint8   390.6 KiB  293.0 KiB  changed
+attention  mxint8   390.6 KiB  293.0 KiB  changed, error 1.23 %
 total                 1.0 MiB  976.6 KiB
 
 memory plan
 weights       976.6 KiB
-kv cache       23.7 KiB  4 slots (given) + 7 shared prefixes x 2048 positions, 21 pages of the 39 \
+kv cache       23.7 KiB  bf16, 4 slots (given) + 7 shared prefixes x 2048 positions, 21 pages of the 39 \
 that all slots at full context would take
 workspace         640 B  prefill passes of 100 tokens
 total        1000.9 KiB  budget 1001.0 KiB
@@ -211,9 +214,30 @@ fn the_grid_marks_what_does_not_fit() {
     let text = grid_table(&cells, WEIGHTS + 50_000);
     let marked: Vec<bool> = text.lines().map(|line| line.contains('*')).collect();
     assert_eq!(marked, [false, false, true]);
-    assert_eq!(card_bytes("H100"), Some(79 << 30));
-    assert_eq!(card_bytes("a100"), None, "there are two of that name");
-    assert_eq!(card_bytes("a100-40g"), Some(39 << 30));
+}
+
+#[test]
+fn a_card_leaves_what_its_context_does_not_take() {
+    let card = Card::named("A100-40").expect("it is listed");
+    assert_eq!(bytes_text(card.total_bytes), "39.56 GiB");
+    assert_eq!(bytes_text(card.usable_bytes()), "39.06 GiB");
+    assert!(card.is_supported());
+    assert!(!Card::named("t4-16").expect("listed").is_supported());
+    assert!(Card::named("a100").is_none(), "there are two of that name");
+}
+
+#[test]
+fn a_fit_counts_the_most_slots_and_says_when_there_are_none() {
+    let roomy = fit("4bit", &[512, 2048], 100, WEIGHTS + 100_000, memory);
+    assert!(roomy.fits);
+    let slots: Vec<usize> = roomy.cells.iter().map(|cell| cell.n_slots).collect();
+    // A slot takes 2 or 8 pages, a ring and 10 bytes of workspace beside 600 for all.
+    assert_eq!(slots, [99_400 / 2310, 99_400 / 8310]);
+    let tight = fit("4bit", &[512, 2048], 100, WEIGHTS + 2_000, memory);
+    assert!(!tight.fits && tight.cells.iter().all(|cell| cell.n_slots == 0));
+    assert_eq!(tight.least_bytes, WEIGHTS + 2 * PAGE + RING + 610);
+    let text = fit_table(&[roomy, tight]);
+    assert!(text.lines().nth(2).is_some_and(|line| line.contains("no")));
 }
 
 proptest! {

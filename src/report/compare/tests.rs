@@ -19,7 +19,12 @@ pub(crate) fn run(name: &str, precision: &str, samples: u32, rows: Vec<ResultRow
         &PathBuf::from("/nonexistent"),
         Session::start("cpu", "cpu/avx512", 8),
     );
-    manifest.end_session(Outcome::Complete, Default::default(), None);
+    manifest.end_session(
+        Outcome::Complete,
+        Default::default(),
+        None,
+        Default::default(),
+    );
     let scheme = if precision == "4bit" {
         "bf16"
     } else {

@@ -46,7 +46,12 @@ fn a_manifest_comes_back_as_written() {
         decode_seconds: 0.5,
         ..ThroughputTotals::default()
     };
-    written.end_session(Outcome::Complete, totals, Some(MemorySummary::default()));
+    written.end_session(
+        Outcome::Complete,
+        totals,
+        Some(MemorySummary::default()),
+        Default::default(),
+    );
     written
         .write(dir.path())
         .expect("the test folder is writable");

@@ -64,7 +64,7 @@ fn make(
         live_row_steps: rows.len() as u64,
         ..ThroughputTotals::default()
     };
-    manifest.end_session(Outcome::Complete, totals, None);
+    manifest.end_session(Outcome::Complete, totals, None, Default::default());
     change(&mut manifest);
     manifest
         .write(run_dir)

@@ -1,17 +1,18 @@
-//! Dense projections on bf16 weights: q, k, v, attention out, router, lm head.
+//! Dense projections: q, k, v, attention out, router, lm head, on weights of any format.
 //!
 //! `out[row][o] = sum over k of w[o][k] x[row][k] + bias[o]`, one chain over ascending `k`, the
 //! bias added after it. What happens to a finished value is the caller's [`Epilogue`].
 
 use super::buffer::Disjoint;
+use super::calls::Op;
 use super::gemm::{Exec, multiply, tiles_a_task};
 use super::lanes::{LANES, for_each};
-use super::weights::{Bf16Tiles, Tiles, Vector};
+use super::weights::{Matrix, Tiles, Vector};
 
 /// A projection: packed weights of `n_out` rows (the last tile is padded) and their bias.
 pub struct Projection {
     pub n_out: usize,
-    pub tiles: Bf16Tiles,
+    pub tiles: Matrix,
     pub bias: Option<Vector>,
 }
 
@@ -43,6 +44,7 @@ pub fn matmul(
     let (n_k, n_out) = (weights.tiles.n_k(), weights.n_out);
     let n_tiles = weights.tiles.n_tiles() - first_tile;
     assert!(out.len() >= n_rows * n_out, "output too short");
+    exec.calls.count(Op::Matmul, weights.tiles.format());
     let out = Disjoint::new(out);
     let a_task = tiles_a_task(n_tiles, n_rows, n_k);
     for_each(n_tiles.div_ceil(a_task), 1, |task| {

@@ -1,0 +1,96 @@
+//! Weights as the kernels read them: tiles of 32 output rows, all of K, one after the other.
+//!
+//! A tile's lanes are 32 outputs, so a product is 32 chains side by side (see
+//! [`super::lanes::fma_chain`]). Weights stay in their format and are unpacked into a scratch of
+//! [`CHUNK_K`] steps that stays in the first-level cache for all rows of a group. A file a
+//! format; [`Matrix`] is any of them.
+
+mod bf16;
+mod mxfp4;
+mod mxint8;
+mod vector;
+
+pub use bf16::{Bf16Tiles, pack_bf16};
+pub use mxfp4::{Mxfp4Tiles, pack_mxfp4_block};
+pub use mxint8::{Mxint8Tiles, pack_mxint8_block};
+pub use vector::Vector;
+
+use super::path::CpuPath;
+use crate::engine::checkpoint::MatrixFormat;
+
+/// Steps along K that are unpacked together.
+pub const CHUNK_K: usize = 128;
+
+/// Weights in tiles of [`LANES`](super::lanes::LANES) outputs.
+pub trait Tiles: Sync {
+    /// Length of the reduction, a multiple of 32.
+    fn n_k(&self) -> usize;
+
+    fn n_tiles(&self) -> usize;
+
+    /// Writes `n_k` steps from `k` (a multiple of 32) of a tile's 32 lanes each to `out`.
+    fn unpack(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [f32]);
+
+    /// One weight, for the reference kernels.
+    fn get(&self, tile: usize, lane: usize, k: usize) -> f32;
+}
+
+/// A packed matrix in one of the formats. All are unpacked to the same lanes and multiplied by
+/// the same chain, so equal values give equal bits in any of them.
+pub enum Matrix {
+    Mxfp4(Mxfp4Tiles),
+    Mxint8(Mxint8Tiles),
+    Bf16(Bf16Tiles),
+}
+
+/// Runs `$body` with `$tiles` bound to the matrix's tiles, whichever its format.
+macro_rules! with_tiles {
+    ($matrix:expr, $tiles:ident => $body:expr) => {
+        match $matrix {
+            Matrix::Mxfp4($tiles) => $body,
+            Matrix::Mxint8($tiles) => $body,
+            Matrix::Bf16($tiles) => $body,
+        }
+    };
+}
+
+impl Matrix {
+    /// Bytes of one tile of a format.
+    pub const fn tile_bytes(format: MatrixFormat, n_k: usize) -> usize {
+        match format {
+            MatrixFormat::Mxfp4 => Mxfp4Tiles::tile_bytes(n_k),
+            MatrixFormat::Mxint8 => Mxint8Tiles::tile_bytes(n_k),
+            MatrixFormat::Bf16 => Bf16Tiles::tile_bytes(n_k),
+        }
+    }
+
+    pub fn format(&self) -> MatrixFormat {
+        match self {
+            Self::Mxfp4(_) => MatrixFormat::Mxfp4,
+            Self::Mxint8(_) => MatrixFormat::Mxint8,
+            Self::Bf16(_) => MatrixFormat::Bf16,
+        }
+    }
+
+    pub fn n_bytes(&self) -> u64 {
+        with_tiles!(self, tiles => tiles.n_bytes())
+    }
+}
+
+impl Tiles for Matrix {
+    fn n_k(&self) -> usize {
+        with_tiles!(self, tiles => tiles.n_k())
+    }
+
+    fn n_tiles(&self) -> usize {
+        with_tiles!(self, tiles => tiles.n_tiles())
+    }
+
+    fn unpack(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [f32]) {
+        with_tiles!(self, tiles => tiles.unpack(path, tile, k, n_k, out));
+    }
+
+    fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
+        with_tiles!(self, tiles => tiles.get(tile, lane, k))
+    }
+}

@@ -1,0 +1,201 @@
+//! MXFP4 weights in tiles, 4 bits and a quarter each.
+//!
+//! ```text
+//! [tile][k / 32] { 32 scale bytes | [32 k][16 bytes]: byte j = lane j low, lane 16 + j high }
+//! ```
+
+use super::Tiles;
+use crate::engine::EngineError;
+use crate::engine::cpu::buffer::Buffer;
+use crate::engine::cpu::lanes::LANES;
+use crate::engine::cpu::path::{CpuPath, Kind};
+use crate::quant::mxfp4;
+
+/// Bytes of 32 k of a tile: scales, then codes.
+const BLOCK_BYTES: usize = LANES + mxfp4::BLOCK * LANES / 2;
+
+/// Packed MXFP4 weights.
+pub struct Mxfp4Tiles {
+    n_k: usize,
+    bytes: Buffer<u8>,
+}
+
+impl Mxfp4Tiles {
+    /// Bytes of one tile.
+    pub const fn tile_bytes(n_k: usize) -> usize {
+        n_k / mxfp4::BLOCK * BLOCK_BYTES
+    }
+
+    pub fn zeroed(what: &str, n_tiles: usize, n_k: usize) -> Result<Self, EngineError> {
+        assert_eq!(n_k % mxfp4::BLOCK, 0, "the config was checked");
+        let bytes = Buffer::zeroed(what, n_tiles * Self::tile_bytes(n_k))?;
+        Ok(Self { n_k, bytes })
+    }
+
+    pub fn n_bytes(&self) -> u64 {
+        self.bytes.n_bytes()
+    }
+
+    /// The bytes of all tiles, to be filled by [`pack_mxfp4_block`].
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+}
+
+/// Puts one block of 32 k of one output into its tile's bytes.
+#[inline]
+pub fn pack_mxfp4_block(
+    tile: &mut [u8],
+    lane: usize,
+    block: usize,
+    scale: u8,
+    codes: &[u8; mxfp4::BLOCK_BYTES],
+) {
+    let bytes = &mut tile[block * BLOCK_BYTES..][..BLOCK_BYTES];
+    bytes[lane] = scale;
+    let (column, shift) = (lane % 16, lane / 16 * 4);
+    for (pair, &byte) in codes.iter().enumerate() {
+        for (k, code) in [(2 * pair, byte & 15), (2 * pair + 1, byte >> 4)] {
+            // The tile began as zeros.
+            bytes[LANES + k * 16 + column] |= code << shift;
+        }
+    }
+}
+
+impl Tiles for Mxfp4Tiles {
+    fn n_k(&self) -> usize {
+        self.n_k
+    }
+
+    fn n_tiles(&self) -> usize {
+        self.bytes.len() / Self::tile_bytes(self.n_k)
+    }
+
+    #[inline]
+    fn unpack(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [f32]) {
+        let start = tile * Self::tile_bytes(self.n_k) + k / mxfp4::BLOCK * BLOCK_BYTES;
+        let bytes = &self.bytes[start..][..n_k / mxfp4::BLOCK * BLOCK_BYTES];
+        let out = &mut out[..n_k * LANES];
+        for (bytes, out) in bytes
+            .chunks_exact(BLOCK_BYTES)
+            .zip(out.chunks_exact_mut(mxfp4::BLOCK * LANES))
+        {
+            let bytes = bytes.try_into().expect("chunks are of this size");
+            let out = out.try_into().expect("chunks are of this size");
+            unpack_mxfp4_block(path, bytes, out);
+        }
+    }
+
+    fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
+        let start = tile * Self::tile_bytes(self.n_k) + k / mxfp4::BLOCK * BLOCK_BYTES;
+        let bytes = &self.bytes[start..][..BLOCK_BYTES];
+        let byte = bytes[LANES + k % mxfp4::BLOCK * 16 + lane % 16];
+        let code = (byte >> (lane / 16 * 4)) & 15;
+        mxfp4::VALUES[usize::from(code)] * mxfp4::scale(bytes[lane])
+    }
+}
+
+type Mxfp4Block = [u8; BLOCK_BYTES];
+type UnpackedBlock = [f32; mxfp4::BLOCK * LANES];
+
+fn unpack_mxfp4_block(path: CpuPath, bytes: &Mxfp4Block, out: &mut UnpackedBlock) {
+    match path.kind() {
+        Kind::Portable => unpack_mxfp4_portable(bytes, out),
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code, reason = "features were detected")]
+        // SAFETY: a path of this kind exists only where the CPU has its features.
+        Kind::Avx2 => unsafe { x86::unpack_mxfp4_avx2(bytes, out) },
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code, reason = "features were detected")]
+        // SAFETY: as above.
+        Kind::Avx512 => unsafe { x86::unpack_mxfp4_avx512(bytes, out) },
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => unpack_mxfp4_portable(bytes, out),
+    }
+}
+
+/// The scale of a loaded byte: blocks with bytes outside 2..=252 hold zeros alone, so the bits
+/// of byte 0 may stand for 0.
+#[inline(always)]
+fn scale_of(byte: u8) -> f32 {
+    f32::from_bits(u32::from(byte) << 23)
+}
+
+fn unpack_mxfp4_portable(bytes: &Mxfp4Block, out: &mut UnpackedBlock) {
+    let (scales, codes) = bytes.split_at(LANES);
+    for (codes, out) in codes.chunks_exact(16).zip(out.chunks_exact_mut(LANES)) {
+        let (low, high) = out.split_at_mut(16);
+        for (lane, &byte) in codes.iter().enumerate() {
+            low[lane] = mxfp4::VALUES[usize::from(byte & 15)] * scale_of(scales[lane]);
+            high[lane] = mxfp4::VALUES[usize::from(byte >> 4)] * scale_of(scales[16 + lane]);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code, reason = "SIMD loads through pointers")]
+mod x86 {
+    use super::{LANES, Mxfp4Block, UnpackedBlock};
+    use crate::quant::mxfp4;
+    use std::arch::x86_64::*;
+
+    /// # Safety
+    /// The CPU has AVX-512F.
+    #[target_feature(enable = "avx512f")]
+    pub unsafe fn unpack_mxfp4_avx512(bytes: &Mxfp4Block, out: &mut UnpackedBlock) {
+        // SAFETY: `bytes` holds 32 scales and 32 x 16 codes, `out` 32 x 32 values.
+        unsafe {
+            let values = _mm512_loadu_ps(mxfp4::VALUES.as_ptr());
+            let scales = |at: usize| {
+                let bytes = _mm_loadu_si128(bytes.as_ptr().wrapping_add(at).cast());
+                _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(bytes)))
+            };
+            let (low_scales, high_scales) = (scales(0), scales(16));
+            for k in 0..mxfp4::BLOCK {
+                let codes = _mm_loadu_si128(bytes.as_ptr().wrapping_add(LANES + 16 * k).cast());
+                // The permutation looks at the low four bits of each index alone.
+                let low = _mm512_cvtepu8_epi32(codes);
+                let high = _mm512_srli_epi32::<4>(low);
+                let low = _mm512_mul_ps(_mm512_permutexvar_ps(low, values), low_scales);
+                let high = _mm512_mul_ps(_mm512_permutexvar_ps(high, values), high_scales);
+                _mm512_storeu_ps(out.as_mut_ptr().wrapping_add(k * LANES), low);
+                _mm512_storeu_ps(out.as_mut_ptr().wrapping_add(k * LANES + 16), high);
+            }
+        }
+    }
+
+    /// # Safety
+    /// The CPU has AVX2.
+    #[target_feature(enable = "avx2")]
+    pub unsafe fn unpack_mxfp4_avx2(bytes: &Mxfp4Block, out: &mut UnpackedBlock) {
+        // SAFETY: `bytes` holds 32 scales and 32 x 16 codes, `out` 32 x 32 values.
+        unsafe {
+            let magnitudes = _mm256_loadu_ps(mxfp4::VALUES.as_ptr());
+            let sign_bit = _mm256_set1_epi32(i32::MIN);
+            let scales = |at: usize| {
+                let bytes = _mm_loadl_epi64(bytes.as_ptr().wrapping_add(at).cast());
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(bytes)))
+            };
+            let scales = [scales(0), scales(8), scales(16), scales(24)];
+            // The permutation looks at the low three bits, bit 3 moves to the sign.
+            let value = |codes: __m256i, scales: __m256| {
+                let magnitude = _mm256_permutevar8x32_ps(magnitudes, codes);
+                let sign = _mm256_and_si256(_mm256_slli_epi32::<28>(codes), sign_bit);
+                _mm256_mul_ps(_mm256_or_ps(magnitude, _mm256_castsi256_ps(sign)), scales)
+            };
+            for k in 0..mxfp4::BLOCK {
+                let out = out.as_mut_ptr().wrapping_add(k * LANES);
+                for half in 0..2 {
+                    let at = bytes.as_ptr().wrapping_add(LANES + 16 * k + 8 * half);
+                    let low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(at.cast()));
+                    let high = _mm256_srli_epi32::<4>(low);
+                    _mm256_storeu_ps(out.wrapping_add(8 * half), value(low, scales[half]));
+                    _mm256_storeu_ps(
+                        out.wrapping_add(16 + 8 * half),
+                        value(high, scales[2 + half]),
+                    );
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! MXINT8 weights in tiles, 8 bits and a quarter each.
+//!
+//! ```text
+//! [tile][k / 32] { 32 scale bytes | [32 k][32 lanes] codes }
+//! ```
+
+use super::Tiles;
+use crate::engine::EngineError;
+use crate::engine::cpu::buffer::Buffer;
+use crate::engine::cpu::lanes::LANES;
+use crate::engine::cpu::path::{CpuPath, Kind};
+use crate::quant::mxint8;
+
+/// Bytes of 32 k of a tile: scales, then codes.
+const BLOCK_BYTES: usize = LANES + mxint8::BLOCK * LANES;
+
+/// Packed MXINT8 weights.
+pub struct Mxint8Tiles {
+    n_k: usize,
+    bytes: Buffer<u8>,
+}
+
+impl Mxint8Tiles {
+    /// Bytes of one tile.
+    pub const fn tile_bytes(n_k: usize) -> usize {
+        n_k / mxint8::BLOCK * BLOCK_BYTES
+    }
+
+    pub fn zeroed(what: &str, n_tiles: usize, n_k: usize) -> Result<Self, EngineError> {
+        assert_eq!(n_k % mxint8::BLOCK, 0, "the config was checked");
+        let bytes = Buffer::zeroed(what, n_tiles * Self::tile_bytes(n_k))?;
+        Ok(Self { n_k, bytes })
+    }
+
+    pub fn n_bytes(&self) -> u64 {
+        self.bytes.n_bytes()
+    }
+
+    /// The bytes of all tiles, to be filled by [`pack_mxint8_block`].
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+}
+
+/// Puts one block of 32 k of one output into its tile's bytes.
+#[inline]
+pub fn pack_mxint8_block(
+    tile: &mut [u8],
+    lane: usize,
+    block: usize,
+    scale: u8,
+    codes: &[i8; mxint8::BLOCK],
+) {
+    let bytes = &mut tile[block * BLOCK_BYTES..][..BLOCK_BYTES];
+    bytes[lane] = scale;
+    for (k, &code) in codes.iter().enumerate() {
+        bytes[LANES + k * LANES + lane] = code.cast_unsigned();
+    }
+}
+
+impl Tiles for Mxint8Tiles {
+    fn n_k(&self) -> usize {
+        self.n_k
+    }
+
+    fn n_tiles(&self) -> usize {
+        self.bytes.len() / Self::tile_bytes(self.n_k)
+    }
+
+    #[inline]
+    fn unpack(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [f32]) {
+        let start = tile * Self::tile_bytes(self.n_k) + k / mxint8::BLOCK * BLOCK_BYTES;
+        let bytes = &self.bytes[start..][..n_k / mxint8::BLOCK * BLOCK_BYTES];
+        let out = &mut out[..n_k * LANES];
+        for (bytes, out) in bytes
+            .chunks_exact(BLOCK_BYTES)
+            .zip(out.chunks_exact_mut(mxint8::BLOCK * LANES))
+        {
+            let bytes = bytes.try_into().expect("chunks are of this size");
+            let out = out.try_into().expect("chunks are of this size");
+            unpack_block(path, bytes, out);
+        }
+    }
+
+    fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
+        let start = tile * Self::tile_bytes(self.n_k) + k / mxint8::BLOCK * BLOCK_BYTES;
+        let bytes = &self.bytes[start..][..BLOCK_BYTES];
+        let code = bytes[LANES + k % mxint8::BLOCK * LANES + lane].cast_signed();
+        f32::from(code) * mxint8::step(bytes[lane])
+    }
+}
+
+type PackedBlock = [u8; BLOCK_BYTES];
+type UnpackedBlock = [f32; mxint8::BLOCK * LANES];
+
+fn unpack_block(path: CpuPath, bytes: &PackedBlock, out: &mut UnpackedBlock) {
+    match path.kind() {
+        Kind::Portable => unpack_portable(bytes, out),
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code, reason = "features were detected")]
+        // SAFETY: a path of this kind exists only where the CPU has its features.
+        Kind::Avx2 => unsafe { x86::unpack_avx2(bytes, out) },
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code, reason = "features were detected")]
+        // SAFETY: as above.
+        Kind::Avx512 => unsafe { x86::unpack_avx512(bytes, out) },
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => unpack_portable(bytes, out),
+    }
+}
+
+/// The step of every lane.
+#[inline(always)]
+fn steps(bytes: &PackedBlock) -> [f32; LANES] {
+    std::array::from_fn(|lane| mxint8::step(bytes[lane]))
+}
+
+fn unpack_portable(bytes: &PackedBlock, out: &mut UnpackedBlock) {
+    let steps = steps(bytes);
+    let codes = bytes[LANES..].chunks_exact(LANES);
+    for (codes, out) in codes.zip(out.chunks_exact_mut(LANES)) {
+        for lane in 0..LANES {
+            out[lane] = f32::from(codes[lane].cast_signed()) * steps[lane];
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code, reason = "SIMD loads through pointers")]
+mod x86 {
+    use super::{LANES, PackedBlock, UnpackedBlock, steps};
+    use crate::quant::mxint8;
+    use std::arch::x86_64::*;
+
+    /// # Safety
+    /// The CPU has AVX-512F.
+    #[target_feature(enable = "avx512f")]
+    pub unsafe fn unpack_avx512(bytes: &PackedBlock, out: &mut UnpackedBlock) {
+        let steps = steps(bytes);
+        let (from, to) = (bytes.as_ptr().wrapping_add(LANES), out.as_mut_ptr());
+        // SAFETY: 32 steps; `bytes` holds 32 x 32 codes behind its scales, `out` as many values.
+        unsafe {
+            let steps = [
+                _mm512_loadu_ps(steps.as_ptr()),
+                _mm512_loadu_ps(steps.as_ptr().wrapping_add(16)),
+            ];
+            for k in 0..mxint8::BLOCK {
+                for (half, &step) in steps.iter().enumerate() {
+                    let at = k * LANES + 16 * half;
+                    let codes = _mm_loadu_si128(from.wrapping_add(at).cast());
+                    let values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+                    _mm512_storeu_ps(to.wrapping_add(at), _mm512_mul_ps(values, step));
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// The CPU has AVX2.
+    #[target_feature(enable = "avx2")]
+    pub unsafe fn unpack_avx2(bytes: &PackedBlock, out: &mut UnpackedBlock) {
+        let steps = steps(bytes);
+        let (from, to) = (bytes.as_ptr().wrapping_add(LANES), out.as_mut_ptr());
+        // SAFETY: as above.
+        unsafe {
+            let steps: [__m256; 4] =
+                std::array::from_fn(|i| _mm256_loadu_ps(steps.as_ptr().wrapping_add(8 * i)));
+            for k in 0..mxint8::BLOCK {
+                for (part, &step) in steps.iter().enumerate() {
+                    let at = k * LANES + 8 * part;
+                    let codes = _mm_loadl_epi64(from.wrapping_add(at).cast());
+                    let values = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+                    _mm256_storeu_ps(to.wrapping_add(at), _mm256_mul_ps(values, step));
+                }
+            }
+        }
+    }
+}
