@@ -6,7 +6,7 @@
 
 mod support;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use support::{Scratch, root, run_ok};
@@ -57,15 +57,13 @@ fn independent_scorer_agrees_with_the_summary() {
     succeeds(command);
 }
 
-#[test]
-#[ignore = "needs Python with transformers: just test-full"]
-fn independent_transformers_gives_the_logits_of_nano() {
-    let scratch = Scratch::new("independent-nano");
+/// Golden prompts of nano as input of `podium logits`.
+fn nano_prompts(step: usize) -> String {
     let prompts = root().join("models/nano/prompts.golden.jsonl");
-    let input: String = std::fs::read_to_string(prompts)
+    std::fs::read_to_string(prompts)
         .unwrap()
         .lines()
-        .step_by(9)
+        .step_by(step)
         .map(|line| {
             let row: serde_json::Value = serde_json::from_str(line).unwrap();
             let name = format!(
@@ -76,11 +74,15 @@ fn independent_transformers_gives_the_logits_of_nano() {
             serde_json::json!({"prompt": name, "tokens": row["ids"], "n_greedy": 24}).to_string()
                 + "\n"
         })
-        .collect();
-    let input = scratch.write("input.jsonl", input);
+        .collect()
+}
+
+/// podium's logits of `model` in float32 arithmetic against transformers' run of `folder`.
+fn transformers_agrees(scratch: &Scratch, model: &str, folder: &Path, step: usize) {
+    let input = scratch.write("input.jsonl", nano_prompts(step));
     let args = [
         "logits",
-        "nano",
+        model,
         input.to_str().unwrap(),
         "--full",
         "--exact",
@@ -90,6 +92,26 @@ fn independent_transformers_gives_the_logits_of_nano() {
     let mut command = python();
     command
         .arg(root().join("tests/python/check_logits.py"))
-        .args([root().join("models/nano"), input, found]);
+        .args([folder, &input, &found]);
     succeeds(command);
+}
+
+#[test]
+#[ignore = "needs Python with transformers: just test-full"]
+fn independent_transformers_gives_the_logits_of_nano() {
+    let scratch = Scratch::new("independent-nano");
+    transformers_agrees(&scratch, "nano", &root().join("models/nano"), 9);
+}
+
+/// What `quantize` writes is a checkpoint for transformers as it stands, in both precisions.
+#[test]
+#[ignore = "needs Python with transformers: just test-full"]
+fn independent_transformers_loads_what_quantize_writes() {
+    let scratch = Scratch::new("independent-quantize");
+    for (input, output, precision) in [("nano", "sixteen", "16bit"), ("sixteen", "four", "4bit")] {
+        let flags = ["--precision", precision, "--shard-size", "4MB", "--quiet"];
+        let args = [&["quantize", input, output][..], &flags[..]].concat();
+        run_ok(scratch.path(), &args);
+        transformers_agrees(&scratch, output, &scratch.join(output), 30);
+    }
 }

@@ -46,6 +46,8 @@ pub enum Command {
     Report(ReportArgs),
     /// Join the runs of several shards into one complete run
     Merge(MergeArgs),
+    /// Write a checkpoint in another precision
+    Quantize(QuantizeArgs),
     /// Write teacher-forced logits and greedy continuations of token sequences as JSONL
     Logits(LogitsArgs),
     /// Prove on this machine that a row's bits depend neither on its batch nor on the instruction
@@ -124,6 +126,36 @@ pub struct MergeArgs {
     #[arg(long)]
     pub allow_mixed: bool,
     /// One summary object on stdout instead of the table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `podium quantize`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "The output has the released Hugging Face layout: MXFP4 experts with 4bit, bf16 experts with 16bit,\n\
+    all other tensors byte for byte as they were. The other precisions have no file layout; `eval\n\
+    --precision` makes them while loading.\n\n\
+    Examples:\n  podium quantize ./gpt-oss-20b-bf16 ./gpt-oss-20b-mxfp4 --precision 4bit\n  \
+    podium quantize nano ./nano-bf16 --precision 16bit"
+)]
+pub struct QuantizeArgs {
+    /// Checkpoint folder, or `nano`
+    #[arg(value_name = "IN")]
+    pub input: String,
+    /// Folder to write; it must not exist yet or be empty
+    #[arg(value_name = "OUT")]
+    pub output: PathBuf,
+    /// 4bit or 16bit
+    #[arg(long, value_name = "PRECISION")]
+    pub precision: String,
+    /// Largest file, such as 5GB; a tensor is never cut
+    #[arg(long, value_name = "BYTES", default_value = "5GB")]
+    pub shard_size: values::Bytes,
+    /// No progress
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// One object on stdout instead of the text
     #[arg(long)]
     pub json: bool,
 }

@@ -7,8 +7,10 @@
 //! derives from the precision asked for. Files are not trusted: every range is checked against
 //! the file's real length before it is used.
 
+pub mod blocks;
 pub mod format;
 pub mod layers;
+pub mod write;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -80,6 +82,13 @@ pub enum CheckpointError {
         tensor: String,
         element: usize,
     },
+    #[error("no checkpoint layout holds {} experts", .format.name())]
+    NoLayout { format: MatrixFormat },
+    #[error("cannot write `{path}`: {source}")]
+    Write {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("{class} weights take {loaded} bytes, {planned} were planned")]
     Plan {
         class: &'static str,
@@ -103,6 +112,10 @@ impl CheckpointError {
             Self::Scale { .. } | Self::NotFinite { .. } => {
                 "the weights are damaged: fetch the file again"
             }
+            Self::NoLayout { .. } => {
+                "choose 4bit or 16bit; the other precisions are made from those while loading"
+            }
+            Self::Write { .. } => "check the path, its permissions and the room on the disk",
             Self::Plan { .. } => "this is a mistake in podium; please report it",
         }
     }

@@ -18,6 +18,7 @@ pub mod nano;
 pub mod plan;
 pub mod prepare;
 pub mod progress;
+pub mod quantize;
 pub mod record;
 pub mod report;
 pub mod run;
@@ -91,6 +92,10 @@ pub enum JobError {
     Option { message: String },
     #[error("unknown precision `{word}`")]
     Precision { word: String },
+    #[error("precision `{precision}` has no file layout")]
+    NoFileLayout { precision: &'static str },
+    #[error("`{path}` is not empty")]
+    NotEmpty { path: PathBuf },
     #[error("unknown shape `{word}`")]
     Shape { word: String },
     #[error("unknown card `{word}`")]
@@ -183,6 +188,10 @@ impl JobError {
                 let names = Precision::POLICIES.map(Precision::name).join(", ");
                 format!("expected one of {names}, or several with commas between")
             }
+            Self::NoFileLayout { .. } => {
+                "choose 4bit or 16bit; `eval --precision` makes the others while loading".to_owned()
+            }
+            Self::NotEmpty { .. } => "give a folder that does not exist yet".to_owned(),
             Self::Shape { .. } => format!("expected one of {}", shapes::NAMES.join(", ")),
             Self::Card { .. } => {
                 let names = CARDS.map(|card| card.name).join(", ");

@@ -23,11 +23,13 @@ def read(path: str) -> list:
 
 def main() -> int:
     folder, inputs, outputs = sys.argv[1], read(sys.argv[2]), read(sys.argv[3])
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    packed = {"quantization_config": Mxfp4Config(dequantize=True)}
     model = GptOssForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",
-        quantization_config=Mxfp4Config(dequantize=True),
+        **(packed if "quantization_config" in config else {}),
     ).float()
     greedy = {row["prompt"]: row["greedy"] for row in outputs if "greedy" in row}
     logits = {}

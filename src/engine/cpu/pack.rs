@@ -17,15 +17,15 @@ use super::weights::{
     pack_mxint8_block,
 };
 use crate::engine::EngineError;
+use crate::engine::checkpoint::blocks::{
+    BLOCK, Blocks, DenseBlocks, ExpertBlocks, StoredBlock, part_of,
+};
 use crate::engine::checkpoint::layers::Parts;
 use crate::engine::checkpoint::{
     Checkpoint, CheckpointError, Deviation, ExpertTensors, Layer, MatrixFormat, Tensor,
     VectorFormat, WeightFormat,
 };
-use crate::quant::{bf16, mxfp4, mxint8};
-
-/// Elements under one scale, in every block format.
-const BLOCK: usize = mxfp4::BLOCK;
+use crate::quant::bf16;
 
 /// Element `i` of a vector tensor.
 fn element(tensor: &Tensor, i: usize) -> f32 {
@@ -117,7 +117,7 @@ pub fn projection(
         n_out,
         n_k,
     };
-    let source = DenseSource {
+    let source = DenseBlocks {
         parts: &parts.weights,
         n_k,
     };
@@ -134,17 +134,6 @@ pub fn projection(
         .iter()
         .for_each(|tensor| checkpoint.release(tensor));
     Ok((Projection { n_out, tiles, bias }, deviation))
-}
-
-/// The part that holds row `row`, and the row's index in it.
-fn part_of<'a, 'b>(parts: &'b [Tensor<'a>], mut row: usize) -> Option<(&'b Tensor<'a>, usize)> {
-    for tensor in parts {
-        if row < tensor.shape[0] {
-            return Some((tensor, row));
-        }
-        row -= tensor.shape[0];
-    }
-    None
 }
 
 /// Where lane `lane` of tile `tile` of an expert's gate-up comes from: gates in the lower lanes,
@@ -171,7 +160,11 @@ pub fn experts(
             n_out,
             n_k,
         };
-        let source = ExpertSource { tensors, shape };
+        let source = ExpertBlocks {
+            tensors,
+            n_out,
+            n_k,
+        };
         matrix("experts", format.experts, shape, &source, row_of)
     };
     let gate_up_bias = vector_from(format.vectors, config.n_experts * 2 * width, |i| {
@@ -209,123 +202,13 @@ struct MatrixShape {
     n_k: usize,
 }
 
-/// 32 values along K as the file holds them.
-enum StoredBlock {
-    Mxfp4(u8, [u8; mxfp4::BLOCK_BYTES]),
-    Bf16([u16; BLOCK]),
-}
-
-/// A stored matrix in blocks of 32 k, whatever the file's format and layout.
-trait Source: Sync {
-    /// A block of a row of a group; nothing past the last row.
-    fn block(
-        &self,
-        group: usize,
-        row: usize,
-        block: usize,
-    ) -> Result<Option<StoredBlock>, CheckpointError>;
-
-    /// The error for a block that holds a value which is not finite.
-    fn not_finite(&self, group: usize, row: usize, block: usize) -> CheckpointError;
-}
-
-/// Rows of dense bf16 tensors that follow each other.
-struct DenseSource<'a> {
-    parts: &'a [Tensor<'a>],
-    n_k: usize,
-}
-
-impl Source for DenseSource<'_> {
-    fn block(
-        &self,
-        _group: usize,
-        row: usize,
-        block: usize,
-    ) -> Result<Option<StoredBlock>, CheckpointError> {
-        Ok(part_of(self.parts, row).map(|(tensor, row)| {
-            let start = row * self.n_k + block * BLOCK;
-            StoredBlock::Bf16(std::array::from_fn(|i| tensor.bf16(start + i)))
-        }))
-    }
-
-    fn not_finite(&self, _group: usize, row: usize, block: usize) -> CheckpointError {
-        let (tensor, row) = part_of(self.parts, row).expect("the block was read");
-        not_finite(tensor, row * self.n_k + block * BLOCK)
-    }
-}
-
-fn not_finite(tensor: &Tensor, element: usize) -> CheckpointError {
-    CheckpointError::NotFinite {
-        path: tensor.path.to_owned(),
-        tensor: tensor.name.clone(),
-        element,
-    }
-}
-
-/// An expert projection.
-struct ExpertSource<'a> {
-    tensors: &'a ExpertTensors<'a>,
-    shape: MatrixShape,
-}
-
-impl ExpertSource<'_> {
-    /// Index of a bf16 value.
-    fn element(&self, expert: usize, row: usize, k: usize) -> usize {
-        let MatrixShape { n_out, n_k, .. } = self.shape;
-        match self.tensors {
-            ExpertTensors::Bf16 {
-                transposed: true, ..
-            } => (expert * n_k + k) * n_out + row,
-            _ => (expert * n_out + row) * n_k + k,
-        }
-    }
-}
-
-impl Source for ExpertSource<'_> {
-    fn block(
-        &self,
-        expert: usize,
-        row: usize,
-        block: usize,
-    ) -> Result<Option<StoredBlock>, CheckpointError> {
-        Ok(Some(match self.tensors {
-            ExpertTensors::Mxfp4 { codes, scales } => {
-                let n_blocks = self.shape.n_k / BLOCK;
-                let index = (expert * self.shape.n_out + row) * n_blocks + block;
-                let codes = codes.bytes.as_chunks::<{ mxfp4::BLOCK_BYTES }>().0[index];
-                let byte = scales.bytes[index];
-                if !mxfp4::is_loadable(byte, &codes) {
-                    return Err(CheckpointError::Scale {
-                        path: scales.path.to_owned(),
-                        tensor: scales.name.clone(),
-                        block: index,
-                        byte,
-                    });
-                }
-                StoredBlock::Mxfp4(byte, codes)
-            }
-            ExpertTensors::Bf16 { values, .. } => StoredBlock::Bf16(std::array::from_fn(|i| {
-                values.bf16(self.element(expert, row, block * BLOCK + i))
-            })),
-        }))
-    }
-
-    fn not_finite(&self, expert: usize, row: usize, block: usize) -> CheckpointError {
-        match self.tensors {
-            ExpertTensors::Mxfp4 { scales: values, .. } | ExpertTensors::Bf16 { values, .. } => {
-                not_finite(values, self.element(expert, row, block * BLOCK))
-            }
-        }
-    }
-}
-
 /// Packs a matrix; `row_of(tile, lane)` is the file's row within the group. The sums of the
 /// deviation run over tiles in order, so that they do not depend on the threads.
 fn matrix(
     what: &str,
     format: MatrixFormat,
     shape: MatrixShape,
-    source: &impl Source,
+    source: &impl Blocks,
     row_of: fn(usize, usize) -> usize,
 ) -> Result<(Matrix, Deviation), EngineError> {
     let tiles_a_group = shape.n_out.div_ceil(LANES);
@@ -352,7 +235,7 @@ fn matrix(
             let length = Mxfp4Tiles::tile_bytes(shape.n_k);
             let deviation = fill(packed.bytes_mut(), length, |tile, bytes, deviation| {
                 each_block(tile, &mut |lane, block, stored| {
-                    let (scale, codes) = as_mxfp4(&stored, deviation)?;
+                    let (scale, codes) = stored.to_mxfp4(deviation)?;
                     pack_mxfp4_block(bytes, lane, block, scale, &codes);
                     Some(())
                 })
@@ -364,7 +247,7 @@ fn matrix(
             let length = Mxint8Tiles::tile_bytes(shape.n_k);
             let deviation = fill(packed.bytes_mut(), length, |tile, bytes, deviation| {
                 each_block(tile, &mut |lane, block, stored| {
-                    let (scale, codes) = as_mxint8(&stored, deviation)?;
+                    let (scale, codes) = stored.to_mxint8(deviation)?;
                     pack_mxint8_block(bytes, lane, block, scale, &codes);
                     Some(())
                 })
@@ -376,7 +259,7 @@ fn matrix(
             let length = packed.tile_words();
             let deviation = fill(packed.words_mut(), length, |tile, words, _| {
                 each_block(tile, &mut |lane, block, stored| {
-                    for (i, bits) in as_bf16(&stored).into_iter().enumerate() {
+                    for (i, bits) in stored.to_bf16().into_iter().enumerate() {
                         pack_bf16(words, lane, block * BLOCK + i, bits);
                     }
                     Some(())
@@ -405,47 +288,4 @@ fn fill<T: Send>(
     let mut sum = Deviation::default();
     by_tile.into_iter().for_each(|tile| sum += tile);
     Ok(sum)
-}
-
-/// A block in MXFP4, quantized when the file holds bf16; nothing when a value is not finite.
-fn as_mxfp4(
-    stored: &StoredBlock,
-    deviation: &mut Deviation,
-) -> Option<(u8, [u8; mxfp4::BLOCK_BYTES])> {
-    match stored {
-        StoredBlock::Mxfp4(scale, codes) => Some((*scale, *codes)),
-        StoredBlock::Bf16(bits) => {
-            let values = bits.map(bf16::to_f32);
-            let (scale, codes) = mxfp4::pack(&values)?;
-            compare(&values, &mxfp4::unpack(scale, &codes), deviation);
-            Some((scale, codes))
-        }
-    }
-}
-
-/// A block in MXINT8: exact from MXFP4, quantized from bf16.
-fn as_mxint8(stored: &StoredBlock, deviation: &mut Deviation) -> Option<(u8, [i8; BLOCK])> {
-    match stored {
-        StoredBlock::Mxfp4(scale, codes) => Some(mxint8::from_mxfp4(*scale, codes)),
-        StoredBlock::Bf16(bits) => {
-            let values = bits.map(bf16::to_f32);
-            let (scale, codes) = mxint8::pack(&values)?;
-            compare(&values, &mxint8::unpack(scale, &codes), deviation);
-            Some((scale, codes))
-        }
-    }
-}
-
-/// The bf16 bits of a block's values; exact.
-fn as_bf16(stored: &StoredBlock) -> [u16; BLOCK] {
-    match stored {
-        StoredBlock::Mxfp4(scale, codes) => mxfp4::unpack(*scale, codes).map(bf16::from_f32),
-        StoredBlock::Bf16(bits) => *bits,
-    }
-}
-
-fn compare(values: &[f32; BLOCK], held: &[f32; BLOCK], deviation: &mut Deviation) {
-    for (&value, &held) in values.iter().zip(held) {
-        deviation.add(value, held);
-    }
 }

@@ -326,7 +326,7 @@ fn eight_and_sixteen_bit_copies_of_mxfp4_experts_give_the_same_bits() {
             let mut opened =
                 CpuBackend::open(&checkpoint, precision, SHAPE, options(exact)).expect("it opens");
             let hashes = score(&mut opened, &tokens);
-            let base = base.get_or_insert_with(|| [None, None]);
+            let base = base.get_or_insert([None, None]);
             let base = base[usize::from(exact)].get_or_insert_with(|| hashes.clone());
             assert_eq!(*base, hashes, "{}", precision.name());
             let calls = opened.kernel_calls();

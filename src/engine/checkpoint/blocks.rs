@@ -1,0 +1,172 @@
+//! Stored matrices in blocks of 32 values along K, whatever the file's format and layout, and
+//! what a block becomes in another format.
+
+use super::{CheckpointError, Deviation, ExpertTensors, Tensor};
+use crate::quant::{bf16, mxfp4, mxint8};
+
+/// Elements under one scale, in every block format.
+pub const BLOCK: usize = mxfp4::BLOCK;
+
+/// 32 values along K as the file holds them.
+pub enum StoredBlock {
+    Mxfp4(u8, [u8; mxfp4::BLOCK_BYTES]),
+    Bf16([u16; BLOCK]),
+}
+
+impl StoredBlock {
+    /// In MXFP4, quantized when the file holds bf16; nothing when a value is not finite.
+    pub fn to_mxfp4(&self, deviation: &mut Deviation) -> Option<(u8, [u8; mxfp4::BLOCK_BYTES])> {
+        match self {
+            Self::Mxfp4(scale, codes) => Some((*scale, *codes)),
+            Self::Bf16(bits) => {
+                let values = bits.map(bf16::to_f32);
+                let (scale, codes) = mxfp4::pack(&values)?;
+                compare(&values, &mxfp4::unpack(scale, &codes), deviation);
+                Some((scale, codes))
+            }
+        }
+    }
+
+    /// In MXINT8: exact from MXFP4, quantized from bf16; nothing when a value is not finite.
+    pub fn to_mxint8(&self, deviation: &mut Deviation) -> Option<(u8, [i8; BLOCK])> {
+        match self {
+            Self::Mxfp4(scale, codes) => Some(mxint8::from_mxfp4(*scale, codes)),
+            Self::Bf16(bits) => {
+                let values = bits.map(bf16::to_f32);
+                let (scale, codes) = mxint8::pack(&values)?;
+                compare(&values, &mxint8::unpack(scale, &codes), deviation);
+                Some((scale, codes))
+            }
+        }
+    }
+
+    /// The bf16 bits of the values; exact.
+    pub fn to_bf16(&self) -> [u16; BLOCK] {
+        match self {
+            Self::Mxfp4(scale, codes) => mxfp4::unpack(*scale, codes).map(bf16::from_f32),
+            Self::Bf16(bits) => *bits,
+        }
+    }
+}
+
+fn compare(values: &[f32; BLOCK], held: &[f32; BLOCK], deviation: &mut Deviation) {
+    for (&value, &held) in values.iter().zip(held) {
+        deviation.add(value, held);
+    }
+}
+
+/// A stored matrix in blocks of 32 k, whatever the file's format and layout.
+pub trait Blocks: Sync {
+    /// A block of a row of a group; nothing past the last row.
+    fn block(
+        &self,
+        group: usize,
+        row: usize,
+        block: usize,
+    ) -> Result<Option<StoredBlock>, CheckpointError>;
+
+    /// The error for a block that holds a value which is not finite.
+    fn not_finite(&self, group: usize, row: usize, block: usize) -> CheckpointError;
+}
+
+/// Rows of dense bf16 tensors that follow each other.
+pub struct DenseBlocks<'a> {
+    pub parts: &'a [Tensor<'a>],
+    pub n_k: usize,
+}
+
+impl Blocks for DenseBlocks<'_> {
+    fn block(
+        &self,
+        _group: usize,
+        row: usize,
+        block: usize,
+    ) -> Result<Option<StoredBlock>, CheckpointError> {
+        Ok(part_of(self.parts, row).map(|(tensor, row)| {
+            let start = row * self.n_k + block * BLOCK;
+            StoredBlock::Bf16(std::array::from_fn(|i| tensor.bf16(start + i)))
+        }))
+    }
+
+    fn not_finite(&self, _group: usize, row: usize, block: usize) -> CheckpointError {
+        let (tensor, row) = part_of(self.parts, row).expect("the block was read");
+        not_finite(tensor, row * self.n_k + block * BLOCK)
+    }
+}
+
+fn not_finite(tensor: &Tensor, element: usize) -> CheckpointError {
+    CheckpointError::NotFinite {
+        path: tensor.path.to_owned(),
+        tensor: tensor.name.clone(),
+        element,
+    }
+}
+
+/// An expert projection.
+pub struct ExpertBlocks<'a> {
+    pub tensors: &'a ExpertTensors<'a>,
+    pub n_out: usize,
+    pub n_k: usize,
+}
+
+impl ExpertBlocks<'_> {
+    /// Index of a bf16 value.
+    fn element(&self, expert: usize, row: usize, k: usize) -> usize {
+        let Self { n_out, n_k, .. } = *self;
+        match self.tensors {
+            ExpertTensors::Bf16 {
+                transposed: true, ..
+            } => (expert * n_k + k) * n_out + row,
+            _ => (expert * n_out + row) * n_k + k,
+        }
+    }
+}
+
+impl Blocks for ExpertBlocks<'_> {
+    fn block(
+        &self,
+        expert: usize,
+        row: usize,
+        block: usize,
+    ) -> Result<Option<StoredBlock>, CheckpointError> {
+        Ok(Some(match self.tensors {
+            ExpertTensors::Mxfp4 { codes, scales } => {
+                let n_blocks = self.n_k / BLOCK;
+                let index = (expert * self.n_out + row) * n_blocks + block;
+                let codes = codes.bytes.as_chunks::<{ mxfp4::BLOCK_BYTES }>().0[index];
+                let byte = scales.bytes[index];
+                if !mxfp4::is_loadable(byte, &codes) {
+                    return Err(CheckpointError::Scale {
+                        path: scales.path.to_owned(),
+                        tensor: scales.name.clone(),
+                        block: index,
+                        byte,
+                    });
+                }
+                StoredBlock::Mxfp4(byte, codes)
+            }
+            ExpertTensors::Bf16 { values, .. } => StoredBlock::Bf16(std::array::from_fn(|i| {
+                values.bf16(self.element(expert, row, block * BLOCK + i))
+            })),
+        }))
+    }
+
+    fn not_finite(&self, expert: usize, row: usize, block: usize) -> CheckpointError {
+        match self.tensors {
+            ExpertTensors::Mxfp4 { scales: values, .. } | ExpertTensors::Bf16 { values, .. } => {
+                not_finite(values, self.element(expert, row, block * BLOCK))
+            }
+        }
+    }
+}
+
+/// The part that holds row `row`, and the row's index in it.
+pub fn part_of<'a, 'b>(parts: &'b [Tensor<'a>], mut row: usize) -> Option<(&'b Tensor<'a>, usize)> {
+    for tensor in parts {
+        if row < tensor.shape[0] {
+            return Some((tensor, row));
+        }
+        row -= tensor.shape[0];
+    }
+    None
+}
