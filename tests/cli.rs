@@ -134,10 +134,25 @@ fn globs_and_folders_run_every_file() {
     for (name, file) in [("a", "sums.jsonl"), ("b", "choice.jsonl")] {
         scratch.write(&format!("data/{name}.jsonl"), nano_rows(file, 2).join("\n"));
     }
-    run_ok(
-        scratch.path(),
-        &["eval", "data", "--quiet", "--precision", "4bit,16bit"],
-    );
+    let args = ["eval", "data", "--quiet", "--precision", "4bit,16bit"];
+    let output = String::from_utf8(run_ok(scratch.path(), &args).stdout).unwrap();
+    // It ends with the commands that set each file's runs side by side, as they stand.
+    let commands: Vec<&str> = output
+        .lines()
+        .filter_map(|line| line.strip_prefix("side by side: podium "))
+        .collect();
+    assert_eq!(commands.len(), 2, "{output}");
+    for command in commands {
+        let args: Vec<&str> = command.split(' ').collect();
+        assert_eq!((args[0], args.len()), ("compare", 3), "{command}");
+        run_ok(scratch.path(), &args);
+    }
+    let comparisons = std::fs::read_dir(scratch.join("submissions")).unwrap();
+    for entry in comparisons.map(Result::unwrap) {
+        if entry.file_name().to_string_lossy().starts_with("compare-") {
+            std::fs::remove_dir_all(entry.path()).unwrap();
+        }
+    }
     let n_runs = std::fs::read_dir(scratch.join("submissions"))
         .unwrap()
         .count();

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::JobError;
 use super::datasets;
-use super::folder::Opening;
+use super::folder::{Opening, SUBMISSIONS};
 use super::model::OpenModel;
 use super::prepare::{Prepared, prepare};
 use super::report::page_after;
@@ -55,6 +55,7 @@ pub fn eval(args: &EvalArgs, config: ConfigFile) -> Result<u8, JobError> {
     let model = OpenModel::open(&model_word.value)?;
     let mut weights: Weights = None;
     let mut code = 0;
+    let mut folders = Vec::new();
     // Precision outside, so that each is loaded once.
     for &value in &wanted {
         for path in &paths {
@@ -63,13 +64,34 @@ pub fn eval(args: &EvalArgs, config: ConfigFile) -> Result<u8, JobError> {
                 origin: precision.origin,
             };
             let run = assemble(&layers, &model, &model_word, precision, path, args.poison)?;
-            code = code.max(eval_one(args, &run, &mut weights)?);
+            let (one, folder) = eval_one(args, &run, &mut weights)?;
+            code = code.max(one);
+            folders.push((path, folder));
             if let Some(signal) = signal::received() {
                 return Ok(128 + signal as u8);
             }
         }
     }
+    if wanted.len() > 1 && !args.json && !args.dry_run {
+        for path in &paths {
+            let of_path = folders.iter().filter(|(of, _)| *of == path);
+            let names: Vec<String> = of_path.map(|(_, folder)| run_word(folder)).collect();
+            print::result(&format!(
+                "\nside by side: podium compare {}",
+                names.join(" ")
+            ));
+        }
+    }
     Ok(code)
+}
+
+/// How `compare` is told of a run: its name where it lies in the usual place, else its path.
+fn run_word(folder: &Path) -> String {
+    let usual = folder.parent() == Some(Path::new(SUBMISSIONS));
+    match folder.file_name() {
+        Some(name) if usual => name.to_string_lossy().into_owned(),
+        _ => folder.to_string_lossy().into_owned(),
+    }
 }
 
 /// Reads and renders one data set under the settings in force.
@@ -169,7 +191,8 @@ fn choose_context(settings: &Settings, model: &OpenModel, prepared: &Prepared) -
     }
 }
 
-fn eval_one(args: &EvalArgs, run: &Run, weights: &mut Weights) -> Result<u8, JobError> {
+/// Runs one data set in one precision; gives the exit code and the run's folder.
+fn eval_one(args: &EvalArgs, run: &Run, weights: &mut Weights) -> Result<(u8, PathBuf), JobError> {
     let identity = run.identity()?;
     let opening = Opening {
         dataset: &run.prepared.dataset.path,
@@ -198,7 +221,7 @@ fn eval_one(args: &EvalArgs, run: &Run, weights: &mut Weights) -> Result<u8, Job
             missing.len(),
             path.display()
         ));
-        return Ok(0);
+        return Ok((0, path));
     }
     if !missing.is_empty() {
         tell(&format!("\n{plan}"));
@@ -209,13 +232,9 @@ fn eval_one(args: &EvalArgs, run: &Run, weights: &mut Weights) -> Result<u8, Job
             .last()
             .is_some_and(|s| s.outcome == Some(Outcome::Complete))
     {
-        return Ok(finish(
-            args,
-            run,
-            &manifest,
-            &path,
-            vec!["this run was complete already; `--fresh` runs it again".to_owned()],
-        ));
+        let note = "this run was complete already; `--fresh` runs it again".to_owned();
+        let code = finish(args, run, &manifest, &path, vec![note]);
+        return Ok((code, path));
     }
     let finished = run.execute(&opening, &plan, weights, args.quiet)?;
     page_after(&path, None);
@@ -243,7 +262,8 @@ fn eval_one(args: &EvalArgs, run: &Run, weights: &mut Weights) -> Result<u8, Job
     } else if last == Some(Outcome::TimeLimit) {
         notes.push("the time limit was reached; the same command goes on from here".to_owned());
     }
-    Ok(finish(args, run, &finished.manifest, &path, notes))
+    let code = finish(args, run, &finished.manifest, &path, notes);
+    Ok((code, path))
 }
 
 /// Prints the summary and gives the run's exit code.

@@ -302,6 +302,11 @@ fn on_card(
             });
         }
     };
+    // The scratch of host threads has no place on a card.
+    let options = &CpuOptions {
+        n_threads: 1,
+        ..*options
+    };
     let fits = model.fits(budget_bytes, CARD_PREFILL_ROWS, options);
     // The whole plan of one precision where one was asked for: it may not fit, and then says so.
     let plan = match args.precision {

@@ -13,6 +13,22 @@ pub fn check(name: &str, folder: &Path, args: &[&str]) {
 
 /// The same, for a command that was run already.
 pub fn check_output(name: &str, folder: &Path, args: &[&str], output: &Output) {
+    let text = printed(folder, args, output);
+    compare(
+        name,
+        &text
+            .lines()
+            .map(|line| measured(line) + "\n")
+            .collect::<String>(),
+    );
+}
+
+/// For a command that measures nothing: every figure counts.
+pub fn check_exact(name: &str, folder: &Path, args: &[&str]) {
+    compare(name, &printed(folder, args, &run(folder, args)));
+}
+
+fn printed(folder: &Path, args: &[&str], output: &Output) -> String {
     let text = format!(
         "$ podium {}\nexit code: {}\n--- stdout\n{}--- stderr\n{}",
         args.join(" "),
@@ -23,12 +39,14 @@ pub fn check_output(name: &str, folder: &Path, args: &[&str], output: &Output) {
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr),
     );
-    let text = text.replace(folder.to_str().unwrap(), "<folder>");
-    let found: String = text.lines().map(|line| measured(line) + "\n").collect();
+    text.replace(folder.to_str().unwrap(), "<folder>")
+}
+
+fn compare(name: &str, found: &str) {
     let path = root().join("tests/snapshots").join(format!("{name}.txt"));
     if std::env::var_os("PODIUM_UPDATE_SNAPSHOTS").is_some() {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(&path, &found).unwrap();
+        std::fs::write(&path, found).unwrap();
         return;
     }
     let expected = std::fs::read_to_string(&path).unwrap_or_default();

@@ -143,7 +143,9 @@ pub enum PlanError {
         budget_bytes: u64,
     },
     #[error(
-        "{n_slots} slots with a context of {max_context} need {}, the budget is {}",
+        "{n_slots} slot{} with a context of {max_context} need{} {}, the budget is {}",
+        if *.n_slots == 1 { "" } else { "s" },
+        if *.n_slots == 1 { "s" } else { "" },
         bytes_text(*.needed_bytes),
         bytes_text(*.budget_bytes)
     )]
