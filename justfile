@@ -4,6 +4,7 @@ set positional-arguments
 
 manifest := justfile_directory() / "Cargo.toml"
 venv := justfile_directory() / ".venv"
+vocabulary := venv / "o200k"
 browser := justfile_directory() / "tests/browser"
 pages := browser / "pages"
 
@@ -57,8 +58,16 @@ test-full: setup test test-browser
     PODIUM_PYTHON='{{ venv }}/bin/python' cargo test --release --manifest-path '{{ manifest }}' -- --ignored independent
 
 # Make the golden files again with the independent implementations and compare
-golden: setup
-    '{{ venv }}/bin/python' '{{ justfile_directory() }}/tests/golden/make.py' --check
+golden: setup setup-vocabulary
+    TIKTOKEN_ENCODINGS_BASE='{{ vocabulary }}' '{{ venv }}/bin/python' '{{ justfile_directory() }}/tests/golden/make.py' --check
+
+# openai-harmony's vocabulary, out of the npm package that carries its ranks
+[private]
+setup-vocabulary: setup
+    test -s '{{ vocabulary }}/o200k_base.tiktoken' || (mkdir -p '{{ vocabulary }}' && cd '{{ vocabulary }}' \
+      && npm pack --silent js-tiktoken@1.0.21 && tar xzf js-tiktoken-1.0.21.tgz package/dist/ranks/o200k_base.cjs \
+      && '{{ venv }}/bin/python' '{{ justfile_directory() }}/tests/golden/make_harmony.py' \
+        --ranks package/dist/ranks/o200k_base.cjs --vocabulary '{{ vocabulary }}')
 
 # Format, lints and documentation
 check:

@@ -13,7 +13,7 @@ use podium::engine::{
     Backend, EngineShape, Fork, PAGE_POSITIONS, PageId, SamplingParams, SequenceId, SlotStart,
     Span, TokenEvent, TokenId,
 };
-use podium::quant::{bf16, mxfp4};
+use podium::quant::{bf16, mxfp4, mxint8};
 use safetensors::SafeTensors;
 
 struct Prompt {
@@ -382,4 +382,32 @@ fn mxfp4_tensors_are_laid_out_as_transformers_reads_them() {
             }
         }
     }
+}
+
+/// Scales and codes that a search over all codes finds, for blocks with ties, outliers and largest
+/// values near the ends of their binade.
+#[test]
+fn blocks_are_quantized_as_a_search_over_all_codes_does() {
+    let file = quant("quantized.safetensors");
+    let file = SafeTensors::deserialize(&file).expect("safetensors");
+    let data = |name: &str| file.tensor(name).expect("a tensor").data();
+    let values = data("values").as_chunks::<{ 4 * mxfp4::BLOCK }>().0;
+    let four = data("mxfp4_codes").as_chunks::<{ mxfp4::BLOCK_BYTES }>().0;
+    let eight = data("mxint8_codes").as_chunks::<{ mxint8::BLOCK }>().0;
+    let mut n_wider = 0;
+    for (i, bytes) in values.iter().enumerate() {
+        let words = bytes.as_chunks::<4>().0;
+        let block: [f32; mxfp4::BLOCK] = std::array::from_fn(|k| f32::from_le_bytes(words[k]));
+        let found = mxfp4::pack(&block).expect("finite");
+        assert_eq!(found, (data("mxfp4_scale")[i], four[i]), "block {i}");
+        let (scale, codes) = mxint8::pack(&block).expect("finite");
+        assert_eq!(scale, data("mxint8_scale")[i], "block {i}");
+        assert_eq!(codes, eight[i].map(u8::cast_signed), "block {i}");
+        let largest = block.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+        n_wider += usize::from(u32::from(scale) > largest.to_bits() >> 23);
+    }
+    assert!(
+        values.len() > 60 && n_wider >= 2,
+        "{n_wider} of the wider scale"
+    );
 }
