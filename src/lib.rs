@@ -48,6 +48,7 @@ pub fn run(cli: cli::Cli) -> Result<u8, error::Error> {
         Command::Report(args) => job::report::report_command(&args)?,
         Command::Merge(args) => job::merge::merge_command(&args)?,
         Command::Quantize(args) => job::quantize::quantize_command(&args)?,
+        Command::Synth(args) => job::synth::synth_command(&args)?,
         Command::Logits(args) => job::logits::logits(&args)?,
         Command::Selfcheck(args) => job::selfcheck::selfcheck(&args)?,
     };

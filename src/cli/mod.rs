@@ -48,6 +48,8 @@ pub enum Command {
     Merge(MergeArgs),
     /// Write a checkpoint in another precision
     Quantize(QuantizeArgs),
+    /// Write a full-size checkpoint of lively random weights
+    Synth(SynthArgs),
     /// Write teacher-forced logits and greedy continuations of token sequences as JSONL
     Logits(LogitsArgs),
     /// Prove on this machine that a row's bits depend neither on its batch nor on the instruction
@@ -149,6 +151,35 @@ pub struct QuantizeArgs {
     /// 4bit or 16bit
     #[arg(long, value_name = "PRECISION")]
     pub precision: String,
+    /// Largest file, such as 5GB; a tensor is never cut
+    #[arg(long, value_name = "BYTES", default_value = "5GB")]
+    pub shard_size: values::Bytes,
+    /// No progress
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// One object on stdout instead of the text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `podium synth`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "The checkpoint has the released Hugging Face layout with MXFP4 experts, and a byte-level tokenizer\n\
+    with gpt-oss's special tokens under their ids: what it takes to load, run and time a model of\n\
+    that size where no released weights are at hand. Its replies mean nothing.\n\n\
+    Example:\n  podium synth ./random-20b --shape gpt-oss-20b        writes 13.8 GB"
+)]
+pub struct SynthArgs {
+    /// Folder to write; it must not exist yet or be empty
+    #[arg(value_name = "OUT")]
+    pub output: PathBuf,
+    /// gpt-oss-20b, gpt-oss-120b, or a config.json
+    #[arg(long, value_name = "SHAPE")]
+    pub shape: String,
+    /// Seed of the weights
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub seed: u64,
     /// Largest file, such as 5GB; a tensor is never cut
     #[arg(long, value_name = "BYTES", default_value = "5GB")]
     pub shard_size: values::Bytes,

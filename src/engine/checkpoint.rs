@@ -10,6 +10,7 @@
 pub mod blocks;
 pub mod format;
 pub mod layers;
+pub mod synthetic;
 pub mod write;
 
 use std::collections::HashMap;

@@ -26,6 +26,7 @@ pub mod score;
 pub mod selfcheck;
 pub mod settings;
 pub mod signal;
+pub mod synth;
 
 use std::path::PathBuf;
 
@@ -192,7 +193,10 @@ impl JobError {
                 "choose 4bit or 16bit; `eval --precision` makes the others while loading".to_owned()
             }
             Self::NotEmpty { .. } => "give a folder that does not exist yet".to_owned(),
-            Self::Shape { .. } => format!("expected one of {}", shapes::NAMES.join(", ")),
+            Self::Shape { .. } => format!(
+                "expected one of {}, or for `synth` a config.json of the shape",
+                shapes::NAMES.join(", ")
+            ),
             Self::Card { .. } => {
                 let names = CARDS.map(|card| card.name).join(", ");
                 format!("expected one of {names}, or the bytes that the card leaves, such as 22GiB")

@@ -40,16 +40,7 @@ pub fn quantize_command(args: &QuantizeArgs) -> Result<u8, JobError> {
     }
     let out = &args.output;
     make_empty(out)?;
-    let bar = ProgressBar::with_draw_target(
-        Some(0),
-        match args.quiet {
-            true => ProgressDrawTarget::hidden(),
-            false => ProgressDrawTarget::stderr(),
-        },
-    );
-    if let Ok(style) = ProgressStyle::with_template("{bar:20} {bytes}/{total_bytes}, {eta} left") {
-        bar.set_style(style);
-    }
+    let bar = progress_bar(args.quiet);
     let written = write::write(
         &checkpoint,
         format.experts,
@@ -104,8 +95,21 @@ fn read(source: &ModelSource) -> Result<Opened, JobError> {
     }
 }
 
+/// A bar over bytes, on a terminal.
+pub(super) fn progress_bar(quiet: bool) -> ProgressBar {
+    let target = match quiet {
+        true => ProgressDrawTarget::hidden(),
+        false => ProgressDrawTarget::stderr(),
+    };
+    let bar = ProgressBar::with_draw_target(Some(0), target);
+    if let Ok(style) = ProgressStyle::with_template("{bar:20} {bytes}/{total_bytes}, {eta} left") {
+        bar.set_style(style);
+    }
+    bar
+}
+
 /// Makes the folder, which must hold nothing.
-fn make_empty(folder: &Path) -> Result<(), JobError> {
+pub(super) fn make_empty(folder: &Path) -> Result<(), JobError> {
     let failed = |source| write_failed(folder, source);
     std::fs::create_dir_all(folder).map_err(failed)?;
     if std::fs::read_dir(folder).map_err(failed)?.next().is_some() {
@@ -116,7 +120,7 @@ fn make_empty(folder: &Path) -> Result<(), JobError> {
     Ok(())
 }
 
-fn write_file(path: &Path, bytes: &[u8]) -> Result<(), JobError> {
+pub(super) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), JobError> {
     std::fs::write(path, bytes).map_err(|source| write_failed(path, source))
 }
 

@@ -44,6 +44,7 @@ test("a run's page filters, searches and opens rows", () => withPage(join(pages,
   assert.equal(await page.locator("#accuracy [role=listitem]").count(), 8, "all and seven groups");
   assert.equal(await found(page), "500 rows");
   assert.equal(await rows(page).count(), 50, "a page of rows");
+  assert.match(await page.locator("#memory").innerText(), /Matrix products by kernel: .*moe_matmul_mxfp4 [\d,]+/);
 
   await page.getByLabel("Show").selectOption("wrong");
   await until(page, "24 of 500 rows");

@@ -1,8 +1,10 @@
-//! A checkpoint in another precision, in the released Hugging Face layout: MXFP4 experts as
-//! `*_blocks` and `*_scales`, or bf16 experts with the input dimension first.
+//! Checkpoints in the released Hugging Face layout: MXFP4 experts as `*_blocks` and `*_scales`,
+//! or bf16 experts with the input dimension first.
 //!
-//! Tensors stream from the mapped input to the output; beside it at most one expert's projection
-//! is held. All other tensors are copied byte for byte, so nothing but the experts can change.
+//! [`write()`] puts a checkpoint into another precision: tensors stream from the mapped input to
+//! the output; beside it at most one expert's projection is held. All other tensors are copied
+//! byte for byte, so nothing but the experts can change. [`super::synthetic`] writes a checkpoint
+//! of random weights by the same way.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -33,29 +35,36 @@ pub struct Written {
 }
 
 /// Name, type and shape of a tensor to write.
-struct TensorInfo {
-    name: String,
-    dtype: Dtype,
-    shape: Vec<usize>,
+pub(super) struct TensorInfo {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
 }
 
 impl TensorInfo {
-    fn n_bytes(&self) -> u64 {
+    pub(super) fn n_bytes(&self) -> u64 {
         let n: usize = self.shape.iter().product();
         (n * self.dtype.bitsize() / 8) as u64
     }
 }
 
 /// Tensors that are written one after the other from one source.
-struct Unit<'a> {
-    tensors: Vec<TensorInfo>,
-    content: Content<'a>,
+pub(super) struct Unit<'a> {
+    pub tensors: Vec<TensorInfo>,
+    pub content: Content<'a>,
     /// Whose file pages may go afterwards.
-    sources: Vec<Tensor<'a>>,
+    pub sources: Vec<Tensor<'a>>,
 }
 
-enum Content<'a> {
+/// Fills bytes of a tensor that begin at an offset, a multiple of [`FILL_BYTES`].
+pub(super) type Fill<'a> = Box<dyn Fn(u64, &mut [u8]) + Sync + 'a>;
+
+/// Bytes that are filled at a time.
+const FILL_BYTES: usize = 1 << 16;
+
+pub(super) enum Content<'a> {
     Copy(&'a [u8]),
+    Fill(Fill<'a>),
     /// Codes, then scales, of experts of `n_out` rows and `n_k` columns.
     Mxfp4 {
         tensors: ExpertTensors<'a>,
@@ -95,6 +104,26 @@ pub fn write(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Written, CheckpointError> {
     let units = units(checkpoint, experts)?;
+    let release = |tensor: &Tensor| checkpoint.release(tensor);
+    write_units(
+        units,
+        checkpoint.config().n_experts,
+        folder,
+        shard_bytes,
+        &release,
+        progress,
+    )
+}
+
+/// Writes units in their order, in shards.
+pub(super) fn write_units(
+    units: Vec<Unit>,
+    n_experts: usize,
+    folder: &Path,
+    shard_bytes: u64,
+    release: &dyn Fn(&Tensor),
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Written, CheckpointError> {
     let n_bytes = units.iter().map(Unit::n_bytes).sum();
     let mut shards: Vec<Vec<Unit>> = vec![Vec::new()];
     let mut filled = 0;
@@ -125,7 +154,7 @@ pub fn write(
         }
         let path = folder.join(&name);
         let part = folder.join(format!("{name}.part"));
-        let shard = write_shard(checkpoint, &units, &part, &mut |n| {
+        let shard = write_shard(n_experts, &units, &part, release, &mut |n| {
             done += n;
             progress(done, n_bytes);
         });
@@ -299,9 +328,10 @@ fn expert_unit<'a>(
 }
 
 fn write_shard(
-    checkpoint: &Checkpoint,
+    n_experts: usize,
     units: &[Unit],
     path: &Path,
+    release: &dyn Fn(&Tensor),
     progress: &mut dyn FnMut(u64),
 ) -> Result<Deviation, CheckpointError> {
     let io = |source| failed(path, source);
@@ -311,12 +341,15 @@ fn write_shard(
     out.write_all(&(header.len() as u64).to_le_bytes())
         .and_then(|()| out.write_all(&header))
         .map_err(io)?;
-    let n_experts = checkpoint.config().n_experts;
     let mut deviation = Deviation::default();
     for unit in units {
         deviation += match &unit.content {
             Content::Copy(bytes) => {
                 out.write_all(bytes).map_err(io)?;
+                Deviation::default()
+            }
+            Content::Fill(fill) => {
+                write_filled(fill, unit.n_bytes(), &mut out, path)?;
                 Deviation::default()
             }
             Content::Mxfp4 {
@@ -345,14 +378,33 @@ fn write_shard(
                 Deviation::default()
             }
         };
-        unit.sources
-            .iter()
-            .for_each(|tensor| checkpoint.release(tensor));
+        unit.sources.iter().for_each(release);
         progress(unit.n_bytes());
     }
     let file = out.into_inner().map_err(|error| io(error.into_error()))?;
     file.sync_all().map_err(io)?;
     Ok(deviation)
+}
+
+fn write_filled(
+    fill: &Fill,
+    n_bytes: u64,
+    out: &mut impl Write,
+    path: &Path,
+) -> Result<(), CheckpointError> {
+    let mut bytes = vec![0; n_bytes.min(64 * FILL_BYTES as u64) as usize];
+    let mut start = 0;
+    while start < n_bytes {
+        let n = (bytes.len() as u64).min(n_bytes - start) as usize;
+        bytes[..n]
+            .par_chunks_mut(FILL_BYTES)
+            .enumerate()
+            .for_each(|(i, chunk)| fill(start + (i * FILL_BYTES) as u64, chunk));
+        out.write_all(&bytes[..n])
+            .map_err(|source| failed(path, source))?;
+        start += n as u64;
+    }
+    Ok(())
 }
 
 /// Codes of all experts, then their scales, which are held meanwhile.
@@ -467,7 +519,7 @@ pub fn config_json(checkpoint: &Checkpoint, stored: &Value, experts: MatrixForma
     Value::Object(config)
 }
 
-fn hugging_face_config(config: &ModelConfig) -> Map<String, Value> {
+pub(super) fn hugging_face_config(config: &ModelConfig) -> Map<String, Value> {
     let layer_types: Vec<&str> = config
         .layers
         .iter()

@@ -115,11 +115,21 @@ function memoryCard(memory) {
     timeCurves(memory.seconds, curves, bytes, "at", { ticks: byteTick, splits: byteSplits, hooks: { draw: [draw] } }));
 }
 
+// The kernels that multiplied weights, by their own count: what ran, not what was asked for.
+function kernelNote() {
+  const calls = new Map();
+  for (const session of manifest.sessions) {
+    for (const [name, n] of Object.entries(session.kernel_calls || {})) calls.set(name, (calls.get(name) || 0) + n);
+  }
+  if (!calls.size) return null;
+  return el("p.note", null, `Matrix products by kernel: ${[...calls].map(([name, n]) => `${name} ${count(n)}`).join(", ")}.`);
+}
+
 function memorySection() {
   const plan = manifest.memory_plan || {}, ledger = manifest.ledger || [];
   return section("memory", "Ledger and memory plan", "Bytes of the weights as the checkpoint stores them and as they are held, and all that was allocated.",
     el("div.grid.two", null,
-      el("div.card", null, el("h3", null, "Weights by tensor class"), ledger.length ? ledgerTable(ledger) : el("p.note", null, "The run has no ledger.")),
+      el("div.card", null, el("h3", null, "Weights by tensor class"), ledger.length ? ledgerTable(ledger) : el("p.note", null, "The run has no ledger."), kernelNote()),
       el("div.card", null, el("h3", null, "Memory plan"), plan.memory ? memoryBar(plan.memory) : null, planFacts(plan, summary.memory))));
 }
 

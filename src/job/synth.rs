@@ -1,0 +1,87 @@
+//! `podium synth`: a full-size checkpoint of lively random weights.
+
+use std::path::Path;
+
+use super::JobError;
+use super::quantize::{make_empty, progress_bar, write_file};
+use crate::cli::SynthArgs;
+use crate::cli::print;
+use crate::engine::EngineError;
+use crate::engine::checkpoint::synthetic::{MIN_VOCAB, companions, tensor_bytes, write_tensors};
+use crate::engine::config::ModelConfig;
+use crate::engine::plan::bytes_text;
+use crate::engine::shapes;
+
+/// Runs the command.
+///
+/// # Errors
+/// No such shape, a folder that is in use, or a file that cannot be written.
+pub fn synth_command(args: &SynthArgs) -> Result<u8, JobError> {
+    let config = shape(&args.shape)?;
+    if config.n_vocab < MIN_VOCAB {
+        return Err(JobError::Option {
+            message: format!(
+                "a vocabulary of {} does not hold a token a byte and gpt-oss's special tokens; \
+                 expected at least {MIN_VOCAB}",
+                config.n_vocab
+            ),
+        });
+    }
+    let out = &args.output;
+    make_empty(out)?;
+    let bar = progress_bar(args.quiet);
+    let written = write_tensors(
+        &config,
+        args.seed,
+        out,
+        args.shard_size.0,
+        &mut |done, all| {
+            bar.set_length(all);
+            bar.set_position(done);
+        },
+    );
+    bar.finish_and_clear();
+    let written = written.map_err(EngineError::from)?;
+    // The configuration comes last: without it a folder is no checkpoint.
+    for (name, value) in companions(&config) {
+        write_file(&out.join(name), format!("{value:#}\n").as_bytes())?;
+    }
+    let (n_bytes, n_files) = (tensor_bytes(&config), written.files.len());
+    if args.json {
+        let files: Vec<String> = written
+            .files
+            .iter()
+            .map(|file| file.to_string_lossy().into_owned())
+            .collect();
+        let document = serde_json::json!({
+            "schema": "podium.synth/1",
+            "shape": args.shape,
+            "seed": args.seed,
+            "tensor_bytes": n_bytes,
+            "files": files,
+        });
+        print::result(&document.to_string());
+    } else {
+        print::result(&format!(
+            "{}: {} of random weights of {}, seed {}, in {n_files} file{}",
+            out.display(),
+            bytes_text(n_bytes),
+            args.shape,
+            args.seed,
+            if n_files == 1 { "" } else { "s" },
+        ));
+    }
+    Ok(0)
+}
+
+/// A published shape by name, or that of a `config.json`.
+fn shape(word: &str) -> Result<ModelConfig, JobError> {
+    if let Some(config) = shapes::named(word) {
+        return Ok(config);
+    }
+    let path = Path::new(word);
+    let text = std::fs::read(path).map_err(|_| JobError::Shape {
+        word: word.to_owned(),
+    })?;
+    Ok(ModelConfig::parse(&text, path).map_err(EngineError::from)?)
+}
