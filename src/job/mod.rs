@@ -31,7 +31,7 @@ pub mod synth;
 use std::path::PathBuf;
 
 use crate::dataset::DatasetError;
-use crate::engine::EngineError;
+use crate::engine::{BackendMemory, EngineError};
 use crate::engine::checkpoint::{CheckpointError, Precision};
 use crate::engine::config::ConfigError;
 use crate::engine::generate::{ForcedError, GenerateError};
@@ -97,6 +97,11 @@ pub enum JobError {
     NoFileLayout { precision: &'static str },
     #[error("`{path}` is not empty")]
     NotEmpty { path: PathBuf },
+    #[error("the backend holds {allocated:?}, planned were {planned:?}")]
+    Allocated {
+        planned: BackendMemory,
+        allocated: BackendMemory,
+    },
     #[error("unknown shape `{word}`")]
     Shape { word: String },
     #[error("unknown card `{word}`")]
@@ -193,6 +198,7 @@ impl JobError {
                 "choose 4bit or 16bit; `eval --precision` makes the others while loading".to_owned()
             }
             Self::NotEmpty { .. } => "give a folder that does not exist yet".to_owned(),
+            Self::Allocated { .. } => "this is a mistake in podium; please report it".to_owned(),
             Self::Shape { .. } => format!(
                 "expected one of {}, or for `synth` a config.json of the shape",
                 shapes::NAMES.join(", ")

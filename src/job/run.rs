@@ -332,6 +332,12 @@ impl Run<'_> {
         let path = CpuPath::choose()?;
         let mut backend = CpuBackend::with_model(path, model, plan.shape, self.options)?;
         memory.event(MemoryEvent::Arena, Some(backend.memory()));
+        if backend.memory() != plan.memory {
+            return Err(JobError::Allocated {
+                planned: plan.memory,
+                allocated: backend.memory(),
+            });
+        }
 
         let stop = AtomicBool::new(false);
         let n_done = folder.results.len();
