@@ -31,13 +31,13 @@ pub mod synth;
 use std::path::PathBuf;
 
 use crate::dataset::DatasetError;
-use crate::engine::{BackendMemory, EngineError};
 use crate::engine::checkpoint::{CheckpointError, Precision};
 use crate::engine::config::ConfigError;
 use crate::engine::generate::{ForcedError, GenerateError};
 use crate::engine::plan::CARDS;
 use crate::engine::plan::PlanError;
 use crate::engine::shapes;
+use crate::engine::{BackendMemory, EngineError};
 use crate::profile::ProfileError;
 use crate::report::compare::load::CompareError;
 use crate::report::html::PageError;

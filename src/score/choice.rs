@@ -42,6 +42,9 @@ pub fn resolve(content: &str, options: &[String]) -> Resolved {
     if let Some(found) = leading_letter(content, options) {
         return found;
     }
+    if let Some(index) = leading_option(content, options) {
+        return Resolved::Option(index);
+    }
     if let Some(index) = contained_option(content, options) {
         return Resolved::Option(index);
     }
@@ -103,11 +106,81 @@ pub fn marked_letters(text: &str) -> Vec<(usize, char)> {
                 .trim_end_matches(|c: char| is_wrapping(c) || c == '(')
                 .to_ascii_lowercase()
                 .ends_with_any(&["option", "choice", "answer", "answer is", "answer:"]);
-        if in_brackets || in_bold || heads_item || behind_word || (at_line_start && at_line_end) {
+        let concludes = is_capital && at_sentence_end(after) && behind_conclusion(before);
+        if in_brackets
+            || in_bold
+            || heads_item
+            || behind_word
+            || concludes
+            || (at_line_start && at_line_end)
+        {
             found.push((at, letter.to_ascii_uppercase()));
         }
     }
     found
+}
+
+/// Whether nothing but marks stands before a sentence's end.
+fn at_sentence_end(after: &str) -> bool {
+    let rest = after.trim_start_matches(|c: char| is_wrapping(c) && c != '\n');
+    rest.is_empty()
+        || rest.starts_with('\n')
+        || rest
+            .strip_prefix(['.', '!'])
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with(char::is_whitespace))
+}
+
+/// Whether the word before a letter leads to a conclusion: `so it's B`, `I'd go with B`,
+/// `therefore, B`. Other words do not: `hepatitis B`.
+fn behind_conclusion(before: &str) -> bool {
+    const WORDS: [&str; 24] = [
+        "is",
+        "it's",
+        "that's",
+        "be",
+        "therefore",
+        "thus",
+        "hence",
+        "so",
+        "think",
+        "believe",
+        "guess",
+        "say",
+        "choose",
+        "chose",
+        "pick",
+        "picked",
+        "select",
+        "selected",
+        "with",
+        "option",
+        "choice",
+        "letter",
+        "answer",
+        "for",
+    ];
+    let before = before.trim_end_matches(|c: char| is_wrapping(c) || ",:-–—(".contains(c));
+    let word = before
+        .rsplit(|c: char| !(c.is_alphanumeric() || c == '\'' || c == '’'))
+        .next()
+        .unwrap_or_default();
+    let word = word.to_lowercase().replace('’', "'");
+    WORDS.contains(&word.as_str())
+}
+
+/// The option that a text begins with, set off from the rest: `Yes, because there is no doubt`.
+fn leading_option(content: &str, options: &[String]) -> Option<usize> {
+    let lower = content.to_lowercase();
+    let begins = |option: &String| {
+        let option = option.trim().to_lowercase();
+        let rest = lower.strip_prefix(&option).filter(|_| !option.is_empty())?;
+        let is_set_off = rest.starts_with([',', '.', ';', ':', '!'])
+            && !rest[1..].starts_with(|c: char| c.is_alphanumeric());
+        (is_set_off || rest.starts_with(" because ")).then_some(option.len())
+    };
+    let lengths = options.iter().enumerate();
+    let lengths = lengths.filter_map(|(index, option)| Some((begins(option)?, index)));
+    lengths.max().map(|(_, index)| index)
 }
 
 /// The option whose text is the only one to stand in `text`; one inside a longer one that stands
@@ -136,7 +209,10 @@ fn contained_spans(text: &str, options: &[String]) -> Vec<(usize, [usize; 2])> {
             let end = at + option.len();
             let before = text.get(..at).unwrap_or_default();
             let after = text.get(end..).unwrap_or_default();
-            if is_whole(before, &option, after) {
+            let is_denied = ["not ", "n't ", "n’t ", "not a ", "not the "]
+                .iter()
+                .any(|it| before.ends_with(it));
+            if is_whole(before, &option, after) && !is_denied {
                 hits.push((index, [at, end]));
             }
         }

@@ -1,13 +1,15 @@
 //! The answer out of a final message, by the profile's rules in order.
 //!
 //! The first rule that finds an answer decides; the others are asked only whether they agree.
-//! Every rule takes the last place that fits: models restate before they conclude.
+//! Every rule takes the last place that fits: models restate before they conclude. What a reply
+//! takes back in so many words does not count ([`super::correction`]).
 
 use serde::{Deserialize, Serialize};
 
 use super::choice::{
     Resolved, bare_letter, contained_option, is_wrapping, letter, marked_letters, resolve,
 };
+use super::correction::corrections;
 use super::metric::normalize;
 use super::{Answer, Scorer, number};
 
@@ -29,6 +31,9 @@ pub enum Rule {
     OptionText,
     /// The whole message.
     Whole,
+    /// What takes an earlier answer back; goes with `answer_is`, and no profile names it.
+    #[serde(skip_deserializing)]
+    Correction,
 }
 
 impl Rule {
@@ -42,6 +47,7 @@ impl Rule {
             Self::OptionLetter => "option_letter",
             Self::OptionText => "option_text",
             Self::Whole => "whole",
+            Self::Correction => "correction",
         }
     }
 }
@@ -73,6 +79,14 @@ pub fn extract(text: &str, options: &[String], scorer: Scorer, rules: &[Rule]) -
             Scorer::Auto | Scorer::Exact | Scorer::Normalized => text_hit(rule, text),
         };
         hits.extend(hit);
+    }
+    if rules.contains(&Rule::AnswerIs)
+        && let Some(last) = correction_hit(text, options, scorer)
+        && hits.first().is_none_or(|hit| hit.span[0] < last.span[0])
+    {
+        // What the other rules read from the part that was taken back is no disagreement.
+        hits.retain(|hit| hit.span[0] > last.span[0]);
+        hits.insert(0, last);
     }
     let Some(first) = hits.first() else {
         return Extraction::Nothing;
@@ -140,8 +154,39 @@ fn choice_hit(rule: Rule, text: &str, options: &[String]) -> Option<Hit> {
             let is_short = slice(text, span).split_whitespace().count() <= SHORT_WORDS;
             of_span(span, is_short && span[0] < span[1])
         }
-        Rule::LastNumber => None,
+        Rule::LastNumber | Rule::Correction => None,
     }
+}
+
+/// The last correction that states what is expected.
+fn correction_hit(text: &str, options: &[String], scorer: Scorer) -> Option<Hit> {
+    corrections(text).into_iter().rev().find_map(|span| {
+        let content = slice(text, span);
+        let hit = |text: String, span| Hit {
+            rule: Rule::Correction,
+            text,
+            span,
+            is_option: true,
+        };
+        match scorer {
+            Scorer::Choice => match resolve(content, options) {
+                Resolved::Option(index) => Some(hit(letter(index), span)),
+                _ => None,
+            },
+            // A number behind other words is talk: `it should be noted that 10 …`.
+            Scorer::Integer | Scorer::Decimal => {
+                let found = number::find_all(content).into_iter().next()?;
+                (found.span[0] <= 2).then(|| {
+                    let span = [span[0] + found.span[0], span[0] + found.span[1]];
+                    hit(found.number.text, span)
+                })
+            }
+            Scorer::Auto | Scorer::Exact | Scorer::Normalized => {
+                let is_short = content.split_whitespace().count() <= SHORT_WORDS;
+                is_short.then(|| hit(content.to_owned(), span))
+            }
+        }
+    })
 }
 
 /// A message of up to so many words is an answer, if not an option; a longer one is talk.
@@ -162,7 +207,7 @@ fn number_hit(rule: Rule, text: &str) -> Option<Hit> {
                 is_option: true,
             });
         }
-        Rule::OptionLetter | Rule::OptionText => return None,
+        Rule::OptionLetter | Rule::OptionText | Rule::Correction => return None,
     };
     // Of `3 * 6 = 18 eggs` the number behind the last `=`, else the first.
     let content = slice(text, span);
@@ -198,7 +243,7 @@ fn text_hit(rule: Rule, text: &str) -> Option<Hit> {
         Rule::AnswerIs => answer_is(text)?.span,
         Rule::Hash => hash(text)?,
         Rule::Whole => trimmed(text, [0, text.len()]),
-        Rule::LastNumber | Rule::OptionLetter | Rule::OptionText => return None,
+        Rule::LastNumber | Rule::OptionLetter | Rule::OptionText | Rule::Correction => return None,
     };
     let found = slice(text, span);
     (!found.is_empty()).then(|| Hit {
@@ -291,6 +336,12 @@ const MAX_BETWEEN_BYTES: usize = 48;
 
 /// What the last `answer is`, `answer:` or `answer =` says.
 fn answer_is(text: &str) -> Option<AnswerIs> {
+    if let Some(span) = tagged(text) {
+        return Some(AnswerIs {
+            span,
+            is_label: true,
+        });
+    }
     // ASCII lower case keeps every byte where it is.
     let lower = text.to_ascii_lowercase();
     let mut starts: Vec<usize> = Vec::new();
@@ -310,6 +361,15 @@ fn answer_is(text: &str) -> Option<AnswerIs> {
         .find_map(|at| answer_at(text, &lower, at))
 }
 
+/// The content of the last `<answer>…</answer>`.
+fn tagged(text: &str) -> Option<[usize; 2]> {
+    const OPEN: &str = "<answer>";
+    let from = text.rfind(OPEN)? + OPEN.len();
+    let length = text.get(from..)?.find("</answer>")?;
+    let span = trimmed(text, [from, from + length]);
+    (span[0] < span[1]).then_some(span)
+}
+
 fn answer_at(text: &str, lower: &str, at: usize) -> Option<AnswerIs> {
     let before = lower.get(..at)?;
     if before.ends_with(|c: char| c.is_alphanumeric()) {
@@ -317,7 +377,7 @@ fn answer_at(text: &str, lower: &str, at: usize) -> Option<AnswerIs> {
     }
     let rest = lower.get(at..)?;
     let head: &str = rest.split(['\n', '.', '?', '!', ';']).next()?;
-    let (marker_at, marker) = [":", " is ", "=", " is\n", "** is "]
+    let (marker_at, marker) = [":", "：", " is ", "=", " is\n", "** is "]
         .iter()
         .filter_map(|marker| Some((head.find(marker)?, *marker)))
         .chain(head.ends_with(" is").then(|| (head.len() - 3, " is")))
@@ -325,7 +385,7 @@ fn answer_at(text: &str, lower: &str, at: usize) -> Option<AnswerIs> {
     if marker_at > MAX_BETWEEN_BYTES {
         return None;
     }
-    let is_label = marker == ":" && {
+    let is_label = matches!(marker, ":" | "：") && {
         let line = before.rsplit('\n').next().unwrap_or_default();
         let line = line.trim_matches(|c: char| is_wrapping(c) || c == '\\');
         line.is_empty() || ["final", "the final", "the", "correct", "my"].contains(&line)
@@ -335,7 +395,7 @@ fn answer_at(text: &str, lower: &str, at: usize) -> Option<AnswerIs> {
     let skipped = text.get(from..)?;
     from += skipped.len()
         - skipped
-            .trim_start_matches(|c: char| is_wrapping(c) || c == ':')
+            .trim_start_matches(|c: char| is_wrapping(c) || matches!(c, ':' | '：'))
             .len();
     let line = text.get(from..)?.split('\n').next()?;
     let end = from + sentence_end(line);
@@ -362,7 +422,7 @@ fn answer_at(text: &str, lower: &str, at: usize) -> Option<AnswerIs> {
 
 /// Where a line's first sentence ends: at a stop before a capital, unless the stop belongs to a
 /// letter or an abbreviation (`B. Rome`, `U.S. Army`, `Dr. No`).
-fn sentence_end(line: &str) -> usize {
+pub(super) fn sentence_end(line: &str) -> usize {
     for (at, _) in line.match_indices(". ") {
         let before = line.get(..at).unwrap_or_default();
         let after = line.get(at + 2..).unwrap_or_default();

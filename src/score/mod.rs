@@ -6,6 +6,7 @@
 
 pub mod baseline;
 mod choice;
+mod correction;
 pub mod extract;
 pub mod interval;
 pub mod metric;

@@ -184,6 +184,23 @@ fn scan(text: &str) -> Option<(usize, Number)> {
             };
         }
     }
+    // `3 1/2` is one number: a whole one and a proper fraction.
+    else if byte(end) == Some(b' ') && fraction.is_empty() {
+        let n_above = digits_at(end + 1);
+        let n_below = digits_at(end + 2 + n_above);
+        let above = text.get(end + 1..end + 1 + n_above)?;
+        if byte(end + 1 + n_above) == Some(b'/')
+            && let Some(below) = text.get(end + 2 + n_above..end + 2 + n_above + n_below)
+            && let (Ok(above_value), Ok(below_value)) = (above.parse::<f64>(), below.parse::<f64>())
+            && above_value > 0.0
+            && above_value < below_value
+            && !matches!(byte(end + 2 + n_above + n_below), Some(b'/' | b'.'))
+        {
+            value += above_value / below_value;
+            end += 2 + n_above + n_below;
+            spelled = format!("{spelled} {above}/{below}");
+        }
+    }
     Some((
         end,
         Number {

@@ -1,0 +1,163 @@
+//! Replies with the answer that a person reads from them, against the extractor: the corpus of
+//! `tests/extraction/corpus.jsonl`, every line written and judged by hand.
+
+use std::path::Path;
+
+use podium::dataset::{Gold, Location, Record};
+use podium::engine::StopReason;
+use podium::profile::Profile;
+use podium::prompt::{Segment, harmony};
+use podium::score::{self, Scorer, Scoring, Verdict};
+use podium::tokenizer::Tokenizer;
+use serde_json::Value;
+
+/// The special tokens of a raw reply.
+const SPECIAL: [&str; 6] = [
+    "<|start|>",
+    "<|message|>",
+    "<|channel|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+];
+
+fn lines(name: &str) -> Vec<Value> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/extraction");
+    let text = std::fs::read_to_string(folder.join(name)).expect("the corpus is committed");
+    text.lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect()
+}
+
+/// The row that a line's reply answers.
+fn record(line: &Value) -> Record {
+    let options: Vec<String> = line["options"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|option| option.as_str().expect("text").to_owned())
+        .collect();
+    let gold = line["gold"].as_str().expect("text");
+    let gold = match options.is_empty() {
+        true => Gold::Text(gold.to_owned()),
+        false => Gold::Option(usize::from(gold.as_bytes()[0] - b'A')),
+    };
+    Record {
+        key: "row".to_owned(),
+        id: None,
+        location: Location {
+            file: "corpus.jsonl".into(),
+            line: 1,
+        },
+        question: "?".to_owned(),
+        messages: Vec::new(),
+        options,
+        gold: Some(gold),
+        group: None,
+        cluster: None,
+        fields: serde_json::Map::new(),
+        defect: None,
+    }
+}
+
+/// The built-in profile's scoring for a kind of line.
+fn scoring(kind: &str) -> Scoring {
+    let name = if kind == "choice" { "choice" } else { "qa" };
+    let scoring = Profile::builtin(name).expect("it is built in").scoring;
+    Scoring {
+        scorer: match kind {
+            "choice" => Scorer::Choice,
+            "number" => Scorer::Decimal,
+            "text" => Scorer::Normalized,
+            other => unreachable!("{other}"),
+        },
+        ..scoring
+    }
+}
+
+/// A raw reply cut at its special tokens.
+fn segments(raw: &str) -> Vec<Segment> {
+    let mut segments = Vec::new();
+    let mut rest = raw;
+    while let Some((at, name)) = SPECIAL
+        .iter()
+        .filter_map(|name| Some((rest.find(name)?, *name)))
+        .min()
+    {
+        segments.push(Segment::Text(rest[..at].to_owned()));
+        segments.push(Segment::Special(name));
+        rest = &rest[at + name.len()..];
+    }
+    segments.push(Segment::Text(rest.to_owned()));
+    segments
+}
+
+fn judge(line: &Value, tokenizer: &Tokenizer) -> Verdict {
+    let kind = line["kind"].as_str().expect("a kind");
+    let (record, scoring) = (record(line), scoring(kind));
+    match line["raw"].as_str() {
+        Some(raw) => {
+            let ids = tokenizer.encode(&segments(raw)).expect("nano has them");
+            let reply = harmony::parse(&ids, tokenizer);
+            let stop = match line["stop"].as_str() {
+                Some("length") => StopReason::Length,
+                _ => StopReason::Stop,
+            };
+            score::judge(&record, &scoring, &reply, stop)
+        }
+        None => {
+            let reply = line["reply"].as_str().expect("a reply");
+            score::judge_text(&record, &scoring, reply)
+        }
+    }
+}
+
+/// What is wrong with a verdict; nothing where it is the hand-written one.
+fn problem(line: &Value, verdict: &Verdict) -> Option<String> {
+    let found = verdict.answer.as_ref().map(|answer| answer.text.as_str());
+    let status = serde_json::to_value(verdict.status).expect("a name");
+    let as_expected = (line["any_answer"] == true || found == line["answer"].as_str())
+        && verdict.correct == line["correct"].as_bool()
+        && (line["status"].is_null() || line["status"] == status);
+    (!as_expected).then(|| {
+        format!(
+            "{}: {} -> {found:?} by {:?}, {status}, correct {:?}; expected {}, correct {}",
+            line["id"],
+            line.get("reply").unwrap_or(&line["raw"]),
+            verdict.answer.as_ref().map(|answer| &answer.rule),
+            verdict.correct,
+            line["answer"],
+            line["correct"],
+        )
+    })
+}
+
+fn nano_tokenizer() -> Tokenizer {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano");
+    Tokenizer::from_file(&folder.join("tokenizer.json")).expect("nano's tokenizer")
+}
+
+#[test]
+fn every_reply_is_read_as_a_person_reads_it() {
+    let tokenizer = nano_tokenizer();
+    let lines = lines("corpus.jsonl");
+    assert!(lines.len() >= 150, "{}", lines.len());
+    let problems: Vec<String> = lines
+        .iter()
+        .filter_map(|line| {
+            let verdict = judge(line, &tokenizer);
+            if let (Some(answer), Some(reply)) = (&verdict.answer, line["reply"].as_str()) {
+                let span = reply.get(answer.span[0]..answer.span[1]);
+                assert!(span.is_some_and(|s| !s.is_empty()), "{}", line["id"]);
+            }
+            problem(line, &verdict)
+        })
+        .collect();
+    assert!(
+        problems.is_empty(),
+        "{} of {} are read otherwise\n{}",
+        problems.len(),
+        lines.len(),
+        problems.join("\n")
+    );
+}
