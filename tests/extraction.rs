@@ -189,10 +189,8 @@ fn naive(line: &Value) -> Option<String> {
         Some("number") => {
             let is_part = |c: char| c.is_ascii_digit() || matches!(c, '.' | '-');
             let words = reply.split(|c: char| !is_part(c));
-            let numbers = words.map(|word| word.trim_end_matches(['.', '-']));
-            let last = numbers
-                .filter(|word| word.contains(|c: char| c.is_ascii_digit()))
-                .next_back()?;
+            let mut numbers = words.map(|word| word.trim_end_matches(['.', '-']));
+            let last = numbers.rfind(|word| word.contains(|c: char| c.is_ascii_digit()))?;
             Some(last.to_owned())
         }
         Some("choice") => {
