@@ -2,7 +2,7 @@
 //!
 //! This file holds the seam: the [`Backend`] trait and the plain types that cross it. Everything
 //! above it (`batch`, [`generate`]) knows sequences, pages and spans, never a kernel; everything
-//! below it (`cpu`, `scripted`) knows kernels, never a data set.
+//! below it (`cpu`, `cuda`, `scripted`) knows kernels, never a data set.
 //!
 //! A forward pass is a list of (sequence, position) rows. Prefill and decode are the same
 //! operations with different row counts and give equal bits. Shape letters used below:
@@ -15,6 +15,7 @@
 pub mod checkpoint;
 pub mod config;
 pub mod cpu;
+pub mod cuda;
 pub mod generate;
 pub mod kv;
 pub mod plan;
@@ -209,6 +210,8 @@ pub enum EngineError {
     Checkpoint(#[from] checkpoint::CheckpointError),
     #[error(transparent)]
     Plan(#[from] plan::PlanError),
+    #[error(transparent)]
+    Cuda(#[from] cuda::CudaError),
     #[error("logits of slot {slot} at position {position} are not finite")]
     NotFinite { slot: u32, position: usize },
     #[error("token {token} is not below the vocabulary's {n_vocab}")]
@@ -231,6 +234,7 @@ impl EngineError {
             Self::Config(_) => "the model's config.json must describe a GPT-OSS model".to_owned(),
             Self::Checkpoint(error) => error.hint().to_owned(),
             Self::Plan(error) => error.hint(),
+            Self::Cuda(error) => error.hint(),
             Self::NotFinite { .. } => "the checkpoint's weights may be damaged".to_owned(),
             Self::OutOfMemory { .. } => {
                 "lower `--batch`, `--context` or `--host-memory`".to_owned()

@@ -1,0 +1,332 @@
+// Grouped-query attention with sinks and a sliding window, prefill and decode alike.
+//
+//   qkv       bf16 [n_rows, (n_heads + 2 n_kv_heads) HEAD_DIM], q and k rotated
+//   cache     pages [page][layer][kv head][K 256 | V 256][HEAD_DIM] of the full layers, or
+//             rings [sequence][layer][kv head][K ring | V ring][HEAD_DIM] of the sliding ones
+//   out       bf16 [n_rows, n_heads HEAD_DIM]
+//   partial   f32 [n_rows, n_heads, max_splits, HEAD_DIM + 2]: O, maximum, denominator
+//
+// A query's arithmetic depends on absolute positions alone: tiles of 64 keys in order with online
+// softmax; on full layers a split of 256 keys begins from zero and splits are folded in position
+// order; the sink joins last. So a decode step over many blocks (attention_full_decode, then
+// attention_merge) and a prefill pass (attention_full) give the same bits.
+//
+// A block has queries of consecutive rows of one sequence under one KV head: query i is row
+// i / GROUP, head i % GROUP; a warp has 16 of them as the M of mma.m16n8k16, 64 keys as its N.
+// A query that sees no key of a tile goes through it unchanged, bit for bit.
+//
+// Full layers read the cache alone. Sliding layers read positions of the running pass from qkv
+// (same bits) and older ones from the ring, which is written afterwards.
+//
+// Grid (blocks of rows, n_kv_heads[, splits]), block 32 WARPS, dynamic shared memory
+// 4 * 64 * (HEAD_DIM + 8) * 2. Expected error: P rounded to bf16, about 2e-3 of the largest V.
+// The scheme is FlashAttention-2's (arXiv 2307.08691) with FlashDecoding's splits.
+
+#define TILE 64
+#define SPLIT_TILES 4
+// 16 bytes more than a row holds, so that eight rows lie in different banks.
+#define STRIDE (HEAD_DIM + 8)
+#define DECODE_WARPS ((GROUP + 15) / 16)
+#define PREFILL_WARPS (DECODE_WARPS > 4 ? DECODE_WARPS : 4)
+
+struct AttentionArgs {
+    const u16* qkv;
+    u16* out;
+    const Row* rows;
+    // First row and number of rows of each block; NULL: one row a block.
+    const uint2* blocks;
+    const vector_t* sinks;
+    const u16* cache;
+    const u32* page_table;
+    float* partial;
+    u32 n_heads;
+    u32 n_kv_heads;
+    u32 layer;
+    u32 n_layers;
+    u32 max_pages;
+    u32 ring;
+    u32 window;
+    u32 max_splits;
+    float scale;
+};
+
+// Maximum and denominator of a query.
+struct State {
+    float max;
+    float sum;
+};
+
+// Folds `next` into `so_far`; gives the factors of the outputs of the two. A state without keys
+// changes nothing.
+__device__ __forceinline__ float2 fold(State& so_far, State next) {
+    if (next.max == NEG_INFINITY) return make_float2(1.0f, 0.0f);
+    float max = so_far.max > next.max ? so_far.max : next.max;
+    float2 factors = make_float2(exp_fast(so_far.max - max), exp_fast(next.max - max));
+    so_far.sum = __fmaf_rn(next.sum, factors.y, so_far.sum * factors.x);
+    so_far.max = max;
+    return factors;
+}
+
+__device__ __forceinline__ float fold_output(float so_far, float next, float2 factors) {
+    return __fmaf_rn(next, factors.y, so_far * factors.x);
+}
+
+// The sink is a key of score `sink` without a value.
+__device__ __forceinline__ float finish_factor(State& state, float sink) {
+    State last = {sink, 1.0f};
+    return fold(state, last).x;
+}
+
+template <bool SLIDING, bool PARTIAL, int WARPS>
+__device__ __forceinline__ void attend(const AttentionArgs& args) {
+    extern __shared__ __align__(16) u16 shared[];
+    u32 row0 = args.blocks != 0 ? args.blocks[blockIdx.x].x : blockIdx.x;
+    int n_rows = args.blocks != 0 ? (int)args.blocks[blockIdx.x].y : 1;
+    Row first = args.rows[row0];
+    if (first.sequence == NONE) return;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int g = lane / 4, t = lane % 4;
+    u32 kv_head = blockIdx.y;
+    u32 width = (args.n_heads + 2 * args.n_kv_heads) * HEAD_DIM;
+    int position0 = (int)first.position;
+    // Position of the segment's first row: from there on keys are in qkv, too.
+    int segment_position = position0 - (int)(row0 - first.segment_row);
+    int last = position0 + n_rows - 1;
+    int lowest = 0;
+    if (SLIDING) lowest = position0 - (int)args.window + 1 > 0 ? position0 - (int)args.window + 1 : 0;
+    int n_tiles = last / TILE + 1;
+
+    // The lane's two queries.
+    int low[2], high[2];
+    u64 q_at[2];
+    bool is_query[2];
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int query = warp * 16 + g + 8 * i;
+        int row = query / GROUP;
+        is_query[i] = row < n_rows;
+        int position = position0 + row;
+        high[i] = is_query[i] ? position : -1;
+        low[i] = SLIDING && position - (int)args.window + 1 > 0 ? position - (int)args.window + 1 : 0;
+        q_at[i] = (u64)(row0 + (is_query[i] ? row : 0)) * width + (kv_head * GROUP + query % GROUP) * HEAD_DIM;
+    }
+    u32 q[HEAD_DIM / 16][4];
+    #pragma unroll
+    for (int step = 0; step < HEAD_DIM / 16; step++) {
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            q[step][i] = *(const u32*)(args.qkv + q_at[i % 2] + step * 16 + i / 2 * 8 + 2 * t);
+        }
+    }
+
+    auto load = [&](int tile, int stage) {
+        u16* keys = shared + stage * 2 * TILE * STRIDE;
+        for (int i = threadIdx.x; i < 2 * TILE * (HEAD_DIM / 8); i += 32 * WARPS) {
+            int is_value = i / (TILE * (HEAD_DIM / 8));
+            int key = i / (HEAD_DIM / 8) % TILE;
+            int chunk = i % (HEAD_DIM / 8) * 8;
+            int position = tile * TILE + key;
+            // What no query of the block sees is zeros, whatever the cache holds there.
+            bool seen = position >= lowest && position <= last;
+            const u16* from = args.qkv;
+            if (seen) {
+                if (SLIDING && position >= segment_position) {
+                    u64 row = first.segment_row + (u32)(position - segment_position);
+                    u32 head = args.n_heads + is_value * args.n_kv_heads + kv_head;
+                    from = args.qkv + row * width + head * HEAD_DIM;
+                } else {
+                    u64 holder = SLIDING ? first.sequence
+                        : args.page_table[(u64)first.sequence * args.max_pages + position / 256];
+                    u32 n_positions = SLIDING ? args.ring : 256;
+                    u64 of_head = (holder * args.n_layers + args.layer) * args.n_kv_heads + kv_head;
+                    from = args.cache + ((of_head * 2 + is_value) * n_positions + (u32)position % n_positions) * HEAD_DIM;
+                }
+                from += chunk;
+            }
+            copy_async16(keys + (is_value * TILE + key) * STRIDE + chunk, from, seen);
+        }
+    };
+
+    State folded[2] = {{NEG_INFINITY, 0.0f}, {NEG_INFINITY, 0.0f}};
+    float o_folded[HEAD_DIM / 8][4];
+    #pragma unroll
+    for (int n = 0; n < HEAD_DIM / 8; n++)
+        #pragma unroll
+        for (int i = 0; i < 4; i++) o_folded[n][i] = 0.0f;
+
+    int split = PARTIAL ? (int)blockIdx.z : 0;
+    int n_splits = SLIDING ? 1 : (n_tiles + SPLIT_TILES - 1) / SPLIT_TILES;
+    int split_step = PARTIAL ? (int)gridDim.z : 1;
+    for (; split < n_splits; split += split_step) {
+        int tile = SLIDING ? lowest / TILE : split * SPLIT_TILES;
+        int end = SLIDING || n_tiles < (split + 1) * SPLIT_TILES ? n_tiles : (split + 1) * SPLIT_TILES;
+        State state[2] = {{NEG_INFINITY, 0.0f}, {NEG_INFINITY, 0.0f}};
+        float o[HEAD_DIM / 8][4];
+        #pragma unroll
+        for (int n = 0; n < HEAD_DIM / 8; n++)
+            #pragma unroll
+            for (int i = 0; i < 4; i++) o[n][i] = 0.0f;
+        int stage = 0;
+        load(tile, 0);
+        copy_async_commit();
+        for (; tile < end; tile++, stage ^= 1) {
+            if (tile + 1 < end) load(tile + 1, stage ^ 1);
+            copy_async_commit();
+            copy_async_wait<1>();
+            __syncthreads();
+            const u16* keys = shared + stage * 2 * TILE * STRIDE;
+            const u16* values = keys + TILE * STRIDE;
+            float s[TILE / 8][4];
+            #pragma unroll
+            for (int n = 0; n < TILE / 8; n++)
+                #pragma unroll
+                for (int i = 0; i < 4; i++) s[n][i] = 0.0f;
+            #pragma unroll
+            for (int step = 0; step < HEAD_DIM / 16; step++) {
+                #pragma unroll
+                for (int n = 0; n < TILE / 8; n += 2) {
+                    u32 k[4];
+                    load_matrix_x4(k, keys + ((n + lane / 16) * 8 + lane % 8) * STRIDE + step * 16 + lane / 8 % 2 * 8);
+                    mma_bf16(s[n], q[step], k[0], k[1]);
+                    mma_bf16(s[n + 1], q[step], k[2], k[3]);
+                }
+            }
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float max = NEG_INFINITY;
+                #pragma unroll
+                for (int n = 0; n < TILE / 8; n++) {
+                    #pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        int position = tile * TILE + n * 8 + 2 * t + j;
+                        bool seen = position >= low[i] && position <= high[i];
+                        float score = seen ? s[n][2 * i + j] * args.scale : NEG_INFINITY;
+                        s[n][2 * i + j] = score;
+                        max = score > max ? score : max;
+                    }
+                }
+                // The four lanes of a query.
+                #pragma unroll
+                for (int mask = 1; mask < 4; mask *= 2) {
+                    float other = __shfl_xor_sync(NONE, max, mask);
+                    max = other > max ? other : max;
+                }
+                max = state[i].max > max ? state[i].max : max;
+                // Without a key so far nothing may be subtracted from.
+                float base = max == NEG_INFINITY ? 0.0f : max;
+                float decay = exp_fast(state[i].max - base);
+                if (state[i].max == max) decay = 1.0f;
+                float sum = 0.0f;
+                #pragma unroll
+                for (int n = 0; n < TILE / 8; n++) {
+                    #pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        float p = exp_fast(s[n][2 * i + j] - base);
+                        s[n][2 * i + j] = p;
+                        sum += p;
+                    }
+                }
+                #pragma unroll
+                for (int mask = 1; mask < 4; mask *= 2) sum += __shfl_xor_sync(NONE, sum, mask);
+                state[i].sum = __fmaf_rn(state[i].sum, decay, sum);
+                state[i].max = max;
+                #pragma unroll
+                for (int n = 0; n < HEAD_DIM / 8; n++) {
+                    o[n][2 * i] *= decay;
+                    o[n][2 * i + 1] *= decay;
+                }
+            }
+            #pragma unroll
+            for (int step = 0; step < TILE / 16; step++) {
+                u32 p[4];
+                p[0] = f32x2_to_bf16x2(s[2 * step][0], s[2 * step][1]);
+                p[1] = f32x2_to_bf16x2(s[2 * step][2], s[2 * step][3]);
+                p[2] = f32x2_to_bf16x2(s[2 * step + 1][0], s[2 * step + 1][1]);
+                p[3] = f32x2_to_bf16x2(s[2 * step + 1][2], s[2 * step + 1][3]);
+                #pragma unroll
+                for (int n = 0; n < HEAD_DIM / 8; n += 2) {
+                    u32 v[4];
+                    load_matrix_x4_transposed(v, values + (step * 16 + lane / 8 % 2 * 8 + lane % 8) * STRIDE + (n + lane / 16) * 8);
+                    mma_bf16(o[n], p, v[0], v[1]);
+                    mma_bf16(o[n + 1], p, v[2], v[3]);
+                }
+            }
+            __syncthreads();
+        }
+        copy_async_wait<0>();
+        if (PARTIAL) {
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if (!is_query[i]) continue;
+                u64 head = kv_head * GROUP + (warp * 16 + g + 8 * i) % GROUP;
+                float* to = args.partial + (((u64)row0 * args.n_heads + head) * args.max_splits + split) * (HEAD_DIM + 2);
+                #pragma unroll
+                for (int n = 0; n < HEAD_DIM / 8; n++) {
+                    *(float2*)(to + n * 8 + 2 * t) = make_float2(o[n][2 * i], o[n][2 * i + 1]);
+                }
+                if (t == 0) *(float2*)(to + HEAD_DIM) = make_float2(state[i].max, state[i].sum);
+            }
+        } else {
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float2 factors = fold(folded[i], state[i]);
+                #pragma unroll
+                for (int n = 0; n < HEAD_DIM / 8; n++) {
+                    o_folded[n][2 * i] = fold_output(o_folded[n][2 * i], o[n][2 * i], factors);
+                    o_folded[n][2 * i + 1] = fold_output(o_folded[n][2 * i + 1], o[n][2 * i + 1], factors);
+                }
+            }
+        }
+    }
+    if (PARTIAL) return;
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (!is_query[i]) continue;
+        int query = warp * 16 + g + 8 * i;
+        u32 head = kv_head * GROUP + query % GROUP;
+        float factor = finish_factor(folded[i], vector_at(args.sinks, head));
+        u16* out = args.out + ((u64)(row0 + query / GROUP) * args.n_heads + head) * HEAD_DIM;
+        #pragma unroll
+        for (int n = 0; n < HEAD_DIM / 8; n++) {
+            *(u32*)(out + n * 8 + 2 * t) = f32x2_to_bf16x2(
+                o_folded[n][2 * i] * factor / folded[i].sum, o_folded[n][2 * i + 1] * factor / folded[i].sum);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * PREFILL_WARPS) attention_full(const AttentionArgs args) {
+    attend<false, false, PREFILL_WARPS>(args);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * PREFILL_WARPS) attention_sliding(const AttentionArgs args) {
+    attend<true, false, PREFILL_WARPS>(args);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, 1) attention_full_decode(const AttentionArgs args) {
+    attend<false, true, DECODE_WARPS>(args);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS) attention_sliding_decode(const AttentionArgs args) {
+    attend<true, false, DECODE_WARPS>(args);
+}
+
+// Folds a row's splits in position order and adds the sink. Grid (n_rows, n_heads HEAD_DIM / 256
+// rounded up), block 256: a thread an output.
+extern "C" __global__ void __launch_bounds__(256) attention_merge(const AttentionArgs args) {
+    u32 r = blockIdx.x;
+    u32 i = blockIdx.y * 256 + threadIdx.x;
+    Row row = args.rows[r];
+    if (row.sequence == NONE || i >= args.n_heads * HEAD_DIM) return;
+    u32 head = i / HEAD_DIM, dim = i % HEAD_DIM;
+    const float* from = args.partial + ((u64)r * args.n_heads + head) * args.max_splits * (HEAD_DIM + 2);
+    State folded = {NEG_INFINITY, 0.0f};
+    float o = 0.0f;
+    u32 n_splits = row.position / (TILE * SPLIT_TILES) + 1;
+    for (u32 split = 0; split < n_splits; split++, from += HEAD_DIM + 2) {
+        State next = {from[HEAD_DIM], from[HEAD_DIM + 1]};
+        float2 factors = fold(folded, next);
+        o = fold_output(o, from[dim], factors);
+    }
+    float factor = finish_factor(folded, vector_at(args.sinks, head));
+    args.out[((u64)r * args.n_heads + head) * HEAD_DIM + dim] = f32_to_bf16(o * factor / folded.sum);
+}

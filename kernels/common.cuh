@@ -1,0 +1,69 @@
+// Conversions, reductions of one fixed order, and the records shared with the host. Nothing of
+// the model. Put in front of every kernel, behind `ptx.cuh`.
+
+#define NONE 0xFFFFFFFFu
+#define NEG_INFINITY __int_as_float(0xFF800000)
+
+// Norms, biases and sinks: bf16 as released, f32 where the checkpoint holds f32.
+#ifdef VECTORS_F32
+typedef float vector_t;
+__device__ __forceinline__ float vector_at(const vector_t* v, u64 i) { return v[i]; }
+#else
+typedef u16 vector_t;
+__device__ __forceinline__ float vector_at(const vector_t* v, u64 i) {
+    return __int_as_float((int)((u32)v[i] << 16));
+}
+#endif
+
+__device__ __forceinline__ float bf16_to_f32(u16 bits) {
+    return __int_as_float((int)((u32)bits << 16));
+}
+
+// e^x through the base-2 unit.
+__device__ __forceinline__ float exp_fast(float x) {
+    return exp2_approx(x * 1.44269504088896341f);
+}
+
+// A row of a pass. All fields are indices; `sequence` is NONE for padding.
+struct Row {
+    u32 sequence;
+    u32 position;
+    // First row of its segment (consecutive positions of one sequence) and the row behind it.
+    u32 segment_row;
+    u32 segment_end;
+};
+
+// A slot as it decodes; the same layout as `Slot` in src/engine/cuda/decode.rs.
+struct Slot {
+    u64 seed;
+    u64 row_hash;
+    // top-p as a share of 2^53.
+    u64 top_p_share;
+    u32 live;
+    u32 token;
+    u32 position;
+    u32 n_generated;
+    u32 max_new_tokens;
+    u32 sample;
+    float temperature;
+    u32 top_k;
+    u32 keeps_p;
+    u32 n_stop;
+    u32 stop[32];
+};
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int mask = 16; mask > 0; mask >>= 1) x += __shfl_xor_sync(NONE, x, mask);
+    return x;
+}
+
+// Sum over a block of 256 threads: warps by butterfly, then the eight warps in order.
+__device__ __forceinline__ float block_sum_256(float x, float* scratch) {
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+    __syncthreads();
+    float sum = scratch[0];
+    for (int warp = 1; warp < 8; warp++) sum += scratch[warp];
+    __syncthreads();
+    return sum;
+}

@@ -1,0 +1,191 @@
+// One matrix product for all weights: out features are the rows (M) of mma.m16n8k16, tokens its
+// columns (N). Put in front of the kernels named matmul.
+//
+// Weights are packed at load into tiles of 16 out features x 64 k, in the order in which lanes
+// hold them (src/engine/cuda/pack.rs), a tile of one feature group behind the other along k:
+//
+//   bf16   2048 bytes: [4 k-steps][32 lanes][a0 a1 a2 a3]
+//   mxfp4   544 bytes: [32 lanes][4 k-steps] words of 8 codes, then [8 g][4] scale bytes
+//
+// A block takes WM x MT tiles and WN x NT x 8 tokens, and goes along k with STAGES stages of
+// 64 k in shared memory, filled by cp.async:
+//
+//            tokens  WN x NT x 8
+//          +---------+---------+
+//     MT   | warp 0  | warp WM |     every warp walks all of K by itself:
+//          +---------+---------+     one f32 accumulator chain for each output,
+//     MT   | warp 1  |   ...   |     k16 steps ascending, whatever WM, WN, MT, NT
+//          +---------+---------+
+//
+// So an output's bits do not depend on the variant that computes it, nor on the other tokens.
+
+#define TILE_M 16
+#define GROUP_K 64
+// Bytes of a token's 64 k in shared memory: 16 more than there are, so that the eight rows of a
+// matrix lie in different banks.
+#define COLUMN_BYTES 144
+
+// Stages of the variants whose stage is large: GPUs of 99 KB a block hold two.
+#ifdef SMALL_SHARED
+#define BIG_STAGES 2
+#else
+#define BIG_STAGES 3
+#endif
+
+enum Format { BF16, MXFP4 };
+
+// Words with codes' bits at 15, 8, 7, 6 of both halves: sign, exponent and mantissa of a bf16
+// that is 2^126 too small.
+#define CODE_BITS 0x81C081C0u
+
+// 8 codes to bf16, times their rows' scales. The codes' bits lie so that three of four pairs
+// need a shift and a mask alone.
+__device__ __forceinline__ void unpack_mxfp4(u32 word, u32 scale_g, u32 scale_g8, u32 (&a)[4]) {
+    a[0] = word & CODE_BITS;
+    a[1] = (word << 3) & CODE_BITS;
+    a[2] = (word << 6) & CODE_BITS;
+    a[3] = ((word << 1) & 0x80008000u) | ((word >> 3) & 0x01800180u) | ((word >> 7) & 0x00400040u);
+#ifdef WIDE_SCALES
+    // A scale above 2 and 2^126 are no bf16 together: two products.
+    for (int i = 0; i < 4; i++) a[i] = mul_bf16x2(a[i], 0x7E807E80u);
+#endif
+    a[0] = mul_bf16x2(a[0], scale_g);
+    a[1] = mul_bf16x2(a[1], scale_g8);
+    a[2] = mul_bf16x2(a[2], scale_g);
+    a[3] = mul_bf16x2(a[3], scale_g8);
+}
+
+// Byte `i` of the scales as exponent of both halves of a pair: the packed byte is the biased
+// exponent.
+__device__ __forceinline__ u32 scale_pair(u32 scales, int i) {
+    // Bytes 1 and 3 take the byte, 0 and 2 a zero; one place down it is an exponent.
+    return __byte_perm(scales, 0, (u32)((i << 12) | (4 << 8) | (i << 4) | 4)) >> 1;
+}
+
+template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm {
+    static constexpr int THREADS = 32 * WM * WN;
+    static constexpr int TILES = WM * MT;
+    static constexpr int COLUMNS = WN * NT * 8;
+    static constexpr int TILE_BYTES = FORMAT == MXFP4 ? 544 : 2048;
+    static constexpr int A_BYTES = TILES * TILE_BYTES;
+    static constexpr int STAGE_BYTES = A_BYTES + COLUMNS * COLUMN_BYTES;
+
+    // weights: the block's first tile; n_tiles of the block's tiles exist. columns[c]: the row of
+    // x that is token c, negative for none. x: bf16 with rows x_stride apart.
+    __device__ static __forceinline__ void fill(
+        u8* stage, int group, const u8* weights, int n_tiles, int n_groups,
+        const u16* x, u32 x_stride, int n_k, const int* columns
+    ) {
+        constexpr int TILE_CHUNKS = TILE_BYTES / 16;
+        #pragma unroll
+        for (int first = 0; first < TILES * TILE_CHUNKS; first += THREADS) {
+            int i = first + (int)threadIdx.x;
+            int tile = i / TILE_CHUNKS, chunk = i % TILE_CHUNKS;
+            if (tile < n_tiles && (TILES * TILE_CHUNKS % THREADS == 0 || i < TILES * TILE_CHUNKS)) {
+                const u8* from = weights + ((u64)tile * n_groups + group) * TILE_BYTES + chunk * 16;
+                copy_async16(stage + i * 16, from, true);
+            }
+        }
+        #pragma unroll
+        for (int first = 0; first < COLUMNS * 8; first += THREADS) {
+            int i = first + (int)threadIdx.x;
+            int column = i / 8, chunk = i % 8;
+            if (COLUMNS * 8 % THREADS == 0 || i < COLUMNS * 8) {
+                int row = columns[column];
+                int k = group * GROUP_K + chunk * 8;
+                bool valid = row >= 0 && k < n_k;
+                const u16* from = valid ? x + (u64)row * x_stride + k : x;
+                copy_async16(stage + A_BYTES + column * COLUMN_BYTES + chunk * 16, from, valid);
+            }
+        }
+    }
+
+    __device__ static __forceinline__ void multiply(float (&acc)[MT][NT][4], const u8* stage) {
+        int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const u8* tiles = stage + (warp % WM) * MT * TILE_BYTES;
+        const u8* tokens = stage + A_BYTES + (warp / WM) * NT * 8 * COLUMN_BYTES;
+        uint4 codes[MT];
+        u32 scales[MT];
+        if constexpr (FORMAT == MXFP4) {
+            #pragma unroll
+            for (int m = 0; m < MT; m++) {
+                codes[m] = *(const uint4*)(tiles + m * TILE_BYTES + lane * 16);
+                scales[m] = *(const u32*)(tiles + m * TILE_BYTES + 512 + lane / 4 * 4);
+            }
+        }
+        u32 q[4];
+        #pragma unroll
+        for (int step = 0; step < 4; step++) {
+            u32 b[NT][2];
+            if constexpr (NT == 1) {
+                // One load serves two steps.
+                if (step % 2 == 0) {
+                    load_matrix_x4(q, tokens + lane % 8 * COLUMN_BYTES + (step * 2 + lane / 8) * 16);
+                }
+                b[0][0] = q[step % 2 * 2];
+                b[0][1] = q[step % 2 * 2 + 1];
+            } else {
+                #pragma unroll
+                for (int n = 0; n < NT; n += 2) {
+                    int column = (n + lane / 16) * 8 + lane % 8;
+                    load_matrix_x4(q, tokens + column * COLUMN_BYTES + (step * 2 + lane / 8 % 2) * 16);
+                    b[n][0] = q[0];
+                    b[n][1] = q[1];
+                    b[n + 1][0] = q[2];
+                    b[n + 1][1] = q[3];
+                }
+            }
+            #pragma unroll
+            for (int m = 0; m < MT; m++) {
+                u32 a[4];
+                if constexpr (FORMAT == MXFP4) {
+                    u32 word = step == 0 ? codes[m].x : step == 1 ? codes[m].y : step == 2 ? codes[m].z : codes[m].w;
+                    int block = step / 2 * 2;
+                    unpack_mxfp4(word, scale_pair(scales[m], block), scale_pair(scales[m], block + 1), a);
+                } else {
+                    uint4 four = *(const uint4*)(tiles + m * TILE_BYTES + step * 512 + lane * 16);
+                    a[0] = four.x;
+                    a[1] = four.y;
+                    a[2] = four.z;
+                    a[3] = four.w;
+                }
+                #pragma unroll
+                for (int n = 0; n < NT; n++) mma_bf16(acc[m][n], a, b[n][0], b[n][1]);
+            }
+        }
+    }
+
+    __device__ static __forceinline__ void run(
+        float (&acc)[MT][NT][4], u8* shared, const u8* weights, int n_tiles, int n_groups,
+        const u16* x, u32 x_stride, int n_k, const int* columns
+    ) {
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int n = 0; n < NT; n++)
+                #pragma unroll
+                for (int i = 0; i < 4; i++) acc[m][n][i] = 0.0f;
+        #pragma unroll
+        for (int stage = 0; stage < STAGES - 1; stage++) {
+            if (stage < n_groups) {
+                fill(shared + stage * STAGE_BYTES, stage, weights, n_tiles, n_groups, x, x_stride, n_k, columns);
+            }
+            copy_async_commit();
+        }
+        int from = 0, to = STAGES - 1;
+        for (int group = 0; group < n_groups; group++) {
+            copy_async_wait<STAGES - 2>();
+            __syncthreads();
+            // The stage that all threads have left behind.
+            int next = group + STAGES - 1;
+            if (next < n_groups) {
+                fill(shared + to * STAGE_BYTES, next, weights, n_tiles, n_groups, x, x_stride, n_k, columns);
+            }
+            copy_async_commit();
+            multiply(acc, shared + from * STAGE_BYTES);
+            from = from + 1 == STAGES ? 0 : from + 1;
+            to = to + 1 == STAGES ? 0 : to + 1;
+        }
+        copy_async_wait<0>();
+    }
+};

@@ -1,0 +1,402 @@
+// The next token of each row: the rule of src/engine/sample, bit for bit. Order: temperature,
+// top-k, top-p, renormalize; the nucleus by radix histogram over integer masses, then the greatest
+// scaled logit plus Gumbel noise of a counter-based generator. Integer sums are free of order, so
+// threads may split the row in any way; exp and ln are the same sums and products as on the CPU
+// (kernels are compiled without contraction).
+//
+//   logits  f32 [n_rows, n_vocab]
+//   slots   updated: token, position, count, live
+//   events  [step][n_rows], written: what the host polls
+//
+// Grid (n_rows), block THREADS.
+
+#define MASS_BITS 44
+#define N_BINS 2048
+#define THREADS 512
+#define WARPS (THREADS / 32)
+
+// As `Event` in src/engine/cuda/decode.rs.
+struct Event {
+    u64 logits_hash;
+    u32 slot;
+    u32 position;
+    u32 token;
+    float logprob;
+    // 0 no row, 1 a token, 3 a token and a stop id, 5 a token and the length reached, 8 logits
+    // that are not finite.
+    u32 state;
+    u32 padding;
+};
+
+struct SampleArgs {
+    const float* logits;
+    Slot* slots;
+    const Row* rows;
+    Event* events;
+    // Steps begun since the host reset it.
+    const u32* step;
+    u32 n_vocab;
+    u32 max_context;
+    u32 trace_hash;
+};
+
+// The finalizer of splitmix64.
+__device__ __forceinline__ u64 mix(u64 word) {
+    word += 0x9e3779b97f4a7c15ull;
+    word = (word ^ (word >> 30)) * 0xbf58476d1ce4e5b9ull;
+    word = (word ^ (word >> 27)) * 0x94d049bb133111ebull;
+    return word ^ (word >> 31);
+}
+
+// exp of x <= 0 in units of 2^-44 (src/engine/sample/softmax.rs).
+__device__ __forceinline__ u64 mass(float x) {
+    const float ROUND = 12582912.0f;
+    x = x > -80.0f ? x : -80.0f;
+    float shifted = x * 1.44269504088896340736f + ROUND;
+    float n = shifted - ROUND;
+    float r = (x - n * 0.6933594f) - n * -2.1219444e-4f;
+    float p = 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    u32 exponent = (u32)__float_as_int(shifted) - (u32)__float_as_int(ROUND) + 127u;
+    float e = p * __int_as_float((int)(exponent << 23));
+    // In [256, 512) a double's last place is 2^-44.
+    return (u64)__double_as_longlong((double)e + 384.0) - (u64)__double_as_longlong(384.0);
+}
+
+__device__ __forceinline__ double ln(double x) {
+    u64 bits = (u64)__double_as_longlong(x);
+    int exponent = (int)((bits >> 52) & 0x7ff) - 1023;
+    double m = __longlong_as_double((long long)((bits & ((1ull << 52) - 1)) | (1023ull << 52)));
+    if (m > 1.41421356237309504880) {
+        m *= 0.5;
+        exponent += 1;
+    }
+    double s = (m - 1.0) / (m + 1.0);
+    double z = s * s;
+    double p = 1.0 / 19.0;
+    p = p * z + 1.0 / 17.0;
+    p = p * z + 1.0 / 15.0;
+    p = p * z + 1.0 / 13.0;
+    p = p * z + 1.0 / 11.0;
+    p = p * z + 1.0 / 9.0;
+    p = p * z + 1.0 / 7.0;
+    p = p * z + 1.0 / 5.0;
+    p = p * z + 1.0 / 3.0;
+    p = p * z + 1.0 / 1.0;
+    double n = (double)exponent;
+    return n * 6.931471803691238e-1 + (n * 1.9082149292705877e-10 + 2.0 * s * p);
+}
+
+struct Words {
+    u32 w[4];
+};
+
+// Philox4x32-10 (Salmon et al., SC 2011).
+__device__ __forceinline__ Words philox(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, u32 k1) {
+    #pragma unroll
+    for (int round = 0; round < 10; round++) {
+        u64 wide0 = (u64)0xD2511F53u * c0, wide1 = (u64)0xCD9E8D57u * c2;
+        u32 n0 = (u32)(wide1 >> 32) ^ c1 ^ k0, n2 = (u32)(wide0 >> 32) ^ c3 ^ k1;
+        c1 = (u32)wide1;
+        c3 = (u32)wide0;
+        c0 = n0;
+        c2 = n2;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    Words words = {{c0, c1, c2, c3}};
+    return words;
+}
+
+// Orders as the logit does; -0 equals +0.
+__device__ __forceinline__ u32 order_key(float logit) {
+    u32 bits = (u32)__float_as_int(logit + 0.0f);
+    u32 sign = (u32)((int)bits >> 31);
+    return bits ^ (sign | 0x80000000u);
+}
+
+struct Shared {
+    u64 bins[N_BINS];
+    u32 seen[N_BINS / 32];
+    u64 sums[WARPS];
+    double scores[WARPS];
+    u32 ids[WARPS];
+    float maxima[WARPS];
+    u64 above;
+    u64 total;
+    u32 border;
+    u32 count;
+};
+
+__device__ __forceinline__ u64 block_sum(u64 x, Shared& s) {
+    for (int mask = 16; mask > 0; mask >>= 1) x += __shfl_xor_sync(NONE, x, mask);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) s.sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    u64 sum = 0;
+    for (int warp = 0; warp < WARPS; warp++) sum += s.sums[warp];
+    return sum;
+}
+
+// The last token of a kept prefix in (logit descending, id ascending) order.
+struct Cut {
+    u32 key;
+    u32 last_id;
+};
+
+__device__ __forceinline__ bool keeps(Cut cut, u32 key, u32 id) {
+    return key > cut.key || (key == cut.key && id <= cut.last_id);
+}
+
+// The shortest prefix whose measure reaches `target`: a count of tokens, or their mass.
+template <bool BY_MASS>
+__device__ Cut shortest(const float* logits, u32 n_vocab, float max, float temperature, u64 target, Shared& s) {
+    u64 above = 0;
+    u32 prefix = 0, prefix_mask = 0;
+    const int shifts[3] = {21, 10, 0};
+    const u32 digit_masks[3] = {2047, 2047, 1023};
+    for (int d = 0; d < 3; d++) {
+        int shift = shifts[d];
+        for (u32 i = threadIdx.x; i < N_BINS; i += THREADS) s.bins[i] = 0;
+        for (u32 i = threadIdx.x; i < N_BINS / 32; i += THREADS) s.seen[i] = 0;
+        __syncthreads();
+        for (u32 id = threadIdx.x; id < n_vocab; id += THREADS) {
+            u32 key = order_key(logits[id]);
+            if ((key & prefix_mask) != prefix) continue;
+            u32 digit = (key >> shift) & digit_masks[d];
+            u64 measure = BY_MASS ? mass((logits[id] - max) / temperature) : 1;
+            atomicAdd(&s.bins[digit], measure);
+            // A bin may hold tokens of mass 0 alone.
+            atomicOr(&s.seen[digit / 32], 1u << (digit % 32));
+        }
+        __syncthreads();
+        // From the greatest bin down: 64 bins a lane of the first warp.
+        if (threadIdx.x < 32) {
+            u32 lane = threadIdx.x;
+            u32 top = N_BINS - 1 - lane * 64;
+            u64 sum = 0;
+            u32 lowest_seen = NONE;
+            for (u32 i = 0; i < 64; i++) {
+                u32 bin = top - i;
+                if (s.seen[bin / 32] >> (bin % 32) & 1) {
+                    sum += s.bins[bin];
+                    lowest_seen = bin;
+                }
+            }
+            u64 before = sum;
+            for (int step = 1; step < 32; step *= 2) {
+                u64 other = __shfl_up_sync(NONE, before, step);
+                if ((int)lane >= step) before += other;
+            }
+            u64 total = __shfl_sync(NONE, before, 31);
+            before -= sum;
+            bool reaches = lowest_seen != NONE && above + before + sum >= target;
+            u32 reaching = __ballot_sync(NONE, reaches);
+            u32 holding = __ballot_sync(NONE, lowest_seen != NONE);
+            if (reaching != 0) {
+                if ((int)lane == __ffs((int)reaching) - 1) {
+                    u64 at = above + before;
+                    for (u32 i = 0; i < 64; i++) {
+                        u32 bin = top - i;
+                        if (!(s.seen[bin / 32] >> (bin % 32) & 1)) continue;
+                        if (at + s.bins[bin] >= target) {
+                            s.border = bin;
+                            s.above = at;
+                            break;
+                        }
+                        at += s.bins[bin];
+                    }
+                }
+            } else if ((int)lane == 31 - __clz((int)holding)) {
+                // No prefix reaches it: all tokens.
+                s.border = lowest_seen;
+                s.above = above + total - s.bins[lowest_seen];
+            }
+        }
+        __syncthreads();
+        prefix |= s.border << shift;
+        prefix_mask |= digit_masks[d] << shift;
+        above = s.above;
+        __syncthreads();
+    }
+    // Equal logits have equal measures: how many of them, then the last one's id.
+    u64 each = BY_MASS ? 0 : 1;
+    if (BY_MASS) {
+        float logit = prefix & 0x80000000u ? __int_as_float((int)(prefix ^ 0x80000000u)) : __int_as_float((int)~prefix);
+        each = mass((logit - max) / temperature);
+    }
+    u64 missing = target > above ? target - above : 1;
+    u64 wanted = each == 0 ? ~0ull : (missing + each - 1) / each;
+    if (wanted == 0) wanted = 1;
+    u64 n_before = 0;
+    Cut cut = {prefix, 0};
+    for (u32 first = 0; first < n_vocab && n_before < wanted; first += THREADS) {
+        u32 id = first + threadIdx.x;
+        bool equal = id < n_vocab && order_key(logits[id]) == prefix;
+        u32 votes = __ballot_sync(NONE, equal);
+        if (threadIdx.x % 32 == 0) s.ids[threadIdx.x / 32] = votes;
+        __syncthreads();
+        // Every thread walks the same words.
+        for (u32 warp = 0; warp < WARPS && n_before < wanted; warp++) {
+            u32 word = s.ids[warp];
+            while (word != 0 && n_before < wanted) {
+                cut.last_id = first + warp * 32 + (u32)__ffs((int)word) - 1;
+                word &= word - 1;
+                n_before += 1;
+            }
+        }
+        __syncthreads();
+    }
+    return cut;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const SampleArgs args) {
+    __shared__ Shared s;
+    u32 r = blockIdx.x;
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32 n_vocab = args.n_vocab;
+    Event* event = args.events + (u64)(*args.step - 1) * gridDim.x + r;
+    u32 slot_index = args.rows[r].sequence;
+    if (slot_index == NONE) {
+        if (threadIdx.x == 0) event->state = 0;
+        return;
+    }
+    Slot* slot = args.slots + slot_index;
+    const float* logits = args.logits + (u64)r * n_vocab;
+
+    float max = NEG_INFINITY;
+    u32 special = 0;
+    u64 hash = 0;
+    for (u32 id = threadIdx.x; id < n_vocab; id += THREADS) {
+        float logit = logits[id];
+        u32 bits = (u32)__float_as_int(logit);
+        max = logit > max ? logit : max;
+        special |= (bits & 0x7f800000u) == 0x7f800000u;
+        if (args.trace_hash) hash += mix((u64)id << 32 | bits);
+    }
+    for (int mask = 16; mask > 0; mask >>= 1) {
+        float other = __shfl_xor_sync(NONE, max, mask);
+        max = other > max ? other : max;
+    }
+    if (lane == 0) s.maxima[warp] = max;
+    special = __syncthreads_or((int)special);
+    max = s.maxima[0];
+    for (int w = 1; w < WARPS; w++) max = s.maxima[w] > max ? s.maxima[w] : max;
+    if (special) {
+        if (threadIdx.x == 0) {
+            event->slot = slot_index;
+            event->position = slot->position + 1;
+            event->state = 8;
+            slot->live = 0;
+        }
+        return;
+    }
+    if (args.trace_hash) hash = mix(block_sum(hash, s) ^ n_vocab);
+
+    float temperature = slot->temperature;
+    bool draws = temperature > 0.0f;
+    u64 total = 0;
+    double best = __longlong_as_double((long long)0xFFF0000000000000ull);
+    u32 best_id = NONE;
+    for (u32 id = threadIdx.x; id < n_vocab; id += THREADS) {
+        total += mass(logits[id] - max);
+        // Greedy: the lowest id of the greatest logit.
+        if (!draws && best_id == NONE && logits[id] == max) best_id = id;
+    }
+    total = block_sum(total, s);
+    if (draws) {
+        Cut cut = {0, 0};
+        bool cuts = false;
+        if (slot->top_k > 0 && slot->top_k < n_vocab) {
+            cut = shortest<false>(logits, n_vocab, max, temperature, slot->top_k, s);
+            cuts = true;
+        }
+        if (slot->keeps_p) {
+            u64 kept = 0;
+            for (u32 id = threadIdx.x; id < n_vocab; id += THREADS) {
+                if (!cuts || keeps(cut, order_key(logits[id]), id)) kept += mass((logits[id] - max) / temperature);
+            }
+            kept = block_sum(kept, s);
+            // kept * share / 2^53, rounded up, within 1 and kept.
+            u64 low = kept * slot->top_p_share, high = __umul64hi(kept, slot->top_p_share);
+            u64 rounded = low + ((1ull << 53) - 1);
+            high += rounded < low;
+            u64 target = high << 11 | rounded >> 53;
+            u64 most = kept > 1 ? kept : 1;
+            target = target < 1 ? 1 : target > most ? most : target;
+            cut = shortest<true>(logits, n_vocab, max, temperature, target, s);
+            cuts = true;
+        }
+        u64 row_hash = slot->row_hash, seed = slot->seed;
+        Words start = philox((u32)row_hash, (u32)(row_hash >> 32), slot->sample, slot->position + 1,
+                             (u32)seed, (u32)(seed >> 32));
+        for (u32 block = threadIdx.x; block * 4 < n_vocab; block += THREADS) {
+            Words words = philox(block, 0, start.w[2], start.w[3], start.w[0], start.w[1]);
+            #pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                u32 id = block * 4 + i;
+                if (id >= n_vocab) break;
+                double scaled = (double)((logits[id] - max) / temperature);
+                // A bound first: the two logarithms are needed for few tokens only.
+                double bound = (double)(__clz((int)~words.w[i]) + 1) * (0.69314718055994530942 + 1e-9);
+                if (scaled + bound <= best) continue;
+                if (cuts && !keeps(cut, order_key(logits[id]), id)) continue;
+                double u = ((double)words.w[i] + 0.5) * 2.3283064365386962890625e-10;
+                double score = scaled + -ln(-ln(u));
+                if (score > best) {
+                    best = score;
+                    best_id = id;
+                }
+            }
+        }
+    } else {
+        best = 0.0;
+    }
+    // The greatest score, the lowest id among equals.
+    for (int mask = 16; mask > 0; mask >>= 1) {
+        double other = __shfl_xor_sync(NONE, best, mask);
+        u32 other_id = __shfl_xor_sync(NONE, best_id, mask);
+        if (other_id != NONE && (best_id == NONE || other > best || (other == best && other_id < best_id))) {
+            best = other;
+            best_id = other_id;
+        }
+    }
+    __syncthreads();
+    if (lane == 0) {
+        s.scores[warp] = best;
+        s.ids[warp] = best_id;
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (int w = 1; w < WARPS; w++) {
+        if (s.ids[w] != NONE && (best_id == NONE || s.scores[w] > best || (s.scores[w] == best && s.ids[w] < best_id))) {
+            best = s.scores[w];
+            best_id = s.ids[w];
+        }
+    }
+    if (best_id == NONE) best_id = 0;
+    double ln_total = ln((double)total) - (double)MASS_BITS * 0.69314718055994530942;
+    float logprob = (float)(((double)logits[best_id] - (double)max) - ln_total);
+    u32 position = slot->position + 1;
+    u32 n_generated = slot->n_generated + 1;
+    u32 state = 1;
+    for (u32 i = 0; i < slot->n_stop; i++) {
+        if (slot->stop[i] == best_id) state = 3;
+    }
+    if (state == 1 && (n_generated >= slot->max_new_tokens || position + 1 >= args.max_context)) state = 5;
+    slot->token = best_id;
+    slot->position = position;
+    slot->n_generated = n_generated;
+    slot->live = state == 1;
+    event->logits_hash = hash;
+    event->slot = slot_index;
+    event->position = position;
+    event->token = best_id;
+    event->logprob = logprob;
+    event->state = state;
+}

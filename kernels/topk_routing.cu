@@ -1,0 +1,144 @@
+// route: t = rmsnorm(x); logits = t W^T + bias in f32; the k greatest logits in order, ties to
+// the lower expert; softmax over those k.
+// group: entries (row * k + rank) sorted by expert, in order.
+//
+//   x        f32 [n_rows, hidden];  t bf16 [n_rows, hidden], written
+//   weights  bf16 [n_experts, hidden], bias [n_experts]
+//   experts  u32 [n_rows * k], NONE for padding rows;  gates f32 [n_rows * k]
+//   offsets  u32 [n_experts + 1];  entries u32 [n_rows * k]
+//
+// route: grid (n_rows), block 256, shared n_experts floats. One warp an expert: the lanes' sums
+// over k = 8 lane.., then a butterfly: one order whatever the batch.
+// group: grid (n_experts), block 256.
+
+struct RouteArgs {
+    const float* x;
+    const vector_t* norm;
+    u16* t;
+    const u16* weights;
+    const vector_t* bias;
+    const Row* rows;
+    u32* experts;
+    float* gates;
+    u32 hidden;
+    u32 n_experts;
+    u32 k;
+    float eps;
+};
+
+extern "C" __global__ void __launch_bounds__(256) route(const RouteArgs args) {
+    extern __shared__ float logits[];
+    __shared__ float scratch[8];
+    u64 row = blockIdx.x;
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const float* x = args.x + row * args.hidden;
+    u16* t = args.t + row * args.hidden;
+    float sum = 0.0f;
+    for (u32 i = threadIdx.x; i < args.hidden; i += 256) sum = __fmaf_rn(x[i], x[i], sum);
+    sum = block_sum_256(sum, scratch);
+    float factor = 1.0f / __fsqrt_rn(sum / (float)args.hidden + args.eps);
+    for (u32 i = threadIdx.x; i < args.hidden; i += 256) {
+        t[i] = f32_to_bf16(x[i] * factor * vector_at(args.norm, i));
+    }
+    // The whole block reads what it wrote to global memory.
+    __syncthreads();
+    for (u32 expert = warp; expert < args.n_experts; expert += 8) {
+        const u16* w = args.weights + (u64)expert * args.hidden;
+        float dot = 0.0f;
+        for (u32 i = lane * 8; i < args.hidden; i += 256) {
+            uint4 a = *(const uint4*)(w + i), b = *(const uint4*)(t + i);
+            u32 wa[4] = {a.x, a.y, a.z, a.w}, tb[4] = {b.x, b.y, b.z, b.w};
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {
+                dot = __fmaf_rn(__int_as_float((int)(wa[j] << 16)), __int_as_float((int)(tb[j] << 16)), dot);
+                dot = __fmaf_rn(__int_as_float((int)(wa[j] & 0xFFFF0000u)), __int_as_float((int)(tb[j] & 0xFFFF0000u)), dot);
+            }
+        }
+        dot = warp_sum(dot);
+        if (lane == 0) logits[expert] = dot + vector_at(args.bias, expert);
+    }
+    __syncthreads();
+    if (warp != 0) return;
+    u32* experts = args.experts + row * args.k;
+    float* gates = args.gates + row * args.k;
+    bool padding = args.rows[row].sequence == NONE;
+    float greatest = 0.0f, gate_sum = 0.0f;
+    for (u32 rank = 0; rank < args.k; rank++) {
+        // Greatest first, the lower expert among equals; a NaN is never chosen before a number.
+        float best = NEG_INFINITY;
+        u32 at = NONE;
+        for (u32 expert = lane; expert < args.n_experts; expert += 32) {
+            float logit = logits[expert];
+            if (logit > best || (at == NONE && logit == best)) {
+                best = logit;
+                at = expert;
+            }
+        }
+        for (int mask = 16; mask > 0; mask >>= 1) {
+            float other = __shfl_xor_sync(NONE, best, mask);
+            u32 other_at = __shfl_xor_sync(NONE, at, mask);
+            if (other_at != NONE && (at == NONE || other > best || (other == best && other_at < at))) {
+                best = other;
+                at = other_at;
+            }
+        }
+        // All are NaN: any expert not chosen yet; the row's logits will not be finite.
+        bool nan_row = at == NONE;
+        if (nan_row) {
+            at = rank;
+            best = __int_as_float(0x7FC00000);
+        }
+        if (rank == 0) greatest = best;
+        float gate = exp_fast(best - greatest);
+        gate_sum += gate;
+        if (lane == 0) {
+            if (!nan_row) logits[at] = __int_as_float(0x7FC00000);
+            experts[rank] = padding ? NONE : at;
+            gates[rank] = gate;
+        }
+        __syncwarp();
+    }
+    for (u32 rank = lane; rank < args.k; rank += 32) gates[rank] = gates[rank] / gate_sum;
+}
+
+extern "C" __global__ void __launch_bounds__(256) group(
+    const u32* experts, u32 n_entries, u32 n_experts, u32* offsets, u32* entries
+) {
+    __shared__ u32 sums[2][8];
+    u32 expert = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // A thread has consecutive entries, so that their order is kept.
+    u32 share = (n_entries + 255) / 256;
+    u32 first = threadIdx.x * share;
+    u32 end = first + share < n_entries ? first + share : n_entries;
+    u32 less = 0, equal = 0;
+    for (u32 i = first; i < end; i++) {
+        u32 e = experts[i];
+        less += e < expert;
+        equal += e == expert;
+    }
+    u32 equal_before = equal;
+    for (int step = 1; step < 32; step *= 2) {
+        u32 other = __shfl_up_sync(NONE, equal_before, step);
+        if ((int)lane >= step) equal_before += other;
+    }
+    for (int mask = 16; mask > 0; mask >>= 1) less += __shfl_xor_sync(NONE, less, mask);
+    if (lane == 31) {
+        sums[0][warp] = less;
+        sums[1][warp] = equal_before;
+    }
+    __syncthreads();
+    u32 start = 0, n_equal = 0, at = equal_before - equal;
+    for (u32 w = 0; w < 8; w++) {
+        start += sums[0][w];
+        n_equal += sums[1][w];
+        if (w < warp) at += sums[1][w];
+    }
+    at += start;
+    for (u32 i = first; i < end; i++) {
+        if (experts[i] == expert) entries[at++] = i;
+    }
+    if (threadIdx.x == 0) {
+        offsets[expert] = start;
+        if (expert + 1 == n_experts) offsets[n_experts] = start + n_equal;
+    }
+}

@@ -1,0 +1,691 @@
+//! A GPU: context, stream, memory, events and graphs, over the driver loaded at run time.
+//!
+//! Everything runs on one stream in order. All memory is allocated when a backend opens; a buffer
+//! frees itself. Launches are in `launch.rs`.
+
+#![allow(unsafe_code, reason = "calls into the driver")]
+
+use std::ffi::{CStr, CString, c_void};
+use std::marker::PhantomData;
+use std::ptr;
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+use sys::{CUdevice_attribute_enum as Attribute, CUresult};
+
+use super::error::CudaError;
+
+/// Values whose bytes may go to the device and back as they are.
+///
+/// # Safety
+/// No padding, no pointer into the host, every bit pattern is a value.
+pub unsafe trait Plain: Copy + Default + 'static {}
+
+// SAFETY: plain numbers.
+unsafe impl Plain for u8 {}
+// SAFETY: plain numbers.
+unsafe impl Plain for u16 {}
+// SAFETY: plain numbers.
+unsafe impl Plain for u32 {}
+// SAFETY: plain numbers.
+unsafe impl Plain for f32 {}
+// SAFETY: plain numbers.
+unsafe impl Plain for [u32; 2] {}
+
+/// An open GPU.
+pub struct Device {
+    context: sys::CUcontext,
+    device: sys::CUdevice,
+    stream: sys::CUstream,
+    pub name: String,
+    /// Compute capability.
+    pub major: u32,
+    pub minor: u32,
+    pub n_multiprocessors: u32,
+    /// Shared memory that a block may have.
+    pub shared_bytes: u32,
+}
+
+// SAFETY: driver handles may be used from any thread whose current context is set, which every
+// method does.
+unsafe impl Send for Device {}
+// SAFETY: the driver's calls are thread-safe.
+unsafe impl Sync for Device {}
+
+fn reason(result: CUresult) -> String {
+    let mut text = ptr::null();
+    // SAFETY: the driver writes a pointer to a static string.
+    let told = unsafe { sys::cuGetErrorString(result, &mut text) };
+    if told != CUresult::CUDA_SUCCESS || text.is_null() {
+        return format!("{result:?}");
+    }
+    // SAFETY: a string of the driver's, ended by zero.
+    let text = unsafe { CStr::from_ptr(text) };
+    format!("{} ({result:?})", text.to_string_lossy())
+}
+
+/// Turns a driver's answer into an error that names the call.
+pub(super) fn check(result: CUresult, what: &str) -> Result<(), CudaError> {
+    match result {
+        CUresult::CUDA_SUCCESS => Ok(()),
+        other => Err(CudaError::Driver {
+            what: what.to_owned(),
+            reason: reason(other),
+        }),
+    }
+}
+
+/// GPUs that the driver has.
+///
+/// # Errors
+/// No driver, or none that works.
+pub fn count() -> Result<u32, CudaError> {
+    // SAFETY: opens and closes the driver's library.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(CudaError::NoDriver);
+    }
+    // SAFETY: the library is there.
+    let started = unsafe { sys::cuInit(0) };
+    if started != CUresult::CUDA_SUCCESS {
+        return Err(CudaError::NoDevices {
+            reason: reason(started),
+        });
+    }
+    let mut count = 0;
+    // SAFETY: writes one integer.
+    check(
+        unsafe { sys::cuDeviceGetCount(&mut count) },
+        "its count of GPUs",
+    )?;
+    Ok(count.max(0) as u32)
+}
+
+impl Device {
+    /// Opens GPU `index` of those the driver shows.
+    ///
+    /// # Errors
+    /// No driver, no such GPU, or one older than compute capability 8.0.
+    pub fn open(index: u32) -> Result<Arc<Self>, CudaError> {
+        let count = count()?;
+        if count == 0 {
+            return Err(CudaError::NoDevices {
+                reason: "it shows none".to_owned(),
+            });
+        }
+        if index >= count {
+            return Err(CudaError::NoSuchDevice { index, count });
+        }
+        let mut device = 0;
+        // SAFETY: writes one handle.
+        check(
+            unsafe { sys::cuDeviceGet(&mut device, index as i32) },
+            "a GPU",
+        )?;
+        let mut name = [0; 256];
+        // SAFETY: writes at most 255 bytes and a zero.
+        check(
+            unsafe { sys::cuDeviceGetName(name.as_mut_ptr(), 256, device) },
+            "a GPU's name",
+        )?;
+        // SAFETY: the driver ended it by zero.
+        let name = unsafe { CStr::from_ptr(name.as_ptr()) };
+        let name = name.to_string_lossy().into_owned();
+        let attribute = |which| {
+            let mut value = 0;
+            // SAFETY: writes one integer.
+            let told = unsafe { sys::cuDeviceGetAttribute(&mut value, which, device) };
+            check(told, "a GPU's attribute").map(|()| value.max(0) as u32)
+        };
+        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        if major < 8 {
+            return Err(CudaError::TooOld { name, major, minor });
+        }
+        let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let n_multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let mut context = ptr::null_mut();
+        // SAFETY: writes one handle, given back in `drop`.
+        let retained = unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) };
+        check(retained, "a context")?;
+        let mut opened = Self {
+            context,
+            device,
+            stream: ptr::null_mut(),
+            name,
+            major,
+            minor,
+            n_multiprocessors,
+            shared_bytes: shared,
+        };
+        opened.bind()?;
+        // 1: does not wait for the default stream.
+        // SAFETY: writes one handle, destroyed in `drop`.
+        check(
+            unsafe { sys::cuStreamCreate(&mut opened.stream, 1) },
+            "a stream",
+        )?;
+        Ok(Arc::new(opened))
+    }
+
+    /// Makes the context this thread's.
+    pub(super) fn bind(&self) -> Result<(), CudaError> {
+        // SAFETY: the context lives as long as `self`.
+        check(unsafe { sys::cuCtxSetCurrent(self.context) }, "its context")
+    }
+
+    pub(super) fn stream(&self) -> sys::CUstream {
+        self.stream
+    }
+
+    /// Free and total device memory.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn memory(&self) -> Result<(u64, u64), CudaError> {
+        self.bind()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: writes two integers.
+        check(
+            unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) },
+            "its memory's size",
+        )?;
+        Ok((free as u64, total as u64))
+    }
+
+    /// `len` values of device memory, of unknown content.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn alloc<T: Plain>(
+        self: &Arc<Self>,
+        what: &str,
+        len: usize,
+    ) -> Result<DeviceBuffer<T>, CudaError> {
+        self.bind()?;
+        let n_bytes = len.saturating_mul(size_of::<T>());
+        let mut address = 0;
+        // SAFETY: writes one address, freed with the buffer.
+        let allocated = unsafe { sys::cuMemAlloc_v2(&mut address, n_bytes.max(16)) };
+        if allocated == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            return Err(CudaError::OutOfMemory {
+                what: what.to_owned(),
+                needed: n_bytes as u64,
+                free: self.memory()?.0,
+            });
+        }
+        check(allocated, what)?;
+        Ok(DeviceBuffer {
+            device: Arc::clone(self),
+            address,
+            len,
+            values: PhantomData,
+        })
+    }
+
+    /// Memory of the host that the device copies to and from without a stop.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn alloc_pinned<T: Plain>(
+        self: &Arc<Self>,
+        len: usize,
+    ) -> Result<PinnedBuffer<T>, CudaError> {
+        self.bind()?;
+        let mut at = ptr::null_mut();
+        let n_bytes = (len * size_of::<T>()).max(16);
+        // SAFETY: writes one address, freed with the buffer.
+        check(
+            unsafe { sys::cuMemHostAlloc(&mut at, n_bytes, 0) },
+            "pinned memory",
+        )?;
+        let at = at.cast::<T>();
+        // SAFETY: `len` values fit; a default is a value.
+        unsafe {
+            for i in 0..len {
+                at.add(i).write(T::default());
+            }
+        }
+        Ok(PinnedBuffer {
+            device: Arc::clone(self),
+            at,
+            len,
+        })
+    }
+
+    /// Waits for everything enqueued.
+    ///
+    /// # Errors
+    /// Something enqueued has failed.
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        self.bind()?;
+        // SAFETY: our own stream.
+        check(
+            unsafe { sys::cuStreamSynchronize(self.stream) },
+            "the work enqueued",
+        )
+    }
+
+    /// # Errors
+    /// The driver fails.
+    pub fn event(self: &Arc<Self>) -> Result<Event, CudaError> {
+        self.bind()?;
+        let mut event = ptr::null_mut();
+        // SAFETY: writes one handle, destroyed with the event.
+        check(unsafe { sys::cuEventCreate(&mut event, 0) }, "an event")?;
+        Ok(Event {
+            device: Arc::clone(self),
+            event,
+        })
+    }
+
+    /// Records what `enqueue` enqueues, instead of running it.
+    ///
+    /// # Errors
+    /// The driver fails, or `enqueue` does.
+    pub fn capture<E: From<CudaError>>(
+        self: &Arc<Self>,
+        enqueue: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Graph, E> {
+        self.bind()?;
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: our own stream, which captures nothing yet.
+        check(
+            unsafe { sys::cuStreamBeginCapture_v2(self.stream, mode) },
+            "to capture",
+        )?;
+        let enqueued = enqueue();
+        let mut graph = ptr::null_mut();
+        // SAFETY: ends the capture begun above, also after an error; writes one handle.
+        let ended = unsafe { sys::cuStreamEndCapture(self.stream, &mut graph) };
+        enqueued?;
+        check(ended, "a captured graph")?;
+        let mut exec = ptr::null_mut();
+        // SAFETY: a graph just made; writes one handle.
+        let made = unsafe { sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0) };
+        // SAFETY: the executable graph does not need it.
+        let destroyed = unsafe { sys::cuGraphDestroy(graph) };
+        check(made, "an executable graph")?;
+        check(destroyed, "to drop a graph")?;
+        Ok(Graph {
+            device: Arc::clone(self),
+            exec,
+        })
+    }
+
+    /// Loads compiled code.
+    ///
+    /// # Errors
+    /// Code for another GPU, or damaged code.
+    pub fn load(self: &Arc<Self>, cubin: &[u8], what: &str) -> Result<Module, CudaError> {
+        self.bind()?;
+        let mut module = ptr::null_mut();
+        // SAFETY: the driver reads the image by the sizes within it; it was compiled by NVRTC.
+        let loaded = unsafe { sys::cuModuleLoadData(&mut module, cubin.as_ptr().cast()) };
+        check(loaded, what)?;
+        Ok(Module {
+            device: Arc::clone(self),
+            module,
+        })
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if self.bind().is_ok() && !self.stream.is_null() {
+            // SAFETY: our own stream, last used here.
+            let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
+        }
+        // SAFETY: retained in `open`.
+        let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
+    }
+}
+
+/// Device memory.
+pub struct DeviceBuffer<T> {
+    device: Arc<Device>,
+    address: sys::CUdeviceptr,
+    len: usize,
+    values: PhantomData<T>,
+}
+
+impl<T: Plain> DeviceBuffer<T> {
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub fn n_bytes(&self) -> u64 {
+        (self.len * size_of::<T>()) as u64
+    }
+
+    /// Address of element `start`, for a kernel.
+    ///
+    /// # Panics
+    /// When it is past the end.
+    pub fn at(&self, start: usize) -> u64 {
+        assert!(start <= self.len, "a kernel's argument lies in its buffer");
+        self.address + (start * size_of::<T>()) as u64
+    }
+
+    /// Copies `values` to element `start` and on; `values` may be dropped at once.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// When they do not fit.
+    pub fn upload(&self, start: usize, values: &[T]) -> Result<(), CudaError> {
+        assert!(start + values.len() <= self.len, "uploads fit their buffer");
+        if values.is_empty() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        // SAFETY: in range of both; pageable memory is staged before the call returns.
+        let copied = unsafe {
+            sys::cuMemcpyHtoDAsync_v2(
+                self.at(start),
+                values.as_ptr().cast::<c_void>(),
+                size_of_val(values),
+                self.device.stream,
+            )
+        };
+        check(copied, "a copy to the device")
+    }
+
+    /// Copies elements from `start` on to `out` and waits for them.
+    ///
+    /// # Errors
+    /// The driver fails, or something enqueued before has failed.
+    ///
+    /// # Panics
+    /// When there are fewer.
+    pub fn download(&self, start: usize, out: &mut [T]) -> Result<(), CudaError> {
+        assert!(
+            start + out.len() <= self.len,
+            "downloads lie in their buffer"
+        );
+        self.device.bind()?;
+        // SAFETY: in range of both; waited for below.
+        let copied = unsafe {
+            sys::cuMemcpyDtoHAsync_v2(
+                out.as_mut_ptr().cast::<c_void>(),
+                self.at(start),
+                size_of_val(out),
+                self.device.stream,
+            )
+        };
+        check(copied, "a copy from the device")?;
+        self.device.synchronize()
+    }
+
+    /// Enqueues a copy of the first elements to pinned memory.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// When they do not fit.
+    pub fn download_async(&self, n: usize, out: &mut PinnedBuffer<T>) -> Result<(), CudaError> {
+        assert!(
+            n <= self.len && n <= out.len,
+            "downloads lie in their buffer"
+        );
+        self.device.bind()?;
+        // SAFETY: in range of both; `out` is read after an event alone.
+        let copied = unsafe {
+            sys::cuMemcpyDtoHAsync_v2(
+                out.at.cast::<c_void>(),
+                self.address,
+                n * size_of::<T>(),
+                self.device.stream,
+            )
+        };
+        check(copied, "a copy from the device")
+    }
+
+    /// Enqueues a copy within the buffer; the ranges do not overlap.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// When a range is past the end.
+    pub fn copy_within(&self, from: usize, to: usize, n: usize) -> Result<(), CudaError> {
+        assert!(
+            from + n <= self.len && to + n <= self.len,
+            "copies lie in their buffer"
+        );
+        self.device.bind()?;
+        // SAFETY: in range.
+        let copied = unsafe {
+            sys::cuMemcpyDtoDAsync_v2(
+                self.at(to),
+                self.at(from),
+                n * size_of::<T>(),
+                self.device.stream,
+            )
+        };
+        check(copied, "a copy on the device")
+    }
+
+    /// Enqueues filling elements `start..start + n` with bytes of `byte`; their width is a
+    /// multiple of two bytes.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// When the range is past the end.
+    pub fn fill(&self, start: usize, n: usize, byte: u8) -> Result<(), CudaError> {
+        assert!(start + n <= self.len, "fills lie in their buffer");
+        if n == 0 {
+            return Ok(());
+        }
+        self.device.bind()?;
+        let word = u16::from_le_bytes([byte, byte]);
+        let n_words = n * size_of::<T>() / 2;
+        // SAFETY: in range.
+        let filled =
+            unsafe { sys::cuMemsetD16Async(self.at(start), word, n_words, self.device.stream) };
+        check(filled, "to fill memory")
+    }
+}
+
+impl<T> Drop for DeviceBuffer<T> {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: our own allocation; freeing waits for kernels that use it.
+            let _ = unsafe { sys::cuMemFree_v2(self.address) };
+        }
+    }
+}
+
+/// Page-locked host memory.
+pub struct PinnedBuffer<T> {
+    device: Arc<Device>,
+    at: *mut T,
+    len: usize,
+}
+
+// SAFETY: it owns its memory.
+unsafe impl<T: Send> Send for PinnedBuffer<T> {}
+
+impl<T: Plain> PinnedBuffer<T> {
+    /// The values; an event has told that no copy is under way.
+    pub fn values(&self) -> &[T] {
+        // SAFETY: `len` values were written when it was made.
+        unsafe { std::slice::from_raw_parts(self.at, self.len) }
+    }
+}
+
+impl<T> Drop for PinnedBuffer<T> {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: our own allocation.
+            let _ = unsafe { sys::cuMemFreeHost(self.at.cast::<c_void>()) };
+        }
+    }
+}
+
+/// A point in the stream.
+pub struct Event {
+    device: Arc<Device>,
+    event: sys::CUevent,
+}
+
+// SAFETY: handles may go to another thread.
+unsafe impl Send for Event {}
+
+impl Event {
+    /// Puts the point behind what is enqueued.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn record(&self) -> Result<(), CudaError> {
+        self.device.bind()?;
+        // SAFETY: our own event and stream.
+        check(
+            unsafe { sys::cuEventRecord(self.event, self.device.stream) },
+            "an event",
+        )
+    }
+
+    /// Whether the stream has passed the point.
+    ///
+    /// # Errors
+    /// Something enqueued before has failed.
+    pub fn is_past(&self) -> Result<bool, CudaError> {
+        self.device.bind()?;
+        // SAFETY: our own event.
+        match unsafe { sys::cuEventQuery(self.event) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            other => check(other, "the work enqueued").map(|()| true),
+        }
+    }
+
+    /// Waits until the stream has passed the point.
+    ///
+    /// # Errors
+    /// Something enqueued before has failed.
+    pub fn wait(&self) -> Result<(), CudaError> {
+        self.device.bind()?;
+        // SAFETY: our own event.
+        check(
+            unsafe { sys::cuEventSynchronize(self.event) },
+            "the work enqueued",
+        )
+    }
+
+    /// Milliseconds between two points that are past.
+    ///
+    /// # Errors
+    /// One is not past.
+    pub fn ms_since(&self, earlier: &Event) -> Result<f32, CudaError> {
+        self.device.bind()?;
+        let mut ms = 0.0;
+        // SAFETY: writes one number.
+        let told = unsafe { sys::cuEventElapsedTime(&mut ms, earlier.event, self.event) };
+        check(told, "the time between events").map(|()| ms)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: our own event.
+            let _ = unsafe { sys::cuEventDestroy_v2(self.event) };
+        }
+    }
+}
+
+/// A captured sequence of launches.
+pub struct Graph {
+    device: Arc<Device>,
+    exec: sys::CUgraphExec,
+}
+
+// SAFETY: handles may go to another thread.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    /// Enqueues it.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn launch(&self) -> Result<(), CudaError> {
+        self.device.bind()?;
+        // SAFETY: the buffers it names live as long as the backend that holds it.
+        check(
+            unsafe { sys::cuGraphLaunch(self.exec, self.device.stream) },
+            "a graph",
+        )
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: our own graph.
+            let _ = unsafe { sys::cuGraphExecDestroy(self.exec) };
+        }
+    }
+}
+
+/// Loaded code.
+pub struct Module {
+    device: Arc<Device>,
+    module: sys::CUmodule,
+}
+
+// SAFETY: handles may be used from any thread.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+
+/// A kernel of a module, which outlives it.
+#[derive(Clone, Copy)]
+pub struct Function(pub(super) sys::CUfunction);
+
+// SAFETY: handles may be used from any thread.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+impl Module {
+    /// The kernel of this name; it may then take `shared_bytes` of dynamic shared memory.
+    ///
+    /// # Errors
+    /// No such kernel, or more shared memory than a block may have.
+    pub fn function(&self, name: &str, shared_bytes: u32) -> Result<Function, CudaError> {
+        self.device.bind()?;
+        let c_name = CString::new(name).unwrap_or_default();
+        let mut function = ptr::null_mut();
+        // SAFETY: writes one handle.
+        let got = unsafe { sys::cuModuleGetFunction(&mut function, self.module, c_name.as_ptr()) };
+        check(got, &format!("the kernel `{name}`"))?;
+        // Up to 48 KB need no leave.
+        if shared_bytes > 48 << 10 {
+            let which =
+                sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a kernel just found.
+            let set = unsafe { sys::cuFuncSetAttribute(function, which, shared_bytes as i32) };
+            check(
+                set,
+                &format!("{shared_bytes} bytes of shared memory to `{name}`"),
+            )?;
+        }
+        Ok(Function(function))
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: our own module; the stream is done with it when its backend drops.
+            let _ = unsafe { sys::cuModuleUnload(self.module) };
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! The kernels' texts, how they are compiled for a model and a GPU, and the cache of cubins.
+//!
+//! A text is `ptx.cuh`, `common.cuh`, what its family shares, then the kernel itself. The cache's
+//! key is a hash over text, options, GPU architecture and NVRTC version, so nothing in it is ever
+//! out of date.
+
+use std::path::PathBuf;
+
+use sha2::{Digest, Sha256};
+
+use super::error::CudaError;
+use super::nvrtc::Nvrtc;
+use crate::engine::checkpoint::{ExpertFormat, VectorFormat, WeightFormat};
+use crate::engine::config::ModelConfig;
+
+const PTX: &str = include_str!("../../../kernels/ptx.cuh");
+const COMMON: &str = include_str!("../../../kernels/common.cuh");
+const GEMM: &str = include_str!("../../../kernels/gemm.cuh");
+const MOE: &str = include_str!("../../../kernels/moe_matmul.cuh");
+
+/// One text to compile.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// File name without its end.
+    pub name: &'static str,
+    pub text: String,
+    /// Whether its code must hold matrix instructions.
+    pub uses_matrix_units: bool,
+}
+
+fn kernel(name: &'static str, shared: &[&str], text: &str) -> Kernel {
+    let mut whole = [PTX, COMMON].concat();
+    shared.iter().for_each(|part| whole.push_str(part));
+    whole.push_str(text);
+    Kernel {
+        name,
+        text: whole,
+        uses_matrix_units: name.contains("matmul") || name == "attention",
+    }
+}
+
+/// The texts for experts of a format.
+pub fn texts(experts: ExpertFormat) -> Vec<Kernel> {
+    macro_rules! text {
+        ($name:literal) => {
+            include_str!(concat!("../../../kernels/", $name, ".cu"))
+        };
+    }
+    vec![
+        kernel("embed", &[], text!("embed")),
+        kernel("rmsnorm", &[], text!("rmsnorm")),
+        kernel("topk_routing", &[], text!("topk_routing")),
+        kernel("attention", &[], text!("attention")),
+        kernel("matmul_bf16", &[GEMM], text!("matmul_bf16")),
+        match experts {
+            ExpertFormat::Mxfp4 => {
+                kernel("moe_matmul_mxfp4", &[GEMM, MOE], text!("moe_matmul_mxfp4"))
+            }
+            ExpertFormat::Bf16 => kernel("moe_matmul_bf16", &[GEMM, MOE], text!("moe_matmul_bf16")),
+        },
+        kernel("sample", &[], text!("sample")),
+        kernel("synthetic", &[], text!("synthetic")),
+    ]
+}
+
+/// What kernels are compiled for, beside the architecture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Build {
+    pub head_dim: usize,
+    /// Query heads that share a KV head.
+    pub group: usize,
+    pub format: WeightFormat,
+    /// Some MXFP4 scale is above 2.
+    pub wide_scales: bool,
+    /// A block has less than 100 KB of shared memory.
+    pub small_shared: bool,
+}
+
+impl Build {
+    /// # Errors
+    /// A shape that the kernels do not take.
+    pub fn new(config: &ModelConfig, format: WeightFormat) -> Result<Self, CudaError> {
+        if !config.head_dim.is_multiple_of(16) {
+            return Err(CudaError::Shape {
+                key: "head_dim",
+                found: config.head_dim,
+                expected: "a multiple of 16",
+            });
+        }
+        Ok(Self {
+            head_dim: config.head_dim,
+            group: config.group(),
+            format,
+            wide_scales: false,
+            small_shared: false,
+        })
+    }
+
+    /// Options for NVRTC.
+    pub fn options(&self, arch: &str) -> Vec<String> {
+        let mut options = vec![
+            format!("--gpu-architecture={arch}"),
+            "--std=c++17".to_owned(),
+            // Sums and products stay as they are written: bits are promised.
+            "--fmad=false".to_owned(),
+            format!("-DHEAD_DIM={}", self.head_dim),
+            format!("-DGROUP={}", self.group),
+        ];
+        if self.format.vectors == VectorFormat::F32 {
+            options.push("-DVECTORS_F32".to_owned());
+        }
+        if self.wide_scales {
+            options.push("-DWIDE_SCALES".to_owned());
+        }
+        if self.small_shared {
+            options.push("-DSMALL_SHARED".to_owned());
+        }
+        options
+    }
+
+    /// Hash of all that decides the kernels' bits, beside architecture and compiler. Neither wide
+    /// scales nor the number of stages changes a bit.
+    pub fn hash(&self) -> String {
+        let mut hasher = Sha256::new();
+        let plain = Self {
+            wide_scales: false,
+            small_shared: false,
+            ..*self
+        };
+        for option in plain.options("") {
+            hasher.update(option);
+        }
+        for kernel in texts(self.format.experts) {
+            hasher.update(kernel.text);
+        }
+        hex(hasher).chars().take(12).collect()
+    }
+}
+
+/// NVRTC's name of an architecture: with the features of just this one where it has such.
+pub fn architecture(major: u32, minor: u32) -> String {
+    let suffix = if major >= 9 { "a" } else { "" };
+    format!("sm_{major}{minor}{suffix}")
+}
+
+/// A compiled kernel file.
+pub struct Cubin {
+    pub name: &'static str,
+    pub bytes: Vec<u8>,
+    /// It was in the cache.
+    pub cached: bool,
+}
+
+/// Compiles all kernels of a build, or takes them from the cache.
+///
+/// # Errors
+/// The compiler's log.
+pub fn compile(nvrtc: &Nvrtc, arch: &str, build: &Build) -> Result<Vec<Cubin>, CudaError> {
+    let options = build.options(arch);
+    let folder = cache_folder();
+    let compile_one = |kernel: &Kernel| -> Result<Cubin, CudaError> {
+        let mut hasher = Sha256::new();
+        for part in [&nvrtc.version, &options.join(" "), &kernel.text] {
+            hasher.update((part.len() as u64).to_le_bytes());
+            hasher.update(part);
+        }
+        let file = format!("{}-{arch}-{}.cubin", kernel.name, hex(hasher));
+        let path = folder.as_ref().map(|folder| folder.join(file));
+        if let Some(bytes) = path.as_ref().and_then(|path| std::fs::read(path).ok()) {
+            return Ok(Cubin {
+                name: kernel.name,
+                bytes,
+                cached: true,
+            });
+        }
+        let name = format!("{}.cu", kernel.name);
+        let (bytes, _) = nvrtc.compile(&name, &kernel.text, arch, &options)?;
+        if let Some(path) = &path {
+            store(path, &bytes);
+        }
+        Ok(Cubin {
+            name: kernel.name,
+            bytes,
+            cached: false,
+        })
+    };
+    let kernels = texts(build.format.experts);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = kernels
+            .iter()
+            .map(|kernel| scope.spawn(|| compile_one(kernel)))
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().expect("compiling does not panic"))
+            .collect()
+    })
+}
+
+/// `PODIUM_CACHE`, else `podium` in the user's cache folder.
+fn cache_folder() -> Option<PathBuf> {
+    let var = |key| std::env::var_os(key).map(PathBuf::from);
+    var("PODIUM_CACHE")
+        .or_else(|| Some(var("XDG_CACHE_HOME")?.join("podium")))
+        .or_else(|| Some(var("HOME")?.join(".cache/podium")))
+}
+
+/// Writes a cache entry as a whole or not at all; without it the next run compiles again.
+fn store(path: &std::path::Path, bytes: &[u8]) {
+    let Some(folder) = path.parent() else {
+        return;
+    };
+    let part = path.with_extension(format!("{}.part", std::process::id()));
+    let written = std::fs::create_dir_all(folder)
+        .and_then(|()| std::fs::write(&part, bytes))
+        .and_then(|()| std::fs::rename(&part, path));
+    if written.is_err() {
+        let _ = std::fs::remove_file(&part);
+    }
+}
+
+fn hex(hasher: Sha256) -> String {
+    hasher
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}

@@ -1,0 +1,705 @@
+//! The only place that launches: one typed function a kernel, which picks the variant and the
+//! grid. Argument records have the layout of those in `kernels/`.
+
+#![allow(unsafe_code, reason = "launches kernels")]
+
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+
+use super::decode::Slot;
+use super::device::{Device, Function, Module, check};
+use super::error::CudaError;
+use super::kernels::{self, Build};
+use super::nvrtc::Nvrtc;
+use super::pack;
+use crate::engine::checkpoint::ExpertFormat;
+use crate::engine::config::ModelConfig;
+
+/// A variant of a product: warps along M and N, tiles and token octets of a warp, stages.
+#[derive(Clone, Copy, Debug)]
+struct Variant {
+    name: &'static str,
+    warps_m: usize,
+    warps_n: usize,
+    tiles: usize,
+    octets: usize,
+    stages: usize,
+}
+
+impl Variant {
+    const fn new(name: &'static str, shape: [usize; 5]) -> Self {
+        let [warps_m, warps_n, tiles, octets, stages] = shape;
+        Self {
+            name,
+            warps_m,
+            warps_n,
+            tiles,
+            octets,
+            stages,
+        }
+    }
+
+    fn threads(&self) -> usize {
+        32 * self.warps_m * self.warps_n
+    }
+
+    fn block_tiles(&self) -> usize {
+        self.warps_m * self.tiles
+    }
+
+    fn columns(&self) -> usize {
+        self.warps_n * self.octets * 8
+    }
+
+    /// Dynamic shared memory: `STAGES * STAGE_BYTES` of kernels/gemm.cuh.
+    fn shared_bytes(&self, tile_bytes: usize) -> usize {
+        const COLUMN_BYTES: usize = 144;
+        self.stages * (self.block_tiles() * tile_bytes + self.columns() * COLUMN_BYTES)
+    }
+}
+
+/// Dense variants, by rows; the numbers of kernels/matmul_bf16.cu.
+fn dense_variants(big_stages: usize) -> [Variant; 5] {
+    [
+        Variant::new("8", [1, 1, 1, 1, 8]),
+        Variant::new("16", [2, 1, 1, 2, 6]),
+        Variant::new("32", [2, 1, 1, 4, 6]),
+        Variant::new("64", [4, 1, 1, 8, 4]),
+        Variant::new("128", [4, 2, 2, 8, big_stages]),
+    ]
+}
+
+/// Variants of the experts' products, by tokens an expert; the numbers of kernels/moe_matmul.cuh.
+fn moe_variants(format: ExpertFormat, big_stages: usize) -> [Variant; 5] {
+    let last = match format {
+        ExpertFormat::Mxfp4 => 3,
+        ExpertFormat::Bf16 => big_stages,
+    };
+    [
+        Variant::new("8", [4, 1, 1, 1, 6]),
+        Variant::new("16", [4, 1, 1, 2, 6]),
+        Variant::new("32", [4, 1, 3, 4, 3]),
+        Variant::new("64", [4, 1, 3, 8, big_stages]),
+        Variant::new("128", [4, 2, 3, 8, last]),
+    ]
+}
+
+/// As `MatmulArgs` in kernels/matmul_bf16.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct MatmulArgs {
+    pub weights: u64,
+    pub bias: u64,
+    pub x: u64,
+    pub out: u64,
+    pub qkv: u64,
+    pub rows: u64,
+    pub rope: u64,
+    pub cache: u64,
+    pub page_table: u64,
+    pub n_rows: u32,
+    pub n_out: u32,
+    pub n_k: u32,
+    pub n_tiles: u32,
+    pub first_tile: u32,
+    pub n_heads: u32,
+    pub n_kv_heads: u32,
+    pub layer: u32,
+    pub n_layers: u32,
+    pub max_pages: u32,
+    pub ring: u32,
+}
+
+/// As `MoeArgs` in kernels/moe_matmul.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct MoeArgs {
+    pub weights: u64,
+    pub bias: u64,
+    pub x: u64,
+    pub act: u64,
+    pub y: u64,
+    pub offsets: u64,
+    pub entries: u64,
+    pub n_experts: u32,
+    pub k: u32,
+    pub n_k: u32,
+    pub n_tiles: u32,
+    pub n_out: u32,
+    pub limit: f32,
+}
+
+/// As `RouteArgs` in kernels/topk_routing.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct RouteArgs {
+    pub x: u64,
+    pub norm: u64,
+    pub t: u64,
+    pub weights: u64,
+    pub bias: u64,
+    pub rows: u64,
+    pub experts: u64,
+    pub gates: u64,
+    pub hidden: u32,
+    pub n_experts: u32,
+    pub k: u32,
+    pub eps: f32,
+}
+
+/// As `AttentionArgs` in kernels/attention.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct AttentionArgs {
+    pub qkv: u64,
+    pub out: u64,
+    pub rows: u64,
+    pub blocks: u64,
+    pub sinks: u64,
+    pub cache: u64,
+    pub page_table: u64,
+    pub partial: u64,
+    pub n_heads: u32,
+    pub n_kv_heads: u32,
+    pub layer: u32,
+    pub n_layers: u32,
+    pub max_pages: u32,
+    pub ring: u32,
+    pub window: u32,
+    pub max_splits: u32,
+    pub scale: f32,
+}
+
+/// As `SampleArgs` in kernels/sample.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct SampleArgs {
+    pub logits: u64,
+    pub slots: u64,
+    pub rows: u64,
+    pub events: u64,
+    pub step: u64,
+    pub n_vocab: u32,
+    pub max_context: u32,
+    pub trace_hash: u32,
+}
+
+/// Which dense product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dense {
+    Qkv,
+    Add,
+    Logits,
+}
+
+/// All kernels of a model on a device.
+pub struct Kernels {
+    device: Arc<Device>,
+    format: ExpertFormat,
+    big_stages: usize,
+    head_dim: usize,
+    group: usize,
+    n_experts: usize,
+    embed: Function,
+    embed_step: Function,
+    start_slot: Function,
+    rmsnorm: Function,
+    moe_combine: Function,
+    route: Function,
+    group_entries: Function,
+    attention_full: Function,
+    attention_sliding: Function,
+    attention_full_decode: Function,
+    attention_sliding_decode: Function,
+    attention_merge: Function,
+    dense: [[Function; 5]; 3],
+    gate_up: [Function; 5],
+    down: [Function; 5],
+    ring_append: Function,
+    sample: Function,
+    fill_bf16: Function,
+    fill_f32: Function,
+    fill_mxfp4: Function,
+    /// Kernel files that were compiled, not taken from the cache.
+    pub n_compiled: usize,
+    _modules: Vec<Module>,
+}
+
+/// Blocks of a grid-stride loop.
+const STRIDE_BLOCKS: u32 = 2048;
+
+impl Kernels {
+    /// Compiles or takes from the cache, and loads.
+    ///
+    /// # Errors
+    /// The compiler's log, or code that the driver refuses.
+    pub fn load(
+        device: &Arc<Device>,
+        nvrtc: &Nvrtc,
+        config: &ModelConfig,
+        mut build: Build,
+    ) -> Result<Self, CudaError> {
+        build.small_shared = device.shared_bytes < 130 << 10;
+        let big_stages = if build.small_shared { 2 } else { 3 };
+        let arch = kernels::architecture(device.major, device.minor);
+        let cubins = kernels::compile(nvrtc, &arch, &build)?;
+        let n_compiled = cubins.iter().filter(|cubin| !cubin.cached).count();
+        let mut modules = Vec::new();
+        for cubin in &cubins {
+            modules.push((cubin.name, device.load(&cubin.bytes, cubin.name)?));
+        }
+        let function = |file: &str, name: &str, shared: usize| {
+            let module = modules.iter().find(|(name, _)| name.starts_with(file));
+            let (_, module) = module.expect("every file is in the list of texts");
+            module.function(name, shared as u32)
+        };
+        let format = build.format.experts;
+        let dense_of = |name: &str| -> Result<[Function; 5], CudaError> {
+            each(dense_variants(big_stages), |variant| {
+                let shared = variant.shared_bytes(pack::BF16_TILE_BYTES);
+                function("matmul_bf16", &format!("{name}_{}", variant.name), shared)
+            })
+        };
+        let moe_of = |name: &str| -> Result<[Function; 5], CudaError> {
+            each(moe_variants(format, big_stages), |variant| {
+                let shared = variant.shared_bytes(tile_bytes(format));
+                function("moe_matmul", &format!("{name}_{}", variant.name), shared)
+            })
+        };
+        let attention = |name| function("attention", name, attention_shared(config.head_dim));
+        let routing_shared = config.n_experts * size_of::<f32>();
+        Ok(Self {
+            format,
+            big_stages,
+            head_dim: config.head_dim,
+            group: config.group(),
+            n_experts: config.n_experts,
+            embed: function("embed", "embed", 0)?,
+            embed_step: function("embed", "embed_step", 0)?,
+            start_slot: function("embed", "start_slot", 0)?,
+            rmsnorm: function("rmsnorm", "rmsnorm", 0)?,
+            moe_combine: function("rmsnorm", "moe_combine", 0)?,
+            route: function("topk_routing", "route", routing_shared)?,
+            group_entries: function("topk_routing", "group", 0)?,
+            attention_full: attention("attention_full")?,
+            attention_sliding: attention("attention_sliding")?,
+            attention_full_decode: attention("attention_full_decode")?,
+            attention_sliding_decode: attention("attention_sliding_decode")?,
+            attention_merge: function("attention", "attention_merge", 0)?,
+            dense: [
+                dense_of("matmul_qkv")?,
+                dense_of("matmul_add")?,
+                dense_of("matmul_logits")?,
+            ],
+            gate_up: moe_of("gate_up")?,
+            down: moe_of("down")?,
+            ring_append: function("matmul_bf16", "ring_append", 0)?,
+            sample: function("sample", "sample", 0)?,
+            fill_bf16: function("synthetic", "fill_bf16", 0)?,
+            fill_f32: function("synthetic", "fill_f32", 0)?,
+            fill_mxfp4: function("synthetic", "fill_mxfp4", 0)?,
+            n_compiled,
+            device: Arc::clone(device),
+            _modules: modules.into_iter().map(|(_, module)| module).collect(),
+        })
+    }
+
+    /// Rows of a segment that one attention block takes in a prefill pass.
+    pub fn attention_rows(&self) -> usize {
+        prefill_warps(self.group) * 16 / self.group
+    }
+
+    pub fn embed(
+        &self,
+        embedding: u64,
+        tokens: u64,
+        x: u64,
+        hidden: u32,
+        n_rows: usize,
+    ) -> Result<(), CudaError> {
+        self.launch(
+            self.embed,
+            [n_rows, 1, 1],
+            256,
+            0,
+            &[arg(&embedding), arg(&tokens), arg(&x), arg(&hidden)],
+        )
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the kernel's own")]
+    pub fn embed_step(
+        &self,
+        embedding: u64,
+        slots: u64,
+        slot_of: u64,
+        rows: u64,
+        step: u64,
+        x: u64,
+        hidden: u32,
+        n_rows: usize,
+    ) -> Result<(), CudaError> {
+        let args = [
+            arg(&embedding),
+            arg(&slots),
+            arg(&slot_of),
+            arg(&rows),
+            arg(&step),
+            arg(&x),
+            arg(&hidden),
+        ];
+        self.launch(self.embed_step, [n_rows, 1, 1], 256, 0, &args)
+    }
+
+    pub fn start_slot(&self, slots: u64, index: u32, slot: &Slot) -> Result<(), CudaError> {
+        self.launch(
+            self.start_slot,
+            [1, 1, 1],
+            1,
+            0,
+            &[arg(&slots), arg(&index), arg(slot)],
+        )
+    }
+
+    pub fn rmsnorm(
+        &self,
+        x: u64,
+        scale: u64,
+        t: u64,
+        hidden: u32,
+        eps: f32,
+        n_rows: usize,
+    ) -> Result<(), CudaError> {
+        let args = [arg(&x), arg(&scale), arg(&t), arg(&hidden), arg(&eps)];
+        self.launch(self.rmsnorm, [n_rows, 1, 1], 256, 0, &args)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the kernel's own")]
+    pub fn moe_combine(
+        &self,
+        x: u64,
+        y: u64,
+        gates: u64,
+        scale: u64,
+        t: u64,
+        hidden: u32,
+        k: u32,
+        eps: f32,
+        n_rows: usize,
+    ) -> Result<(), CudaError> {
+        let args = [
+            arg(&x),
+            arg(&y),
+            arg(&gates),
+            arg(&scale),
+            arg(&t),
+            arg(&hidden),
+            arg(&k),
+            arg(&eps),
+        ];
+        self.launch(self.moe_combine, [n_rows, 1, 1], 256, 0, &args)
+    }
+
+    /// A dense product, by the variant for its rows.
+    pub fn matmul(&self, which: Dense, args: &MatmulArgs) -> Result<(), CudaError> {
+        let n_rows = args.n_rows as usize;
+        let variants = dense_variants(self.big_stages);
+        let found = variants
+            .iter()
+            .position(|variant| variant.columns() >= n_rows);
+        self.matmul_variant(which, found.unwrap_or(variants.len() - 1), args)
+    }
+
+    /// A dense product by variant `index` of five: all give the same bits.
+    pub fn matmul_variant(
+        &self,
+        which: Dense,
+        index: usize,
+        args: &MatmulArgs,
+    ) -> Result<(), CudaError> {
+        let variant = dense_variants(self.big_stages)[index];
+        let n_tiles = (args.n_tiles - args.first_tile) as usize;
+        let grid = [
+            n_tiles.div_ceil(variant.block_tiles()),
+            (args.n_rows as usize).div_ceil(variant.columns()),
+            1,
+        ];
+        let shared = variant.shared_bytes(pack::BF16_TILE_BYTES);
+        self.launch(
+            self.dense[which as usize][index],
+            grid,
+            variant.threads(),
+            shared,
+            &[arg(args)],
+        )
+    }
+
+    pub fn ring_append(&self, args: &MatmulArgs) -> Result<(), CudaError> {
+        self.launch(
+            self.ring_append,
+            [args.n_rows as usize, 1, 1],
+            128,
+            0,
+            &[arg(args)],
+        )
+    }
+
+    pub fn route(&self, args: &RouteArgs, n_rows: usize) -> Result<(), CudaError> {
+        let shared = self.n_experts * size_of::<f32>();
+        self.launch(self.route, [n_rows, 1, 1], 256, shared, &[arg(args)])
+    }
+
+    pub fn group_entries(
+        &self,
+        experts: u64,
+        n_entries: u32,
+        offsets: u64,
+        entries: u64,
+    ) -> Result<(), CudaError> {
+        let n_experts = self.n_experts as u32;
+        let args = [
+            arg(&experts),
+            arg(&n_entries),
+            arg(&n_experts),
+            arg(&offsets),
+            arg(&entries),
+        ];
+        self.launch(self.group_entries, [self.n_experts, 1, 1], 256, 0, &args)
+    }
+
+    /// Both products of the experts, by the variant for `n_rows` rows routed evenly.
+    pub fn experts(
+        &self,
+        gate_up: &MoeArgs,
+        down: &MoeArgs,
+        n_rows: usize,
+    ) -> Result<(), CudaError> {
+        let n_entries = n_rows * gate_up.k as usize;
+        // Half as many again as the mean: most experts then need one tile of tokens.
+        let tokens = (n_entries * 3).div_ceil(self.n_experts * 2).min(n_rows);
+        let variants = moe_variants(self.format, self.big_stages);
+        let found = variants
+            .iter()
+            .position(|variant| variant.columns() >= tokens);
+        self.experts_variant(gate_up, down, n_rows, found.unwrap_or(variants.len() - 1))
+    }
+
+    /// Both products of the experts by variant `index` of five: all give the same bits.
+    pub fn experts_variant(
+        &self,
+        gate_up: &MoeArgs,
+        down: &MoeArgs,
+        n_rows: usize,
+        index: usize,
+    ) -> Result<(), CudaError> {
+        let variant = moe_variants(self.format, self.big_stages)[index];
+        let n_entries = n_rows * gate_up.k as usize;
+        // Every expert may have one tile that is not full.
+        let most = n_entries.min(n_entries / variant.columns() + self.n_experts);
+        let shared = variant.shared_bytes(tile_bytes(self.format));
+        for (functions, args) in [(&self.gate_up, gate_up), (&self.down, down)] {
+            let grid = [
+                (args.n_tiles as usize).div_ceil(variant.block_tiles()),
+                most,
+                1,
+            ];
+            self.launch(
+                functions[index],
+                grid,
+                variant.threads(),
+                shared,
+                &[arg(args)],
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Attention of a prefill pass over `n_blocks` blocks of rows.
+    pub fn attention(
+        &self,
+        sliding: bool,
+        args: &AttentionArgs,
+        n_blocks: usize,
+    ) -> Result<(), CudaError> {
+        let function = if sliding {
+            self.attention_sliding
+        } else {
+            self.attention_full
+        };
+        let grid = [n_blocks, args.n_kv_heads as usize, 1];
+        let shared = attention_shared(self.head_dim);
+        self.launch(
+            function,
+            grid,
+            32 * prefill_warps(self.group),
+            shared,
+            &[arg(args)],
+        )
+    }
+
+    /// Attention of a decode step: one row a sequence.
+    pub fn attention_decode(
+        &self,
+        sliding: bool,
+        args: &AttentionArgs,
+        n_rows: usize,
+    ) -> Result<(), CudaError> {
+        let shared = attention_shared(self.head_dim);
+        let threads = 32 * self.group.div_ceil(16);
+        let n_kv_heads = args.n_kv_heads as usize;
+        if sliding {
+            let grid = [n_rows, n_kv_heads, 1];
+            return self.launch(
+                self.attention_sliding_decode,
+                grid,
+                threads,
+                shared,
+                &[arg(args)],
+            );
+        }
+        // About six blocks a multiprocessor; a block goes through every so many splits.
+        let wanted = 6 * self.device.n_multiprocessors as usize;
+        let splits = wanted
+            .div_ceil(n_rows * n_kv_heads)
+            .clamp(1, args.max_splits.max(1) as usize);
+        let grid = [n_rows, n_kv_heads, splits];
+        self.launch(
+            self.attention_full_decode,
+            grid,
+            threads,
+            shared,
+            &[arg(args)],
+        )?;
+        let grid = [
+            n_rows,
+            (args.n_heads as usize * self.head_dim).div_ceil(256),
+            1,
+        ];
+        self.launch(self.attention_merge, grid, 256, 0, &[arg(args)])
+    }
+
+    pub fn sample(&self, args: &SampleArgs, n_rows: usize) -> Result<(), CudaError> {
+        self.launch(self.sample, [n_rows, 1, 1], 512, 0, &[arg(args)])
+    }
+
+    pub fn fill_bf16(
+        &self,
+        out: u64,
+        n: u64,
+        seed: u64,
+        mean: f32,
+        spread: f32,
+    ) -> Result<(), CudaError> {
+        let args = [arg(&out), arg(&n), arg(&seed), arg(&mean), arg(&spread)];
+        self.launch(
+            self.fill_bf16,
+            [STRIDE_BLOCKS as usize, 1, 1],
+            256,
+            0,
+            &args,
+        )
+    }
+
+    pub fn fill_f32(
+        &self,
+        out: u64,
+        n: u64,
+        seed: u64,
+        mean: f32,
+        spread: f32,
+    ) -> Result<(), CudaError> {
+        let args = [arg(&out), arg(&n), arg(&seed), arg(&mean), arg(&spread)];
+        self.launch(self.fill_f32, [STRIDE_BLOCKS as usize, 1, 1], 256, 0, &args)
+    }
+
+    /// `n_chunks` of 16 bytes.
+    pub fn fill_mxfp4(
+        &self,
+        out: u64,
+        n_chunks: u64,
+        seed: u64,
+        base: u32,
+    ) -> Result<(), CudaError> {
+        let args = [arg(&out), arg(&n_chunks), arg(&seed), arg(&base)];
+        self.launch(
+            self.fill_mxfp4,
+            [STRIDE_BLOCKS as usize, 1, 1],
+            256,
+            0,
+            &args,
+        )
+    }
+
+    fn launch(
+        &self,
+        function: Function,
+        grid: [usize; 3],
+        threads: usize,
+        shared: usize,
+        args: &[*mut c_void],
+    ) -> Result<(), CudaError> {
+        // The driver's limits along y and z; x has 2^31.
+        if grid[1] > 65_535 || grid[2] > 65_535 {
+            return Err(CudaError::Shape {
+                key: "rows of a pass",
+                found: grid[1].max(grid[2]),
+                expected: "at most 65535 blocks of them",
+            });
+        }
+        self.device.bind()?;
+        let mut args = args.to_vec();
+        // SAFETY: the functions above pass the kernel's own arguments, in order, each living
+        // until the driver has copied it, which it does before this returns; what they point to
+        // are buffers of the lengths in `memory.rs`.
+        let launched = unsafe {
+            sys::cuLaunchKernel(
+                function.0,
+                grid[0] as u32,
+                grid[1] as u32,
+                grid[2] as u32,
+                threads as u32,
+                1,
+                1,
+                shared as u32,
+                self.device.stream(),
+                args.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        };
+        check(launched, "a launch")
+    }
+}
+
+fn arg<T>(value: &T) -> *mut c_void {
+    ptr::from_ref(value).cast_mut().cast()
+}
+
+fn each<A: Copy, B, const N: usize>(
+    items: [A; N],
+    mut make: impl FnMut(A) -> Result<B, CudaError>,
+) -> Result<[B; N], CudaError> {
+    let mut made = Vec::with_capacity(N);
+    for item in items {
+        made.push(make(item)?);
+    }
+    let made = <[B; N]>::try_from(made);
+    Ok(made.unwrap_or_else(|_| unreachable!("one is made of each")))
+}
+
+fn tile_bytes(format: ExpertFormat) -> usize {
+    match format {
+        ExpertFormat::Mxfp4 => pack::MXFP4_TILE_BYTES,
+        ExpertFormat::Bf16 => pack::BF16_TILE_BYTES,
+    }
+}
+
+fn prefill_warps(group: usize) -> usize {
+    group.div_ceil(16).max(4)
+}
+
+/// Two stages of 64 keys and values.
+fn attention_shared(head_dim: usize) -> usize {
+    2 * 2 * 64 * (head_dim + 8) * 2
+}

@@ -1,0 +1,351 @@
+//! Weights as stored to weights as the kernels read them (kernels/gemm.cuh): tiles of 16 out
+//! features x 64 k in the order in which the lanes of `mma.m16n8k16` hold them.
+//!
+//! ```text
+//! lane l: g = l / 4, t = l % 4
+//! a0 = (g, 2t), a1 = (g + 8, 2t), a2 = (g, 2t + 8), a3 = (g + 8, 2t + 8), each with the next k
+//! bf16   [4 steps][32 lanes][a0 a1 a2 a3]              2048 bytes
+//! mxfp4  [32 lanes][4 steps] words, [8 g][4] scales     544 bytes
+//! ```
+//!
+//! Rows and k past the matrix are zeros. Pure functions; the tests unpack as the kernels do.
+
+use rayon::prelude::*;
+
+use crate::quant::mxfp4;
+
+/// Out features of a tile.
+pub const TILE_M: usize = 16;
+/// k of a tile.
+pub const GROUP_K: usize = 64;
+pub const BF16_TILE_BYTES: usize = TILE_M * GROUP_K * 2;
+pub const MXFP4_TILE_BYTES: usize = TILE_M * GROUP_K / 2 + TILE_M * 2;
+
+/// Greatest scale byte whose product with 2^126 is a bf16.
+const GREATEST_NARROW: u8 = 128;
+/// What is added to a scale byte so that it is the exponent of scale x 2^126.
+const NARROW_BIAS: u8 = 126;
+
+/// Which row of the matrix is row `r` of a tile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowOrder {
+    Natural,
+    /// Of interleaved rows (even gate, odd up): 8 gates, then their ups.
+    GateUp,
+    /// Dims `p..p + 8` of a head, then dims `p + head_dim / 2..`: rotary pairs 8 apart.
+    Rotary {
+        head_dim: usize,
+    },
+}
+
+impl RowOrder {
+    /// The matrix's row.
+    pub fn row(self, tile: usize, r: usize) -> usize {
+        let (half, g) = (r / 8, r % 8);
+        match self {
+            Self::Natural => tile * TILE_M + r,
+            Self::GateUp => 2 * (tile * 8 + g) + half,
+            Self::Rotary { head_dim } => {
+                let tiles = head_dim / TILE_M;
+                tile / tiles * head_dim + tile % tiles * 8 + g + half * head_dim / 2
+            }
+        }
+    }
+}
+
+/// Groups along k.
+pub fn n_groups(n_k: usize) -> usize {
+    n_k.div_ceil(GROUP_K)
+}
+
+/// Tiles along the out features.
+pub fn n_tiles(n_out: usize) -> usize {
+    n_out.div_ceil(TILE_M)
+}
+
+/// Bytes of a packed bf16 matrix.
+pub fn bf16_bytes(n_out: usize, n_k: usize) -> usize {
+    n_tiles(n_out) * n_groups(n_k) * BF16_TILE_BYTES
+}
+
+/// Bytes of a packed MXFP4 matrix.
+pub fn mxfp4_bytes(n_out: usize, n_k: usize) -> usize {
+    n_tiles(n_out) * n_groups(n_k) * MXFP4_TILE_BYTES
+}
+
+/// Packs the bf16 matrix `[n_out, n_k]` whose bits are `value(row, k)`.
+pub fn bf16(
+    out: &mut [u8],
+    n_out: usize,
+    n_k: usize,
+    order: RowOrder,
+    value: impl Fn(usize, usize) -> u16 + Sync,
+) {
+    assert_eq!(out.len(), bf16_bytes(n_out, n_k), "the caller made room");
+    let groups = n_groups(n_k);
+    out.par_chunks_mut(groups * BF16_TILE_BYTES)
+        .enumerate()
+        .for_each(|(tile, bytes)| {
+            for (i, word) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                let (j, lane, step) = (i % 4, i / 4 % 32, i / 128);
+                let row = order.row(tile, lane / 4 + j % 2 * 8);
+                let k = step * 16 + lane % 4 * 2 + j / 2 * 8;
+                let at = |k: usize| {
+                    let inside = row < n_out && k < n_k;
+                    if inside { value(row, k) } else { 0 }
+                };
+                let [a, b] = at(k).to_le_bytes();
+                let [c, d] = at(k + 1).to_le_bytes();
+                *word = [a, b, c, d];
+            }
+        });
+}
+
+/// A scale byte that the kernels' narrow form cannot hold was met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NeedsWide;
+
+/// Places of a code's sign and three other bits (exponent high, low, mantissa) in the low half
+/// of a word, for each of the four pairs.
+const CODE_PLACES: [[u32; 4]; 4] = [[15, 8, 7, 6], [12, 5, 4, 3], [9, 2, 1, 0], [14, 11, 10, 13]];
+
+/// A code of pair `j` in half `half` of a word.
+fn place_code(code: u8, j: usize, half: usize) -> u32 {
+    let bits = CODE_PLACES[j]
+        .iter()
+        .zip([3, 2, 1, 0])
+        .map(|(place, bit)| u32::from(code >> bit & 1) << place);
+    bits.sum::<u32>() << (16 * half)
+}
+
+/// Packs the MXFP4 matrix `[n_out, n_k]` whose blocks are `block(row, k / 32)`: scale byte and
+/// codes. `wide`: scale bytes stay as they are, for kernels built with `WIDE_SCALES`.
+///
+/// # Errors
+/// What `block` gives, or [`NeedsWide`] through `E` for a scale byte above 128.
+pub fn mxfp4<E: From<NeedsWide> + Send>(
+    out: &mut [u8],
+    n_out: usize,
+    n_k: usize,
+    order: RowOrder,
+    wide: bool,
+    block: impl Fn(usize, usize) -> Result<(u8, [u8; mxfp4::BLOCK_BYTES]), E> + Sync,
+) -> Result<(), E> {
+    assert_eq!(out.len(), mxfp4_bytes(n_out, n_k), "the caller made room");
+    let groups = n_groups(n_k);
+    out.par_chunks_mut(groups * MXFP4_TILE_BYTES)
+        .enumerate()
+        .try_for_each(|(tile, bytes)| {
+            for (group, bytes) in bytes.chunks_exact_mut(MXFP4_TILE_BYTES).enumerate() {
+                let (codes, scales) = bytes.split_at_mut(TILE_M * GROUP_K / 2);
+                let mut words = [[0u32; 4]; 32];
+                for r in 0..TILE_M {
+                    for half in 0..GROUP_K / mxfp4::BLOCK {
+                        let (row, index) = (order.row(tile, r), group * 2 + half);
+                        let inside = row < n_out && index * mxfp4::BLOCK < n_k;
+                        let (scale, block) = match inside {
+                            true => block(row, index)?,
+                            false => (0, [0; mxfp4::BLOCK_BYTES]),
+                        };
+                        scales[r % 8 * 4 + half * 2 + r / 8] = scale_byte(scale, &block, wide)?;
+                        for (pair, byte) in block.into_iter().enumerate() {
+                            place_pair(&mut words, r, half * mxfp4::BLOCK + 2 * pair, byte);
+                        }
+                    }
+                }
+                let codes = codes.as_chunks_mut::<4>().0.iter_mut();
+                for (out, word) in codes.zip(words.as_flattened()) {
+                    *out = word.to_le_bytes();
+                }
+            }
+            Ok(())
+        })
+}
+
+/// The scale as the kernels want it. A block of zeros gets scale 1, whatever its byte was.
+fn scale_byte(scale: u8, block: &[u8; mxfp4::BLOCK_BYTES], wide: bool) -> Result<u8, NeedsWide> {
+    let zeros = block.iter().all(|byte| byte & 0x77 == 0);
+    let scale = if zeros { 127 } else { scale };
+    if wide {
+        Ok(scale)
+    } else if scale > GREATEST_NARROW {
+        Err(NeedsWide)
+    } else {
+        Ok(scale + NARROW_BIAS)
+    }
+}
+
+/// Puts the codes of k `k` (low nibble) and `k + 1` of tile row `r` into their lane's word.
+fn place_pair(words: &mut [[u32; 4]; 32], r: usize, k: usize, byte: u8) {
+    let (step, within) = (k / 16, k % 16);
+    let lane = r % 8 * 4 + within % 8 / 2;
+    let j = r / 8 + within / 8 * 2;
+    words[lane][step] |= place_code(byte & 15, j, 0) | place_code(byte >> 4, j, 1);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::bf16 as bf16_format;
+
+    /// The kernels' `unpack_mxfp4` and `mul_bf16x2`, in f32 (all values are exact in bf16).
+    fn unpack(word: u32, scales: [f32; 2]) -> [[f32; 2]; 4] {
+        const CODE_BITS: u32 = 0x81C0_81C0;
+        let pairs = [
+            word & CODE_BITS,
+            (word << 3) & CODE_BITS,
+            (word << 6) & CODE_BITS,
+            ((word << 1) & 0x8000_8000) | ((word >> 3) & 0x0180_0180) | ((word >> 7) & 0x0040_0040),
+        ];
+        let value = |bits: u32, j: usize| {
+            // The product is exact; in f64 no step of it leaves the range.
+            let small = f64::from(bf16_format::to_f32(bits as u16));
+            (small * 2f64.powi(126) * f64::from(scales[j % 2])) as f32
+        };
+        std::array::from_fn(|j| [value(pairs[j] & 0xFFFF, j), value(pairs[j] >> 16, j)])
+    }
+
+    /// What lane and word of a packed matrix say of (tile, row of tile, k).
+    fn unpacked(bytes: &[u8], groups: usize, tile: usize, r: usize, k: usize, wide: bool) -> f32 {
+        let start = (tile * groups + k / GROUP_K) * MXFP4_TILE_BYTES;
+        let bytes = &bytes[start..start + MXFP4_TILE_BYTES];
+        let (k, g) = (k % GROUP_K, r % 8);
+        let (step, within) = (k / 16, k % 16);
+        let lane = g * 4 + within % 8 / 2;
+        let at = lane * 16 + step * 4;
+        let word = u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
+        // The kernels' `scale_pair`: the byte is the exponent of a bf16.
+        let scale = |i: usize| {
+            let byte = bytes[512 + g * 4 + step / 2 * 2 + i];
+            let exponent = f32::from_bits(u32::from(byte) << 23);
+            if wide {
+                exponent
+            } else {
+                (f64::from(exponent) * 2f64.powi(-126)) as f32
+            }
+        };
+        unpack(word, [scale(0), scale(1)])[r / 8 + within / 8 * 2][within % 2]
+    }
+
+    fn blocks(seed: u8, scale_of: impl Fn(usize) -> u8) -> impl Fn(usize, usize) -> (u8, [u8; 16]) {
+        move |row, block| {
+            let of = |i: usize| {
+                (row * 7 + block * 31 + i * 13 + usize::from(seed)).wrapping_mul(0x9E37_79B9) >> 9
+            };
+            (
+                scale_of(row * 5 + block),
+                std::array::from_fn(|i| of(i) as u8),
+            )
+        }
+    }
+
+    #[test]
+    fn unpacked_mxfp4_is_what_was_packed() {
+        let orders = [
+            (RowOrder::Natural, 68, 96),
+            (RowOrder::GateUp, 128, 160),
+            (RowOrder::Rotary { head_dim: 32 }, 96, 32),
+            (RowOrder::Rotary { head_dim: 64 }, 192, 64),
+        ];
+        for (order, n_out, n_k) in orders {
+            for wide in [false, true] {
+                let most = if wide { 252 } else { 128 };
+                let block = blocks(3, move |i| 2 + (i * 11 % (most - 1)) as u8);
+                let mut bytes = vec![0xFF; mxfp4_bytes(n_out, n_k)];
+                mxfp4::<NeedsWide>(&mut bytes, n_out, n_k, order, wide, |row, i| {
+                    Ok(block(row, i))
+                })
+                .expect("the scales fit");
+                let mut seen = vec![false; n_out];
+                for tile in 0..n_tiles(n_out) {
+                    for r in 0..TILE_M {
+                        let row = order.row(tile, r);
+                        for k in 0..n_groups(n_k) * GROUP_K {
+                            let got = unpacked(&bytes, n_groups(n_k), tile, r, k, wide);
+                            let expected = if row < n_out && k < n_k {
+                                let (scale, codes) = block(row, k / 32);
+                                mxfp4::unpack(scale, &codes)[k % 32]
+                            } else {
+                                0.0
+                            };
+                            assert_eq!(got, expected, "{order:?} wide {wide} row {row} k {k}");
+                        }
+                        if let Some(seen) = seen.get_mut(row) {
+                            assert!(!*seen, "row {row} is in two places");
+                            *seen = true;
+                        }
+                    }
+                }
+                assert!(seen.iter().all(|&seen| seen), "{order:?} leaves rows out");
+            }
+        }
+    }
+
+    #[test]
+    fn all_codes_and_narrow_scales_are_exact() {
+        for scale in 2..=GREATEST_NARROW {
+            for code in 0..16u8 {
+                for j in 0..4 {
+                    for half in 0..2 {
+                        let word = place_code(code, j, half);
+                        let got = unpack(word, [mxfp4::scale(scale); 2])[j][half];
+                        let expected = mxfp4::VALUES[usize::from(code)] * mxfp4::scale(scale);
+                        assert_eq!(got.to_bits(), expected.to_bits());
+                    }
+                }
+            }
+        }
+        let all = (0..4).map(|j| place_code(15, j, 0) | place_code(15, j, 1));
+        assert_eq!(
+            all.fold(0, |sum, bits| sum ^ bits),
+            u32::MAX,
+            "places overlap"
+        );
+    }
+
+    #[test]
+    fn a_large_scale_asks_for_the_wide_form() {
+        let pack = |scale: u8, code: u8, wide| {
+            let mut bytes = vec![0; mxfp4_bytes(16, 64)];
+            mxfp4::<NeedsWide>(&mut bytes, 16, 64, RowOrder::Natural, wide, |_, _| {
+                Ok((scale, [code; 16]))
+            })
+        };
+        assert_eq!(pack(129, 1, false), Err(NeedsWide));
+        assert_eq!(pack(129, 1, true), Ok(()));
+        assert_eq!(
+            pack(255, 0x80, false),
+            Ok(()),
+            "a block of zeros has no scale"
+        );
+    }
+
+    #[test]
+    fn bf16_is_laid_out_as_the_lanes_read_it() {
+        let (n_out, n_k) = (40, 96);
+        let value = |row: usize, k: usize| (row * 1000 + k) as u16;
+        let mut bytes = vec![0xFF; bf16_bytes(n_out, n_k)];
+        bf16(&mut bytes, n_out, n_k, RowOrder::Natural, value);
+        let groups = n_groups(n_k);
+        for row in 0..n_tiles(n_out) * TILE_M {
+            for k in 0..groups * GROUP_K {
+                let (tile, g) = (row / TILE_M, row % 8);
+                let (step, within) = (k % GROUP_K / 16, k % 16);
+                let j = row % TILE_M / 8 + within / 8 * 2;
+                let lane = g * 4 + within % 8 / 2;
+                let at = (tile * groups + k / GROUP_K) * BF16_TILE_BYTES
+                    + step * 512
+                    + lane * 16
+                    + j * 4
+                    + within % 2 * 2;
+                let got = u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+                let expected = if row < n_out && k < n_k {
+                    value(row, k)
+                } else {
+                    0
+                };
+                assert_eq!(got, expected, "row {row} k {k}");
+            }
+        }
+    }
+}

@@ -1,0 +1,749 @@
+//! The CUDA backend on a GPU: kernels against plain sums, logits against the goldens, and the
+//! promise about bits. Run by `just test-gpu`; without a GPU these tests fail.
+
+#![allow(clippy::unwrap_used, reason = "a test's failure is a panic")]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use podium::engine::checkpoint::{Checkpoint, ExpertFormat, Precision, WeightFormat};
+use podium::engine::config::ModelConfig;
+use podium::engine::cpu::{CpuBackend, CpuOptions};
+use podium::engine::cuda::device::{Device, DeviceBuffer, Plain};
+use podium::engine::cuda::kernels::Build;
+use podium::engine::cuda::launch::{Dense, Kernels, MatmulArgs, MoeArgs, SampleArgs};
+use podium::engine::cuda::nvrtc::Nvrtc;
+use podium::engine::cuda::pack::{self, NeedsWide, RowOrder};
+use podium::engine::cuda::{CudaBackend, CudaOptions, Event, Loaded, Slot};
+use podium::engine::sample::{SampleKey, Sampler, logits_hash};
+use podium::engine::{
+    Backend, EngineShape, Fork, PAGE_POSITIONS, PageId, SamplingParams, SequenceId, SlotStart,
+    Span, TokenEvent, TokenId,
+};
+use podium::quant::{bf16, mxfp4};
+use safetensors::SafeTensors;
+
+/// Sums of bf16 products in f32, in another order than the reference's.
+const PRODUCT: f32 = 1e-4;
+/// How much further than the CPU's bf16 run the GPU's may be from float32.
+const BF16_SHARE: f32 = 1.5;
+/// What a bf16 run of a tiny model may differ by where the CPU's happens to be exact.
+const BF16_FLOOR: f32 = 4e-3;
+
+fn device() -> Arc<Device> {
+    Device::open(0).expect("a GPU with a driver")
+}
+
+/// Numbers that differ by position.
+struct Random(u64);
+
+impl Random {
+    fn word(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut word = self.0;
+        word = (word ^ (word >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        word = (word ^ (word >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        word ^ (word >> 31)
+    }
+
+    fn value(&mut self) -> f32 {
+        (self.word() >> 40) as f32 / 8_388_608.0 - 1.0
+    }
+
+    fn bits(&mut self, n: usize) -> Vec<u16> {
+        (0..n).map(|_| bf16::from_f32(self.value())).collect()
+    }
+}
+
+fn upload<T: Plain>(device: &Arc<Device>, values: &[T]) -> DeviceBuffer<T> {
+    let buffer = device.alloc("a test's values", values.len()).unwrap();
+    buffer.upload(0, values).unwrap();
+    buffer
+}
+
+fn download<T: Plain>(buffer: &DeviceBuffer<T>) -> Vec<T> {
+    let mut values = vec![T::default(); buffer.len()];
+    buffer.download(0, &mut values).unwrap();
+    values
+}
+
+fn assert_close(got: &[f32], expected: &[f64], tolerance: f32, what: &str) {
+    assert_eq!(got.len(), expected.len());
+    let scale = expected.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+    for (i, (&got, &expected)) in got.iter().zip(expected).enumerate() {
+        let error = (f64::from(got) - expected).abs();
+        assert!(
+            error <= f64::from(tolerance) * scale.max(1.0),
+            "{what}, element {i}: {got} for {expected}"
+        );
+    }
+}
+
+fn same_bits(a: &[f32], b: &[f32], what: &str) {
+    for (i, (a, b)) in a.iter().zip(b).enumerate() {
+        assert_eq!(a.to_bits(), b.to_bits(), "{what}, element {i}: {a} and {b}");
+    }
+}
+
+fn small_config(n_experts: usize) -> ModelConfig {
+    let text = format!(
+        r#"{{"num_hidden_layers": 2, "hidden_size": 96, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "head_dim": 64, "num_local_experts": {n_experts},
+        "num_experts_per_tok": 2, "intermediate_size": 64, "vocab_size": 500,
+        "sliding_window": 32, "rope_theta": 10000, "max_position_embeddings": 4096}}"#
+    );
+    ModelConfig::parse(text.as_bytes(), Path::new("test")).unwrap()
+}
+
+fn kernels(device: &Arc<Device>, format: ExpertFormat, n_experts: usize, wide: bool) -> Kernels {
+    let config = small_config(n_experts);
+    let mut build = Build::new(&config, WeightFormat::from(format)).unwrap();
+    build.wide_scales = wide;
+    let nvrtc = Nvrtc::load().expect("NVRTC");
+    Kernels::load(device, &nvrtc, &config, build).unwrap()
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn dense_products_have_one_order_of_sums() {
+    let device = device();
+    let kernels = kernels(&device, ExpertFormat::Mxfp4, 4, false);
+    let mut random = Random(1);
+    for (n_out, n_k, n_rows) in [(64, 64, 1), (68, 96, 9), (200, 160, 65), (512, 2880, 130)] {
+        let weights = random.bits(n_out * n_k);
+        let x = random.bits(n_rows * n_k);
+        let mut tiles = vec![0; pack::bf16_bytes(n_out, n_k)];
+        pack::bf16(&mut tiles, n_out, n_k, RowOrder::Natural, |row, k| {
+            weights[row * n_k + k]
+        });
+        let (tiles, x_device) = (upload(&device, &tiles), upload(&device, &x));
+        let mut expected = vec![0.0f64; n_rows * n_out];
+        for row in 0..n_rows {
+            for out in 0..n_out {
+                expected[row * n_out + out] = (0..n_k)
+                    .map(|k| {
+                        f64::from(bf16::to_f32(weights[out * n_k + k]))
+                            * f64::from(bf16::to_f32(x[row * n_k + k]))
+                    })
+                    .sum();
+            }
+        }
+        let mut first: Option<Vec<f32>> = None;
+        for variant in 0..5 {
+            let out: DeviceBuffer<f32> = device.alloc("out", n_rows * n_out).unwrap();
+            out.fill(0, out.len(), 0xFF).unwrap();
+            let args = MatmulArgs {
+                weights: tiles.at(0),
+                x: x_device.at(0),
+                out: out.at(0),
+                n_rows: n_rows as u32,
+                n_out: n_out as u32,
+                n_k: n_k as u32,
+                n_tiles: pack::n_tiles(n_out) as u32,
+                ..MatmulArgs::default()
+            };
+            kernels
+                .matmul_variant(Dense::Logits, variant, &args)
+                .unwrap();
+            let got = download(&out);
+            let what = format!("{n_out} x {n_k}, {n_rows} rows, variant {variant}");
+            assert_close(&got, &expected, PRODUCT, &what);
+            same_bits(first.get_or_insert_with(|| got.clone()), &got, &what);
+        }
+    }
+}
+
+/// Experts' products by every variant against sums in f64: an expert without tokens, one with
+/// nearly all.
+fn check_experts(format: ExpertFormat, wide: bool) {
+    let device = device();
+    let n_experts = 5;
+    let kernels = kernels(&device, format, n_experts, wide);
+    let mut random = Random(2);
+    let (hidden, width, k) = (160, 192, 2);
+    for n_rows in [1usize, 7, 40, 150] {
+        // Expert 3 has no token, expert 1 one of every row.
+        let choice = |row: usize| [1u32, [0, 2, 4][row % 3]];
+        let mut lists = vec![Vec::new(); n_experts];
+        for row in 0..n_rows {
+            for (rank, expert) in choice(row).into_iter().enumerate() {
+                lists[expert as usize].push((row * k + rank) as u32);
+            }
+        }
+        let mut offsets = vec![0u32];
+        let mut entries: Vec<u32> = Vec::new();
+        for list in &lists {
+            entries.extend(list);
+            offsets.push(entries.len() as u32);
+        }
+        let x = random.bits(n_rows * hidden);
+        let bias_up = random.bits(n_experts * 2 * width);
+        let bias_down = random.bits(n_experts * hidden);
+        let mut make = |n_out: usize, n_k: usize, order: RowOrder| {
+            let mut tiles = Vec::new();
+            let mut values = Vec::new();
+            for _ in 0..n_experts {
+                let mut blocks = Vec::new();
+                for _ in 0..n_out * n_k / 32 {
+                    let codes: [u8; 16] = std::array::from_fn(|_| random.word() as u8);
+                    let scale = if wide { 128 } else { 118 } + (random.word() % 4) as u8;
+                    blocks.push((scale, codes));
+                    values.extend(mxfp4::unpack(scale, &codes));
+                }
+                let start = values.len() - n_out * n_k;
+                match format {
+                    ExpertFormat::Mxfp4 => {
+                        let mut one = vec![0; pack::mxfp4_bytes(n_out, n_k)];
+                        pack::mxfp4::<NeedsWide>(&mut one, n_out, n_k, order, wide, |row, i| {
+                            Ok(blocks[row * n_k / 32 + i])
+                        })
+                        .unwrap();
+                        tiles.extend(one);
+                    }
+                    ExpertFormat::Bf16 => {
+                        let mut one = vec![0; pack::bf16_bytes(n_out, n_k)];
+                        let of =
+                            |row: usize, k: usize| bf16::from_f32(values[start + row * n_k + k]);
+                        pack::bf16(&mut one, n_out, n_k, order, of);
+                        tiles.extend(one);
+                    }
+                }
+            }
+            (upload(&device, &tiles), values)
+        };
+        let (up_tiles, up) = make(2 * width, hidden, RowOrder::GateUp);
+        let (down_tiles, down) = make(hidden, width, RowOrder::Natural);
+        let dot = |w: &[f32], x: &[f32]| -> f64 {
+            let products = w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x));
+            products.sum()
+        };
+        let to_f32 = |bits: &[u16]| bits.iter().map(|&b| bf16::to_f32(b)).collect::<Vec<f32>>();
+        let (x_f32, bias_up_f32, bias_down_f32) =
+            (to_f32(&x), to_f32(&bias_up), to_f32(&bias_down));
+        let x_device = upload(&device, &x);
+        let (bias_up, bias_down) = (upload(&device, &bias_up), upload(&device, &bias_down));
+        let (offsets_device, entries_device) =
+            (upload(&device, &offsets), upload(&device, &entries));
+        let mut first: Option<(Vec<u16>, Vec<f32>)> = None;
+        for variant in 0..5 {
+            let act: DeviceBuffer<u16> = device.alloc("act", n_rows * k * width).unwrap();
+            let y: DeviceBuffer<f32> = device.alloc("y", n_rows * k * hidden).unwrap();
+            act.fill(0, act.len(), 0xFF).unwrap();
+            y.fill(0, y.len(), 0xFF).unwrap();
+            let common = MoeArgs {
+                offsets: offsets_device.at(0),
+                entries: entries_device.at(0),
+                n_experts: n_experts as u32,
+                k: k as u32,
+                ..MoeArgs::default()
+            };
+            let gate_up = MoeArgs {
+                weights: up_tiles.at(0),
+                bias: bias_up.at(0),
+                x: x_device.at(0),
+                act: act.at(0),
+                n_k: hidden as u32,
+                n_tiles: pack::n_tiles(2 * width) as u32,
+                n_out: width as u32,
+                limit: 7.0,
+                ..common
+            };
+            let down_args = MoeArgs {
+                weights: down_tiles.at(0),
+                bias: bias_down.at(0),
+                x: act.at(0),
+                y: y.at(0),
+                n_k: width as u32,
+                n_tiles: pack::n_tiles(hidden) as u32,
+                n_out: hidden as u32,
+                ..common
+            };
+            kernels
+                .experts_variant(&gate_up, &down_args, n_rows, variant)
+                .unwrap();
+            let (act, y) = (download(&act), download(&y));
+            let what = format!("{format:?}, {n_rows} rows, variant {variant}");
+            if let Some((first_act, first_y)) = &first {
+                assert_eq!(*first_act, act, "{what}: gate_up");
+                same_bits(first_y, &y, &what);
+                continue;
+            }
+            let act_f32 = to_f32(&act);
+            for row in 0..n_rows {
+                for (rank, expert) in choice(row).into_iter().enumerate() {
+                    let (entry, expert) = (row * k + rank, expert as usize);
+                    let x = &x_f32[row * hidden..][..hidden];
+                    let weights = &up[expert * 2 * width * hidden..];
+                    let expected: Vec<f64> = (0..width)
+                        .map(|f| {
+                            let of = |row: usize| {
+                                dot(&weights[row * hidden..][..hidden], x)
+                                    + f64::from(bias_up_f32[expert * 2 * width + row])
+                            };
+                            let (gate, up) = (of(2 * f).min(7.0), of(2 * f + 1).clamp(-7.0, 7.0));
+                            gate / (1.0 + (-1.702 * gate).exp()) * (up + 1.0)
+                        })
+                        .collect();
+                    let got = &act_f32[entry * width..][..width];
+                    // One rounding to bf16.
+                    assert_close(got, &expected, 8e-3, &format!("{what}: gate_up of {entry}"));
+                    let weights = &down[expert * width * hidden..];
+                    let expected: Vec<f64> = (0..hidden)
+                        .map(|m| {
+                            dot(&weights[m * width..][..width], got)
+                                + f64::from(bias_down_f32[expert * hidden + m])
+                        })
+                        .collect();
+                    let got = &y[entry * hidden..][..hidden];
+                    assert_close(got, &expected, PRODUCT, &format!("{what}: down of {entry}"));
+                }
+            }
+            first = Some((act, y));
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn mxfp4_experts() {
+    check_experts(ExpertFormat::Mxfp4, false);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn mxfp4_experts_of_large_scales() {
+    check_experts(ExpertFormat::Mxfp4, true);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn bf16_experts() {
+    check_experts(ExpertFormat::Bf16, false);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn draws_are_those_of_the_cpu() {
+    let device = device();
+    let kernels = kernels(&device, ExpertFormat::Mxfp4, 4, false);
+    let params = |temperature, top_k, top_p| SamplingParams {
+        temperature,
+        top_p,
+        top_k,
+        seed: 77,
+    };
+    let settings = [
+        params(0.0, 0, 1.0),
+        params(1.0, 0, 1.0),
+        params(0.7, 0, 0.9),
+        params(1.3, 40, 1.0),
+        params(1.0, 50, 0.95),
+        params(0.2, 0, 0.3),
+        params(1.0, 1, 1.0),
+        params(1.0, 0, 0.0),
+        params(3.0, 3, 0.5),
+        params(f32::NAN, 2, 0.5),
+        params(1.0, 0, f32::NAN),
+    ];
+    let mut random = Random(3);
+    let mut sampler = Sampler::new(0);
+    for n_vocab in [1usize, 3, 5, 608, 2049, 201_088] {
+        let n_rows = settings.len();
+        let mut logits = Vec::new();
+        for row in 0..n_rows {
+            let spread = [0.0, 1.0, 6.0, 12.0][row % 4];
+            // Ties at the border of the nucleus, too.
+            let coarse = row % 3 == 0;
+            logits.extend((0..n_vocab).map(|_| {
+                let x = random.value() * spread;
+                if coarse { (x * 4.0).round() / 4.0 } else { x }
+            }));
+        }
+        let mut slots = Vec::new();
+        let mut keys = Vec::new();
+        for (row, sampling) in settings.into_iter().enumerate() {
+            let start = SlotStart {
+                slot: SequenceId(row as u32),
+                token: 0,
+                position: 10 + row,
+                sampling,
+                row_hash: 0x1234_5678_9ABC_DEF0 ^ row as u64,
+                sample: row as u32 % 3,
+                stop_tokens: Arc::new([]),
+                max_new_tokens: 5,
+            };
+            slots.push(Slot::new(&start).unwrap());
+            keys.push(SampleKey {
+                seed: 77,
+                row_hash: start.row_hash,
+                sample: start.sample,
+                position: 11 + row as u32,
+            });
+        }
+        let rows: Vec<u32> = (0..n_rows as u32)
+            .flat_map(|r| [r, 10 + r, r, r + 1])
+            .collect();
+        let logits_device = upload(&device, &logits);
+        let slots_device = upload(&device, &slots);
+        let rows_device = upload(&device, &rows);
+        let step = upload(&device, &[1u32]);
+        let events: DeviceBuffer<Event> = device.alloc("events", n_rows).unwrap();
+        let args = SampleArgs {
+            logits: logits_device.at(0),
+            slots: slots_device.at(0),
+            rows: rows_device.at(0),
+            events: events.at(0),
+            step: step.at(0),
+            n_vocab: n_vocab as u32,
+            max_context: 4096,
+            trace_hash: 1,
+        };
+        kernels.sample(&args, n_rows).unwrap();
+        for (row, event) in download(&events).into_iter().enumerate() {
+            let logits = &logits[row * n_vocab..][..n_vocab];
+            let expected = sampler.sample(logits, &keys[row], &settings[row]).unwrap();
+            let what = format!("{n_vocab} tokens, {:?}", settings[row]);
+            assert_eq!(event.state, 1, "{what}");
+            assert_eq!(event.token, expected.token, "{what}");
+            assert_eq!(
+                event.logprob.to_bits(),
+                expected.logprob.to_bits(),
+                "{what}"
+            );
+            assert_eq!(event.logits_hash, logits_hash(logits), "{what}");
+        }
+    }
+}
+
+struct Prompt {
+    name: String,
+    tokens: Vec<TokenId>,
+    greedy: Vec<TokenId>,
+    /// `[tokens + greedy - 1, n_vocab]`.
+    logits: Vec<f32>,
+}
+
+struct Case {
+    folder: PathBuf,
+    prompts: Vec<Prompt>,
+}
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = [u8; 4]> + '_ {
+    bytes.as_chunks::<4>().0.iter().copied()
+}
+
+fn cases() -> Vec<Case> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // Elsewhere than where it was built: the tests may be carried to the GPU.
+    let root = match std::env::var_os("PODIUM_ROOT") {
+        Some(root) => PathBuf::from(root),
+        None => root.to_owned(),
+    };
+    let mut folders: Vec<PathBuf> = std::fs::read_dir(root.join("tests/golden/logits"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    folders.sort();
+    let read_case = |folder: PathBuf| {
+        let read = |name: &str| std::fs::read(folder.join(name)).unwrap();
+        let expected = read("expected.safetensors");
+        let expected = SafeTensors::deserialize(&expected).unwrap();
+        let data = |name: String| expected.tensor(&name).unwrap().data();
+        let input = String::from_utf8(read("input.jsonl")).unwrap();
+        let prompts = input.lines().map(|line| {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            let name = line["prompt"].as_str().unwrap().to_owned();
+            let tokens = line["tokens"].as_array().unwrap();
+            Prompt {
+                tokens: tokens
+                    .iter()
+                    .map(|t| t.as_u64().unwrap() as TokenId)
+                    .collect(),
+                greedy: words(data(format!("{name}.greedy")))
+                    .map(u32::from_le_bytes)
+                    .collect(),
+                logits: words(data(format!("{name}.logits")))
+                    .map(f32::from_le_bytes)
+                    .collect(),
+                name,
+            }
+        });
+        Case {
+            prompts: prompts.collect(),
+            folder: folder.clone(),
+        }
+    };
+    folders.into_iter().map(read_case).collect()
+}
+
+/// Longest prompt and continuation of the goldens, with room.
+const MAX_CONTEXT: usize = 768;
+const PAGES_A_SEQUENCE: usize = MAX_CONTEXT / PAGE_POSITIONS;
+
+fn shape(n_slots: usize, prefill_rows: usize) -> EngineShape {
+    EngineShape {
+        n_slots,
+        n_forks: 1,
+        n_pages: (n_slots + 1) * PAGES_A_SEQUENCE,
+        max_context: MAX_CONTEXT,
+        prefill_rows,
+    }
+}
+
+fn load(case: &Case) -> Arc<Loaded> {
+    let checkpoint = Checkpoint::open(&case.folder).unwrap();
+    Arc::new(Loaded::open(&checkpoint, Precision::Stored, 0).expect("a GPU"))
+}
+
+fn open(loaded: &Arc<Loaded>, n_slots: usize, prefill_rows: usize) -> CudaBackend {
+    let options = CudaOptions {
+        trace_hash: true,
+        poison: true,
+    };
+    CudaBackend::new(Arc::clone(loaded), shape(n_slots, prefill_rows), options).unwrap()
+}
+
+/// Maps a sequence's own pages from index `first` on.
+fn map_pages(backend: &mut dyn Backend, sequence: usize, first: usize) {
+    for index in first..PAGES_A_SEQUENCE {
+        let page = PageId((sequence * PAGES_A_SEQUENCE + index) as u32);
+        backend.map_page(SequenceId(sequence as u32), index, page);
+    }
+}
+
+fn span(sequence: usize, start: usize, tokens: &[TokenId]) -> Span {
+    Span {
+        sequence: SequenceId(sequence as u32),
+        start,
+        tokens: tokens.into(),
+    }
+}
+
+fn start(slot: usize, prompt: &Prompt, max_new_tokens: usize) -> SlotStart {
+    let position = prompt.tokens.len() - 1;
+    SlotStart {
+        slot: SequenceId(slot as u32),
+        token: prompt.tokens[position],
+        position,
+        sampling: SamplingParams::default(),
+        row_hash: slot as u64,
+        sample: 0,
+        stop_tokens: Arc::new([]),
+        max_new_tokens,
+    }
+}
+
+/// Largest distance of a prompt's logits to the golden ones.
+fn error(backend: &mut dyn Backend, prompt: &Prompt, what: &str) -> f32 {
+    let n_vocab = backend.info().n_vocab;
+    let mut tokens = prompt.tokens.clone();
+    tokens.extend(&prompt.greedy[..prompt.greedy.len() - 1]);
+    map_pages(backend, 0, 0);
+    let mut most = 0.0f32;
+    let mut n_rows = 0;
+    let visit = &mut |position: usize, logits: &[f32]| {
+        for (got, expected) in logits.iter().zip(&prompt.logits[position * n_vocab..]) {
+            most = most.max((got - expected).abs());
+        }
+        n_rows += 1;
+    };
+    backend.score(&span(0, 0, &tokens), visit).expect(what);
+    assert_eq!(n_rows * n_vocab, prompt.logits.len());
+    backend.clear(&[SequenceId(0)]);
+    most
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn logits_are_as_near_to_float32_as_the_cpus_bf16() {
+    for case in cases() {
+        let checkpoint = Checkpoint::open(&case.folder).unwrap();
+        let options = CpuOptions {
+            n_threads: 2,
+            exact: false,
+            trace_hash: false,
+            poison: false,
+        };
+        let mut cpu =
+            CpuBackend::open(&checkpoint, Precision::Stored, shape(3, 64), options).unwrap();
+        let loaded = load(&case);
+        for prefill_rows in [64, 7] {
+            let mut gpu = open(&loaded, 3, prefill_rows);
+            for prompt in &case.prompts {
+                let what = format!("{} {}", case.folder.display(), prompt.name);
+                let (ours, theirs) = (
+                    error(&mut gpu, prompt, &what),
+                    error(&mut cpu, prompt, &what),
+                );
+                println!("{what}: GPU {ours:.2e}, CPU {theirs:.2e}");
+                assert!(
+                    ours <= theirs * BF16_SHARE + BF16_FLOOR,
+                    "{what}: the GPU is {ours} from float32, the CPU {theirs}"
+                );
+            }
+        }
+    }
+}
+
+/// Every token, log-probability and logits hash that a slot produced.
+type Trace = Vec<(TokenId, u32, u64)>;
+
+fn drain(backend: &mut CudaBackend, traces: &mut [Trace]) {
+    let mut events: Vec<TokenEvent> = Vec::new();
+    while !backend.poll(&mut events).expect("steps ran") {}
+    for event in events {
+        let hash = event.logits_hash.expect("hashes were asked for");
+        traces[event.slot.0 as usize].push((event.token, event.logprob.to_bits(), hash));
+    }
+}
+
+/// Prompt `i % prompts` in slot `i`, prefilled together, decoded together.
+fn generate(case: &Case, loaded: &Arc<Loaded>, n_slots: usize, prefill_rows: usize) -> Vec<Trace> {
+    let mut backend = open(loaded, n_slots, prefill_rows);
+    let prompt_of = |slot: usize| &case.prompts[slot % case.prompts.len()];
+    let mut spans = Vec::new();
+    for slot in 0..n_slots {
+        map_pages(&mut backend, slot, 0);
+        let tokens = &prompt_of(slot).tokens;
+        spans.push(span(slot, 0, &tokens[..tokens.len() - 1]));
+    }
+    backend.prefill(&spans).expect("prefill runs");
+    for slot in 0..n_slots {
+        let prompt = prompt_of(slot);
+        backend
+            .start(&start(slot, prompt, prompt.greedy.len()))
+            .unwrap();
+    }
+    let mut traces = vec![Trace::new(); n_slots];
+    backend.decode(1).expect("a step");
+    backend.decode(100).expect("steps");
+    drain(&mut backend, &mut traces);
+    traces
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn rows_have_the_same_bits_in_any_chunks_and_slots() {
+    for case in cases() {
+        let loaded = load(&case);
+        let n = case.prompts.len();
+        let base = generate(&case, &loaded, n, 1);
+        for (prompt, trace) in case.prompts.iter().zip(&base) {
+            assert_eq!(trace.len(), prompt.greedy.len(), "{}", prompt.name);
+            // What bf16 leaves of the float32 tokens.
+            let n_same = trace
+                .iter()
+                .zip(&prompt.greedy)
+                .take_while(|(a, b)| a.0 == **b)
+                .count();
+            println!(
+                "{} {}: {n_same} of {} tokens",
+                case.folder.display(),
+                prompt.name,
+                prompt.greedy.len()
+            );
+        }
+        for (n_slots, prefill_rows) in [(1, 1024), (7, 7), (7, 64), (40, 64), (40, 1024)] {
+            for (slot, trace) in generate(&case, &loaded, n_slots, prefill_rows)
+                .iter()
+                .enumerate()
+            {
+                assert_eq!(
+                    base[slot % n],
+                    *trace,
+                    "{} {}: {n_slots} slots, chunks of {prefill_rows}",
+                    case.folder.display(),
+                    case.prompts[slot % n].name
+                );
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn scoring_gives_the_bits_of_decoding() {
+    for case in cases() {
+        let loaded = load(&case);
+        let traces = generate(&case, &loaded, case.prompts.len(), 64);
+        for (prompt, trace) in case.prompts.iter().zip(&traces) {
+            let mut tokens = prompt.tokens.clone();
+            tokens.extend(trace[..trace.len() - 1].iter().map(|(token, ..)| token));
+            let mut backend = open(&loaded, 2, 7);
+            map_pages(&mut backend, 1, 0);
+            let mut hashes = Vec::new();
+            let visit = &mut |position: usize, logits: &[f32]| {
+                if position + 1 >= prompt.tokens.len() {
+                    hashes.push(logits_hash(logits));
+                }
+            };
+            backend
+                .score(&span(1, 0, &tokens), visit)
+                .expect("it scores");
+            let decoded: Vec<u64> = trace.iter().map(|&(.., hash)| hash).collect();
+            assert_eq!(hashes, decoded, "{} {}", case.folder.display(), prompt.name);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_shared_prefix_changes_no_bit() {
+    let mut n_shared = 0;
+    for case in cases() {
+        let loaded = load(&case);
+        let alone = generate(&case, &loaded, case.prompts.len(), 64);
+        for (a, b) in (0..case.prompts.len()).zip(1..case.prompts.len()) {
+            let (x, y) = (&case.prompts[a], &case.prompts[b]);
+            let equal = x.tokens.iter().zip(&y.tokens).take_while(|(x, y)| x == y);
+            // The last token of a prompt is a decode row.
+            let shared = equal
+                .count()
+                .min(x.tokens.len() - 1)
+                .min(y.tokens.len() - 1);
+            for shared in [shared, shared / PAGE_POSITIONS * PAGE_POSITIONS] {
+                if shared == 0 {
+                    continue;
+                }
+                n_shared += 1;
+                let mut backend = open(&loaded, 2, 64);
+                let fork_point = 2;
+                map_pages(&mut backend, fork_point, 0);
+                backend
+                    .prefill(&[span(fork_point, 0, &x.tokens[..shared])])
+                    .expect("prefill runs");
+                let whole_pages = shared / PAGE_POSITIONS;
+                let page = |sequence: usize, index: usize| {
+                    PageId((sequence * PAGES_A_SEQUENCE + index) as u32)
+                };
+                let mut spans = Vec::new();
+                for (slot, prompt) in [x, y].into_iter().enumerate() {
+                    for index in 0..whole_pages {
+                        backend.map_page(SequenceId(slot as u32), index, page(fork_point, index));
+                    }
+                    map_pages(&mut backend, slot, whole_pages);
+                    let tail = (page(fork_point, whole_pages), page(slot, whole_pages));
+                    let fork = Fork {
+                        from: SequenceId(fork_point as u32),
+                        to: SequenceId(slot as u32),
+                        n_positions: shared,
+                        tail: (shared % PAGE_POSITIONS != 0).then_some(tail),
+                    };
+                    backend.fork(&fork).expect("it forks");
+                    let tokens = &prompt.tokens;
+                    spans.push(span(slot, shared, &tokens[shared..tokens.len() - 1]));
+                }
+                backend.prefill(&spans).expect("prefill runs");
+                backend.start(&start(0, x, x.greedy.len())).unwrap();
+                backend.start(&start(1, y, y.greedy.len())).unwrap();
+                let mut traces = vec![Trace::new(); 2];
+                backend.decode(100).expect("steps");
+                drain(&mut backend, &mut traces);
+                let name = case.folder.display();
+                assert_eq!(traces[0], alone[a], "{name}: {} after {shared}", x.name);
+                assert_eq!(traces[1], alone[b], "{name}: {} after {shared}", y.name);
+            }
+        }
+    }
+    assert!(n_shared >= 2, "no golden shares a prefix");
+}
