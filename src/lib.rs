@@ -51,6 +51,7 @@ pub fn run(cli: cli::Cli) -> Result<u8, error::Error> {
         Command::Synth(args) => job::synth::synth_command(&args)?,
         Command::Logits(args) => job::logits::logits(&args)?,
         Command::Selfcheck(args) => job::selfcheck::selfcheck(&args)?,
+        Command::Bench(args) => job::bench::bench(&args)?,
     };
     Ok(code)
 }

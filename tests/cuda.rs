@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use podium::engine::checkpoint::{Checkpoint, ExpertFormat, Precision, WeightFormat};
+use podium::engine::checkpoint::{Checkpoint, MatrixFormat, Precision, VectorFormat};
 use podium::engine::config::ModelConfig;
 use podium::engine::cpu::{CpuBackend, CpuOptions};
 use podium::engine::cuda::device::{Device, DeviceBuffer, Plain};
@@ -95,9 +95,13 @@ fn small_config(n_experts: usize) -> ModelConfig {
     ModelConfig::parse(text.as_bytes(), Path::new("test")).unwrap()
 }
 
-fn kernels(device: &Arc<Device>, format: ExpertFormat, n_experts: usize, wide: bool) -> Kernels {
+fn kernels(device: &Arc<Device>, format: MatrixFormat, n_experts: usize, wide: bool) -> Kernels {
     let config = small_config(n_experts);
-    let mut build = Build::new(&config, WeightFormat::from(format)).unwrap();
+    let mut build = Build::new(
+        &config,
+        Precision::Stored.formats(format, VectorFormat::Bf16),
+    )
+    .unwrap();
     build.wide_scales = wide;
     let nvrtc = Nvrtc::load().expect("NVRTC");
     Kernels::load(device, &nvrtc, &config, build).unwrap()
@@ -107,7 +111,7 @@ fn kernels(device: &Arc<Device>, format: ExpertFormat, n_experts: usize, wide: b
 #[ignore = "needs a GPU"]
 fn dense_products_have_one_order_of_sums() {
     let device = device();
-    let kernels = kernels(&device, ExpertFormat::Mxfp4, 4, false);
+    let kernels = kernels(&device, MatrixFormat::Mxfp4, 4, false);
     let mut random = Random(1);
     for (n_out, n_k, n_rows) in [(64, 64, 1), (68, 96, 9), (200, 160, 65), (512, 2880, 130)] {
         let weights = random.bits(n_out * n_k);
@@ -155,7 +159,7 @@ fn dense_products_have_one_order_of_sums() {
 
 /// Experts' products by every variant against sums in f64: an expert without tokens, one with
 /// nearly all.
-fn check_experts(format: ExpertFormat, wide: bool) {
+fn check_experts(format: MatrixFormat, wide: bool) {
     let device = device();
     let n_experts = 5;
     let kernels = kernels(&device, format, n_experts, wide);
@@ -192,7 +196,7 @@ fn check_experts(format: ExpertFormat, wide: bool) {
                 }
                 let start = values.len() - n_out * n_k;
                 match format {
-                    ExpertFormat::Mxfp4 => {
+                    MatrixFormat::Mxfp4 => {
                         let mut one = vec![0; pack::mxfp4_bytes(n_out, n_k)];
                         pack::mxfp4::<NeedsWide>(&mut one, n_out, n_k, order, wide, |row, i| {
                             Ok(blocks[row * n_k / 32 + i])
@@ -200,7 +204,7 @@ fn check_experts(format: ExpertFormat, wide: bool) {
                         .unwrap();
                         tiles.extend(one);
                     }
-                    ExpertFormat::Bf16 => {
+                    _ => {
                         let mut one = vec![0; pack::bf16_bytes(n_out, n_k)];
                         let of =
                             |row: usize, k: usize| bf16::from_f32(values[start + row * n_k + k]);
@@ -306,26 +310,26 @@ fn check_experts(format: ExpertFormat, wide: bool) {
 #[test]
 #[ignore = "needs a GPU"]
 fn mxfp4_experts() {
-    check_experts(ExpertFormat::Mxfp4, false);
+    check_experts(MatrixFormat::Mxfp4, false);
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn mxfp4_experts_of_large_scales() {
-    check_experts(ExpertFormat::Mxfp4, true);
+    check_experts(MatrixFormat::Mxfp4, true);
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn bf16_experts() {
-    check_experts(ExpertFormat::Bf16, false);
+    check_experts(MatrixFormat::Bf16, false);
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn draws_are_those_of_the_cpu() {
     let device = device();
-    let kernels = kernels(&device, ExpertFormat::Mxfp4, 4, false);
+    let kernels = kernels(&device, MatrixFormat::Mxfp4, 4, false);
     let params = |temperature, top_k, top_p| SamplingParams {
         temperature,
         top_p,

@@ -55,6 +55,8 @@ pub enum Command {
     /// Prove on this machine that a row's bits depend neither on its batch nor on the instruction
     /// set
     Selfcheck(SelfcheckArgs),
+    /// Measure the CUDA engine on fixed workloads, beside the device's copy bandwidth
+    Bench(BenchArgs),
 }
 
 /// Arguments of `podium compare`.
@@ -225,4 +227,45 @@ pub struct SelfcheckArgs {
     pub rows: usize,
     #[command(flatten)]
     pub numerics: eval::NumericsArgs,
+}
+
+/// Arguments of `podium bench`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Workloads (rows x shared+prompt/output tokens): single 1 x 128/256, b64 64 x 512/512, b256\n\
+    256 x 512/512, prefill 64 x 2048/1, prefix 512 x 1024+64/128, prefix-long 256 x 8192+64/128,\n\
+    smoke 4 x 64/16. Rows have equal lengths, no token ends one.\n\n\
+    Example:\n  podium bench --model synthetic:gpt-oss-20b --workload b64,b256 --json"
+)]
+pub struct BenchArgs {
+    /// synthetic:gpt-oss-20b or synthetic:gpt-oss-120b, with :SEED
+    #[arg(long, default_value = "synthetic:gpt-oss-20b")]
+    pub model: String,
+    /// cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cuda")]
+    pub device: values::Device,
+    /// Workloads, with commas between
+    #[arg(long, value_name = "NAME", default_value = "b64")]
+    pub workload: String,
+    /// Precision of the weights [default: 4bit]
+    #[arg(long, value_name = "PRECISION")]
+    pub precision: Option<String>,
+    /// Runs that are measured, after one that warms up
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = values::positive)]
+    pub repeats: usize,
+    /// Rows of one prefill pass
+    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = values::positive)]
+    pub prefill_rows: usize,
+    /// Decode steps enqueued at a time
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = values::positive)]
+    pub steps_per_call: usize,
+    /// 0 is greedy
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Also time each kernel
+    #[arg(long)]
+    pub kernels: bool,
+    /// One object a workload on stdout instead of the table
+    #[arg(long)]
+    pub json: bool,
 }

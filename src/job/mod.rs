@@ -5,8 +5,10 @@
 //! [`run`] drives the engine and [`record`] logs what comes out. The other commands stand beside
 //! it, a file each.
 
+pub mod bench;
 pub mod compare;
 pub mod datasets;
+pub mod device;
 pub mod divergence;
 pub mod eval;
 pub mod folder;
@@ -27,6 +29,7 @@ pub mod selfcheck;
 pub mod settings;
 pub mod signal;
 pub mod synth;
+pub mod synthetic;
 
 use std::path::PathBuf;
 

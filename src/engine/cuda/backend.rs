@@ -49,7 +49,7 @@ impl Loaded {
     ) -> Result<Self, EngineError> {
         let nvrtc = Nvrtc::load()?;
         let device = Device::open(index)?;
-        let format = checkpoint.weight_format(precision)?;
+        let format = checkpoint.weight_format(precision);
         let mut build = Build::new(checkpoint.config(), format)?;
         let model = CudaModel::load(&device, checkpoint, precision)?;
         build.wide_scales = model.wide_scales;

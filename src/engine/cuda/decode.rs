@@ -232,6 +232,23 @@ impl CudaBackend {
         Ok(self.loaded.kernels.sample(&args, n_rows)?)
     }
 
+    /// Times of each kernel in a step of the live slots, run outside a graph. The tokens it makes
+    /// are not reported: for measuring alone.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn time_step(&mut self) -> Result<Vec<(String, usize, f64)>, EngineError> {
+        self.collect()?;
+        let live = self.live_slots();
+        let n_rows = bucket(live.len().max(1));
+        let mut slot_of = live;
+        slot_of.resize(n_rows, NONE);
+        self.upload_page_table()?;
+        self.work.slot_of.upload(0, &slot_of)?;
+        self.work.step.fill(0, 1, 0)?;
+        self.loaded.kernels.timed(|| self.step(n_rows))
+    }
+
     /// Whether enqueued steps are still under way.
     pub(super) fn is_under_way(&self) -> Result<bool, EngineError> {
         match self.outstanding {

@@ -601,6 +601,31 @@ impl Drop for Event {
     }
 }
 
+/// Bytes read and written a second by a large copy on the device: the median of five.
+///
+/// # Errors
+/// Too little free memory for two buffers of 1 GiB, or the driver fails.
+pub fn copy_bandwidth(device: &Arc<Device>) -> Result<f64, CudaError> {
+    const N_BYTES: usize = 1 << 30;
+    const N_COPIES: usize = 8;
+    let buffer: DeviceBuffer<u8> = device.alloc("a copy's buffers", 2 * N_BYTES)?;
+    buffer.fill(0, 2 * N_BYTES, 0x5A)?;
+    let (begun, ended) = (device.event()?, device.event()?);
+    let mut rates = Vec::new();
+    for _ in 0..5 {
+        begun.record()?;
+        for _ in 0..N_COPIES {
+            buffer.copy_within(0, N_BYTES, N_BYTES)?;
+        }
+        ended.record()?;
+        ended.wait()?;
+        let seconds = f64::from(ended.ms_since(&begun)?) / 1000.0;
+        rates.push((2 * N_BYTES * N_COPIES) as f64 / seconds);
+    }
+    rates.sort_by(f64::total_cmp);
+    Ok(rates[2])
+}
+
 /// A captured sequence of launches.
 pub struct Graph {
     device: Arc<Device>,
@@ -646,7 +671,7 @@ unsafe impl Send for Module {}
 unsafe impl Sync for Module {}
 
 /// A kernel of a module, which outlives it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Function(pub(super) sys::CUfunction);
 
 // SAFETY: handles may be used from any thread.

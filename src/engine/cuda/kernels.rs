@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::error::CudaError;
 use super::nvrtc::Nvrtc;
-use crate::engine::checkpoint::{ExpertFormat, VectorFormat, WeightFormat};
+use crate::engine::checkpoint::{MatrixFormat, VectorFormat, WeightFormat};
 use crate::engine::config::ModelConfig;
 
 const PTX: &str = include_str!("../../../kernels/ptx.cuh");
@@ -40,7 +40,7 @@ fn kernel(name: &'static str, shared: &[&str], text: &str) -> Kernel {
 }
 
 /// The texts for experts of a format.
-pub fn texts(experts: ExpertFormat) -> Vec<Kernel> {
+pub fn texts(experts: MatrixFormat) -> Vec<Kernel> {
     macro_rules! text {
         ($name:literal) => {
             include_str!(concat!("../../../kernels/", $name, ".cu"))
@@ -52,11 +52,12 @@ pub fn texts(experts: ExpertFormat) -> Vec<Kernel> {
         kernel("topk_routing", &[], text!("topk_routing")),
         kernel("attention", &[], text!("attention")),
         kernel("matmul_bf16", &[GEMM], text!("matmul_bf16")),
+        // `Build::new` lets no third format through.
         match experts {
-            ExpertFormat::Mxfp4 => {
+            MatrixFormat::Mxfp4 => {
                 kernel("moe_matmul_mxfp4", &[GEMM, MOE], text!("moe_matmul_mxfp4"))
             }
-            ExpertFormat::Bf16 => kernel("moe_matmul_bf16", &[GEMM, MOE], text!("moe_matmul_bf16")),
+            _ => kernel("moe_matmul_bf16", &[GEMM, MOE], text!("moe_matmul_bf16")),
         },
         kernel("sample", &[], text!("sample")),
         kernel("synthetic", &[], text!("synthetic")),
@@ -78,13 +79,36 @@ pub struct Build {
 
 impl Build {
     /// # Errors
-    /// A shape that the kernels do not take.
+    /// A shape or a format that the kernels do not take.
     pub fn new(config: &ModelConfig, format: WeightFormat) -> Result<Self, CudaError> {
         if !config.head_dim.is_multiple_of(16) {
             return Err(CudaError::Shape {
                 key: "head_dim",
                 found: config.head_dim,
                 expected: "a multiple of 16",
+            });
+        }
+        let held = [
+            (
+                "experts",
+                format.experts,
+                format.experts == MatrixFormat::Mxint8,
+            ),
+            (
+                "attention",
+                format.attention,
+                format.attention != MatrixFormat::Bf16,
+            ),
+            (
+                "lm_head",
+                format.lm_head,
+                format.lm_head != MatrixFormat::Bf16,
+            ),
+        ];
+        if let Some((class, format, _)) = held.into_iter().find(|(.., refused)| *refused) {
+            return Err(CudaError::Format {
+                class,
+                format: format.name(),
             });
         }
         Ok(Self {

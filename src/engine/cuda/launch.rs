@@ -3,19 +3,20 @@
 
 #![allow(unsafe_code, reason = "launches kernels")]
 
+use std::cell::RefCell;
 use std::ffi::c_void;
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys;
 
 use super::decode::Slot;
-use super::device::{Device, Function, Module, check};
+use super::device::{Device, Event, Function, Module, check};
 use super::error::CudaError;
 use super::kernels::{self, Build};
 use super::nvrtc::Nvrtc;
 use super::pack;
-use crate::engine::checkpoint::ExpertFormat;
+use crate::engine::checkpoint::MatrixFormat;
 use crate::engine::config::ModelConfig;
 
 /// A variant of a product: warps along M and N, tiles and token octets of a warp, stages.
@@ -73,10 +74,10 @@ fn dense_variants(big_stages: usize) -> [Variant; 5] {
 }
 
 /// Variants of the experts' products, by tokens an expert; the numbers of kernels/moe_matmul.cuh.
-fn moe_variants(format: ExpertFormat, big_stages: usize) -> [Variant; 5] {
+fn moe_variants(format: MatrixFormat, big_stages: usize) -> [Variant; 5] {
     let last = match format {
-        ExpertFormat::Mxfp4 => 3,
-        ExpertFormat::Bf16 => big_stages,
+        MatrixFormat::Mxfp4 => 3,
+        _ => big_stages,
     };
     [
         Variant::new("8", [4, 1, 1, 1, 6]),
@@ -198,7 +199,7 @@ pub enum Dense {
 /// All kernels of a model on a device.
 pub struct Kernels {
     device: Arc<Device>,
-    format: ExpertFormat,
+    format: MatrixFormat,
     big_stages: usize,
     head_dim: usize,
     group: usize,
@@ -223,6 +224,9 @@ pub struct Kernels {
     fill_bf16: Function,
     fill_f32: Function,
     fill_mxfp4: Function,
+    /// Times of launches, while somebody asks for them.
+    profile: Mutex<Option<Vec<(Function, Event, Event)>>>,
+    names: Vec<(Function, String)>,
     /// Kernel files that were compiled, not taken from the cache.
     pub n_compiled: usize,
     _modules: Vec<Module>,
@@ -251,10 +255,13 @@ impl Kernels {
         for cubin in &cubins {
             modules.push((cubin.name, device.load(&cubin.bytes, cubin.name)?));
         }
+        let names = RefCell::new(Vec::new());
         let function = |file: &str, name: &str, shared: usize| {
             let module = modules.iter().find(|(name, _)| name.starts_with(file));
             let (_, module) = module.expect("every file is in the list of texts");
-            module.function(name, shared as u32)
+            let function = module.function(name, shared as u32)?;
+            names.borrow_mut().push((function, name.to_owned()));
+            Ok::<_, CudaError>(function)
         };
         let format = build.format.experts;
         let dense_of = |name: &str| -> Result<[Function; 5], CudaError> {
@@ -302,6 +309,8 @@ impl Kernels {
             fill_f32: function("synthetic", "fill_f32", 0)?,
             fill_mxfp4: function("synthetic", "fill_mxfp4", 0)?,
             n_compiled,
+            profile: Mutex::new(None),
+            names: names.into_inner(),
             device: Arc::clone(device),
             _modules: modules.into_iter().map(|(_, module)| module).collect(),
         })
@@ -648,6 +657,7 @@ impl Kernels {
                 expected: "at most 65535 blocks of them",
             });
         }
+        let begun = self.begin_timing()?;
         self.device.bind()?;
         let mut args = args.to_vec();
         // SAFETY: the functions above pass the kernel's own arguments, in order, each living
@@ -668,7 +678,64 @@ impl Kernels {
                 ptr::null_mut(),
             )
         };
-        check(launched, "a launch")
+        check(launched, "a launch")?;
+        match begun {
+            Some(begun) => self.end_timing(function, begun),
+            None => Ok(()),
+        }
+    }
+
+    fn profile(&self) -> std::sync::MutexGuard<'_, Option<Vec<(Function, Event, Event)>>> {
+        self.profile.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin_timing(&self) -> Result<Option<Event>, CudaError> {
+        if self.profile().is_none() {
+            return Ok(None);
+        }
+        let event = self.device.event()?;
+        event.record()?;
+        Ok(Some(event))
+    }
+
+    fn end_timing(&self, function: Function, begun: Event) -> Result<(), CudaError> {
+        let ended = self.device.event()?;
+        ended.record()?;
+        if let Some(launches) = self.profile().as_mut() {
+            launches.push((function, begun, ended));
+        }
+        Ok(())
+    }
+
+    /// Runs `work` with each launch timed on the device; gives every kernel's launches and
+    /// milliseconds, the longest first. Not for captured work.
+    ///
+    /// # Errors
+    /// The driver fails, or `work` does.
+    pub fn timed<E: From<CudaError>>(
+        &self,
+        work: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Vec<(String, usize, f64)>, E> {
+        *self.profile() = Some(Vec::new());
+        let worked = work();
+        let launches = self.profile().take().unwrap_or_default();
+        worked?;
+        self.device.synchronize()?;
+        let mut times: Vec<(String, usize, f64)> = Vec::new();
+        for (function, begun, ended) in &launches {
+            let ms = f64::from(ended.ms_since(begun)?);
+            let name = self.names.iter().find(|(known, _)| known == function);
+            let name = name.map_or("", |(_, name)| name);
+            match times.iter_mut().find(|(known, ..)| known == name) {
+                Some((_, n, sum)) => {
+                    *n += 1;
+                    *sum += ms;
+                }
+                None => times.push((name.to_owned(), 1, ms)),
+            }
+        }
+        times.sort_by(|a, b| b.2.total_cmp(&a.2));
+        Ok(times)
     }
 }
 
@@ -688,10 +755,10 @@ fn each<A: Copy, B, const N: usize>(
     Ok(made.unwrap_or_else(|_| unreachable!("one is made of each")))
 }
 
-fn tile_bytes(format: ExpertFormat) -> usize {
+fn tile_bytes(format: MatrixFormat) -> usize {
     match format {
-        ExpertFormat::Mxfp4 => pack::MXFP4_TILE_BYTES,
-        ExpertFormat::Bf16 => pack::BF16_TILE_BYTES,
+        MatrixFormat::Mxfp4 => pack::MXFP4_TILE_BYTES,
+        _ => pack::BF16_TILE_BYTES,
     }
 }
 

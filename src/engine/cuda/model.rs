@@ -9,7 +9,7 @@ use super::pack::{self, NeedsWide, RowOrder};
 use crate::engine::EngineError;
 use crate::engine::checkpoint::layers::Parts;
 use crate::engine::checkpoint::{
-    Checkpoint, CheckpointError, ClassBytes, ExpertFormat, ExpertTensors, Precision, Tensor,
+    Checkpoint, CheckpointError, ClassBytes, ExpertTensors, MatrixFormat, Precision, Tensor,
     VectorFormat, WeightFormat,
 };
 use crate::engine::config::{LayerKind, ModelConfig};
@@ -105,7 +105,7 @@ impl CudaModel {
                 device,
                 checkpoint,
                 config: checkpoint.config(),
-                format: checkpoint.weight_format(precision)?,
+                format: checkpoint.weight_format(precision),
                 wide_scales,
             };
             match loader.load() {
@@ -193,8 +193,8 @@ impl CudaModel {
 /// Bytes of one expert's packed matrix.
 fn expert_bytes(format: WeightFormat, n_out: usize, n_k: usize) -> usize {
     match format.experts {
-        ExpertFormat::Mxfp4 => pack::mxfp4_bytes(n_out, n_k),
-        ExpertFormat::Bf16 => pack::bf16_bytes(n_out, n_k),
+        MatrixFormat::Mxfp4 => pack::mxfp4_bytes(n_out, n_k),
+        _ => pack::bf16_bytes(n_out, n_k),
     }
 }
 
@@ -383,7 +383,7 @@ impl Loader<'_> {
                 n_k,
             };
             match self.format.experts {
-                ExpertFormat::Mxfp4 => {
+                MatrixFormat::Mxfp4 => {
                     pack::mxfp4(
                         &mut bytes,
                         n_out,
@@ -393,7 +393,7 @@ impl Loader<'_> {
                         |row, block| source.mxfp4(row, block).map_err(PackError::from),
                     )?;
                 }
-                ExpertFormat::Bf16 => {
+                _ => {
                     source.check()?;
                     pack::bf16(&mut bytes, n_out, n_k, order, |row, k| source.bf16(row, k));
                 }
@@ -592,8 +592,7 @@ impl Maker<'_> {
     fn experts(&self, n_out: usize, n_k: usize) -> Result<Bytes, EngineError> {
         let n_bytes = self.config.n_experts * expert_bytes(self.format, n_out, n_k);
         match self.format.experts {
-            ExpertFormat::Bf16 => self.bf16(n_bytes / 2, 0.0, (3.0 / n_k as f32).sqrt()),
-            ExpertFormat::Mxfp4 => {
+            MatrixFormat::Mxfp4 => {
                 let out: Bytes = self.device.alloc("synthetic weights", n_bytes)?;
                 // Codes of random bits have deviation 2.93; with scales 2^-8 and 2^-7 that is
                 // near 1 / sqrt(2880).
@@ -602,6 +601,7 @@ impl Maker<'_> {
                     .fill_mxfp4(out.at(0), n_bytes as u64 / 16, self.seed(), base)?;
                 Ok(out)
             }
+            _ => self.bf16(n_bytes / 2, 0.0, (3.0 / n_k as f32).sqrt()),
         }
     }
 }
