@@ -67,3 +67,56 @@ __device__ __forceinline__ float block_sum_256(float x, float* scratch) {
     __syncthreads();
     return sum;
 }
+
+#ifdef HIDDEN
+// A row of the residual in the registers of a block of 256 threads, four values at a time.
+struct RowValues {
+    static constexpr int N = (HIDDEN / 4 + 255) / 256;
+    float4 v[N];
+
+    // Whether the thread has an n-th four, and where it begins.
+    __device__ static __forceinline__ bool has(int n) {
+        return HIDDEN / 4 % 256 == 0 || n + 1 < N || n * 256 + (int)threadIdx.x < HIDDEN / 4;
+    }
+    __device__ static __forceinline__ int at(int n) { return (n * 256 + (int)threadIdx.x) * 4; }
+
+    __device__ __forceinline__ void load(const float* x) {
+        #pragma unroll
+        for (int n = 0; n < N; n++) {
+            if (has(n)) v[n] = *(const float4*)(x + at(n));
+        }
+    }
+
+    __device__ __forceinline__ void store(float* x) const {
+        #pragma unroll
+        for (int n = 0; n < N; n++) {
+            if (has(n)) *(float4*)(x + at(n)) = v[n];
+        }
+    }
+
+    // t = bf16(x / sqrt(mean(x^2) + eps) * scale), to one place or two (`copy` may be NULL).
+    __device__ __forceinline__ void normalize(const vector_t* scale, float eps, u16* t, u16* copy, float* scratch) const {
+        float sum = 0.0f;
+        #pragma unroll
+        for (int n = 0; n < N; n++) {
+            if (!has(n)) continue;
+            sum = __fmaf_rn(v[n].x, v[n].x, sum);
+            sum = __fmaf_rn(v[n].y, v[n].y, sum);
+            sum = __fmaf_rn(v[n].z, v[n].z, sum);
+            sum = __fmaf_rn(v[n].w, v[n].w, sum);
+        }
+        sum = block_sum_256(sum, scratch);
+        float factor = 1.0f / __fsqrt_rn(sum / (float)HIDDEN + eps);
+        #pragma unroll
+        for (int n = 0; n < N; n++) {
+            if (!has(n)) continue;
+            int i = at(n);
+            uint2 four;
+            four.x = f32x2_to_bf16x2(v[n].x * factor * vector_at(scale, i), v[n].y * factor * vector_at(scale, i + 1));
+            four.y = f32x2_to_bf16x2(v[n].z * factor * vector_at(scale, i + 2), v[n].w * factor * vector_at(scale, i + 3));
+            *(uint2*)(t + i) = four;
+            if (copy != 0) *(uint2*)(copy + i) = four;
+        }
+    }
+};
+#endif

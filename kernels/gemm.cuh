@@ -32,6 +32,13 @@
 #define BIG_STAGES 3
 #endif
 
+// Blocks of 256 threads that share a multiprocessor: two, where 128 registers do.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#define BIG_BLOCKS 2
+#else
+#define BIG_BLOCKS 1
+#endif
+
 enum Format { BF16, MXFP4 };
 
 // Words with codes' bits at 15, 8, 7, 6 of both halves: sign, exponent and mantissa of a bf16
@@ -70,35 +77,59 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
     static constexpr int A_BYTES = TILES * TILE_BYTES;
     static constexpr int STAGE_BYTES = A_BYTES + COLUMNS * COLUMN_BYTES;
 
-    // weights: the block's first tile; n_tiles of the block's tiles exist. columns[c]: the row of
-    // x that is token c, negative for none. x: bf16 with rows x_stride apart.
-    __device__ static __forceinline__ void fill(
-        u8* stage, int group, const u8* weights, int n_tiles, int n_groups,
-        const u16* x, u32 x_stride, int n_k, const int* columns
-    ) {
-        constexpr int TILE_CHUNKS = TILE_BYTES / 16;
-        #pragma unroll
-        for (int first = 0; first < TILES * TILE_CHUNKS; first += THREADS) {
-            int i = first + (int)threadIdx.x;
-            int tile = i / TILE_CHUNKS, chunk = i % TILE_CHUNKS;
-            if (tile < n_tiles && (TILES * TILE_CHUNKS % THREADS == 0 || i < TILES * TILE_CHUNKS)) {
-                const u8* from = weights + ((u64)tile * n_groups + group) * TILE_BYTES + chunk * 16;
-                copy_async16(stage + i * 16, from, true);
+    // What a thread copies of each stage: its chunks' places in weights and tokens.
+    struct Copies {
+        static constexpr int TILE_CHUNKS = TILE_BYTES / 16;
+        static constexpr int N_WEIGHTS = (TILES * TILE_CHUNKS + THREADS - 1) / THREADS;
+        static constexpr int N_TOKENS = (COLUMNS * 8 + THREADS - 1) / THREADS;
+
+        // In chunks of 16 bytes from the block's first tile and from x; NONE for none.
+        u32 weights[N_WEIGHTS];
+        u32 tokens[N_TOKENS];
+        // The same chunk of every token's 64 k, for THREADS is a multiple of 8.
+        int k;
+
+        // n_tiles of the block's tiles exist. columns[c]: the row of x that is token c, negative
+        // for none. x: bf16 with rows x_stride apart.
+        __device__ __forceinline__ Copies(
+            int n_tiles, int n_groups, u32 x_stride, const int* columns
+        ) {
+            #pragma unroll
+            for (int n = 0; n < N_WEIGHTS; n++) {
+                int i = n * THREADS + (int)threadIdx.x;
+                int tile = i / TILE_CHUNKS, chunk = i % TILE_CHUNKS;
+                bool exists = i < TILES * TILE_CHUNKS && tile < n_tiles;
+                weights[n] = exists ? (u32)(tile * n_groups * TILE_CHUNKS + chunk) : NONE;
+            }
+            k = (int)threadIdx.x % 8 * 8;
+            #pragma unroll
+            for (int n = 0; n < N_TOKENS; n++) {
+                int i = n * THREADS + (int)threadIdx.x;
+                int row = i < COLUMNS * 8 ? columns[i / 8] : -1;
+                tokens[n] = row >= 0 ? (u32)row * (x_stride / 8) + threadIdx.x % 8 : NONE;
             }
         }
-        #pragma unroll
-        for (int first = 0; first < COLUMNS * 8; first += THREADS) {
-            int i = first + (int)threadIdx.x;
-            int column = i / 8, chunk = i % 8;
-            if (COLUMNS * 8 % THREADS == 0 || i < COLUMNS * 8) {
-                int row = columns[column];
-                int k = group * GROUP_K + chunk * 8;
-                bool valid = row >= 0 && k < n_k;
-                const u16* from = valid ? x + (u64)row * x_stride + k : x;
-                copy_async16(stage + A_BYTES + column * COLUMN_BYTES + chunk * 16, from, valid);
+
+        __device__ __forceinline__ void fill(u8* stage, int group, const u8* first_tile, const u16* x, int n_k) const {
+            #pragma unroll
+            for (int n = 0; n < N_WEIGHTS; n++) {
+                if (weights[n] != NONE) {
+                    u8* to = stage + (n * THREADS + (int)threadIdx.x) * 16;
+                    copy_async16(to, first_tile + (u64)(weights[n] + group * TILE_CHUNKS) * 16, true);
+                }
+            }
+            bool inside = group * GROUP_K + k < n_k;
+            #pragma unroll
+            for (int n = 0; n < N_TOKENS; n++) {
+                int i = n * THREADS + (int)threadIdx.x;
+                if (COLUMNS * 8 % THREADS == 0 || i < COLUMNS * 8) {
+                    bool valid = inside && tokens[n] != NONE;
+                    const u16* from = valid ? x + (u64)(tokens[n] + group * 8) * 8 : x;
+                    copy_async16(stage + A_BYTES + i / 8 * COLUMN_BYTES + i % 8 * 16, from, valid);
+                }
             }
         }
-    }
+    };
 
     __device__ static __forceinline__ void multiply(float (&acc)[MT][NT][4], const u8* stage) {
         int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -165,11 +196,9 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
             for (int n = 0; n < NT; n++)
                 #pragma unroll
                 for (int i = 0; i < 4; i++) acc[m][n][i] = 0.0f;
-        #pragma unroll
+        const Copies copies(n_tiles, n_groups, x_stride, columns);
         for (int stage = 0; stage < STAGES - 1; stage++) {
-            if (stage < n_groups) {
-                fill(shared + stage * STAGE_BYTES, stage, weights, n_tiles, n_groups, x, x_stride, n_k, columns);
-            }
+            if (stage < n_groups) copies.fill(shared + stage * STAGE_BYTES, stage, weights, x, n_k);
             copy_async_commit();
         }
         int from = 0, to = STAGES - 1;
@@ -178,9 +207,7 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
             __syncthreads();
             // The stage that all threads have left behind.
             int next = group + STAGES - 1;
-            if (next < n_groups) {
-                fill(shared + to * STAGE_BYTES, next, weights, n_tiles, n_groups, x, x_stride, n_k, columns);
-            }
+            if (next < n_groups) copies.fill(shared + to * STAGE_BYTES, next, weights, x, n_k);
             copy_async_commit();
             multiply(acc, shared + from * STAGE_BYTES);
             from = from + 1 == STAGES ? 0 : from + 1;

@@ -133,11 +133,11 @@ __device__ __forceinline__ void matmul(const MatmulArgs& args) {
 
 // Variants by how many rows there are; src/engine/cuda/launch.rs has the same numbers.
 #define VARIANTS(NAME, STORE) \
-    extern "C" __global__ void __launch_bounds__(32) NAME##_8(const MatmulArgs args) { matmul<STORE, 1, 1, 1, 1, 8>(args); } \
-    extern "C" __global__ void __launch_bounds__(64) NAME##_16(const MatmulArgs args) { matmul<STORE, 2, 1, 1, 2, 6>(args); } \
-    extern "C" __global__ void __launch_bounds__(64) NAME##_32(const MatmulArgs args) { matmul<STORE, 2, 1, 1, 4, 6>(args); } \
+    extern "C" __global__ void __launch_bounds__(32) NAME##_8(const MatmulArgs args) { matmul<STORE, 1, 1, 1, 1, 16>(args); } \
+    extern "C" __global__ void __launch_bounds__(64) NAME##_16(const MatmulArgs args) { matmul<STORE, 2, 1, 1, 2, 10>(args); } \
+    extern "C" __global__ void __launch_bounds__(64) NAME##_32(const MatmulArgs args) { matmul<STORE, 2, 1, 1, 4, 8>(args); } \
     extern "C" __global__ void __launch_bounds__(128) NAME##_64(const MatmulArgs args) { matmul<STORE, 4, 1, 1, 8, 4>(args); } \
-    extern "C" __global__ void __launch_bounds__(256) NAME##_128(const MatmulArgs args) { matmul<STORE, 4, 2, 2, 8, BIG_STAGES>(args); }
+    extern "C" __global__ void __launch_bounds__(256, BIG_BLOCKS) NAME##_128(const MatmulArgs args) { matmul<STORE, 4, 2, 2, 8, BIG_STAGES>(args); }
 
 VARIANTS(matmul_qkv, Qkv)
 VARIANTS(matmul_add, Add)

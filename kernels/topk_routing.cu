@@ -7,8 +7,8 @@
 //   experts  u32 [n_rows * k], NONE for padding rows;  gates f32 [n_rows * k]
 //   offsets  u32 [n_experts + 1];  entries u32 [n_rows * k]
 //
-// route: grid (n_rows), block 256, shared n_experts floats. One warp an expert: the lanes' sums
-// over k = 8 lane.., then a butterfly: one order whatever the batch.
+// route: grid (n_rows), block 256, shared HIDDEN bf16 and n_experts floats. One warp an expert:
+// the lanes' sums over k = 8 lane.., then a butterfly: one order whatever the batch.
 // group: grid (n_experts), block 256.
 
 struct RouteArgs {
@@ -20,42 +20,53 @@ struct RouteArgs {
     const Row* rows;
     u32* experts;
     float* gates;
-    u32 hidden;
     u32 n_experts;
     u32 k;
     float eps;
 };
 
 extern "C" __global__ void __launch_bounds__(256) route(const RouteArgs args) {
-    extern __shared__ float logits[];
+    extern __shared__ __align__(16) u16 normed[];
+    float* logits = (float*)(normed + HIDDEN);
     __shared__ float scratch[8];
     u64 row = blockIdx.x;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const float* x = args.x + row * args.hidden;
-    u16* t = args.t + row * args.hidden;
-    float sum = 0.0f;
-    for (u32 i = threadIdx.x; i < args.hidden; i += 256) sum = __fmaf_rn(x[i], x[i], sum);
-    sum = block_sum_256(sum, scratch);
-    float factor = 1.0f / __fsqrt_rn(sum / (float)args.hidden + args.eps);
-    for (u32 i = threadIdx.x; i < args.hidden; i += 256) {
-        t[i] = f32_to_bf16(x[i] * factor * vector_at(args.norm, i));
-    }
-    // The whole block reads what it wrote to global memory.
+    RowValues values;
+    values.load(args.x + row * HIDDEN);
+    values.normalize(args.norm, args.eps, args.t + row * HIDDEN, normed, scratch);
     __syncthreads();
-    for (u32 expert = warp; expert < args.n_experts; expert += 8) {
-        const u16* w = args.weights + (u64)expert * args.hidden;
-        float dot = 0.0f;
-        for (u32 i = lane * 8; i < args.hidden; i += 256) {
-            uint4 a = *(const uint4*)(w + i), b = *(const uint4*)(t + i);
-            u32 wa[4] = {a.x, a.y, a.z, a.w}, tb[4] = {b.x, b.y, b.z, b.w};
-            #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                dot = __fmaf_rn(__int_as_float((int)(wa[j] << 16)), __int_as_float((int)(tb[j] << 16)), dot);
-                dot = __fmaf_rn(__int_as_float((int)(wa[j] & 0xFFFF0000u)), __int_as_float((int)(tb[j] & 0xFFFF0000u)), dot);
-            }
+    // Four experts at a time, so that many loads are under way. Past the last expert the last one
+    // is read again.
+    for (u32 first = warp * 4; first < args.n_experts; first += 32) {
+        float dots[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        const u16* w[4];
+        #pragma unroll
+        for (u32 e = 0; e < 4; e++) {
+            u32 expert = first + e < args.n_experts ? first + e : args.n_experts - 1;
+            w[e] = args.weights + (u64)expert * HIDDEN;
         }
-        dot = warp_sum(dot);
-        if (lane == 0) logits[expert] = dot + vector_at(args.bias, expert);
+        auto add = [&](u32 i) {
+            uint4 b = *(const uint4*)(normed + i);
+            u32 tb[4] = {b.x, b.y, b.z, b.w};
+            #pragma unroll
+            for (u32 e = 0; e < 4; e++) {
+                uint4 a = *(const uint4*)(w[e] + i);
+                u32 wa[4] = {a.x, a.y, a.z, a.w};
+                #pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    dots[e] = __fmaf_rn(__int_as_float((int)(wa[j] << 16)), __int_as_float((int)(tb[j] << 16)), dots[e]);
+                    dots[e] = __fmaf_rn(__int_as_float((int)(wa[j] & 0xFFFF0000u)), __int_as_float((int)(tb[j] & 0xFFFF0000u)), dots[e]);
+                }
+            }
+        };
+        #pragma unroll 4
+        for (u32 chunk = 0; chunk < HIDDEN / 256; chunk++) add(chunk * 256 + lane * 8);
+        if (HIDDEN % 256 != 0 && HIDDEN / 256 * 256 + lane * 8 < HIDDEN) add(HIDDEN / 256 * 256 + lane * 8);
+        #pragma unroll
+        for (u32 e = 0; e < 4; e++) {
+            float dot = warp_sum(dots[e]);
+            if (lane == 0 && first + e < args.n_experts) logits[first + e] = dot + vector_at(args.bias, first + e);
+        }
     }
     __syncthreads();
     if (warp != 0) return;

@@ -117,6 +117,9 @@ pub struct PlanArgs {
 /// Arguments shared by the commands that run the engine on token sequences.
 #[derive(Clone, Debug, clap::Args)]
 pub struct NumericsArgs {
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: Device,
     /// Precision of the weights, a policy of `eval` [default: as stored]
     #[arg(long, value_name = "PRECISION")]
     pub precision: Option<String>,
@@ -224,6 +227,10 @@ pub struct Options {
     #[arg(long, value_name = "BYTES", help_heading = "Machine")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host_memory: Option<Bytes>,
+    /// Device memory for weights, KV and workspace on CUDA [default: what is free]
+    #[arg(long, value_name = "BYTES", help_heading = "Machine")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_memory: Option<Bytes>,
     /// Worker threads [default: one a core]
     #[arg(long, value_name = "N", value_parser = values::positive, help_heading = "Machine")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -256,7 +263,7 @@ impl Options {
         }
         lay!(model precision device exact profile reasoning date limit shard strict
              max_new_tokens temperature top_p top_k samples seed batch context host_memory
-             threads time_limit no_refill no_prefix_reuse trace_hash)
+             gpu_memory threads time_limit no_refill no_prefix_reuse trace_hash)
     }
 
     /// Whether sampling flags are in range; the message names the flag and the range.

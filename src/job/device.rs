@@ -1,25 +1,83 @@
-//! `--device`: which engine runs.
+//! `--device`: which engine runs, its plan, its weights and its backend.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::JobError;
-use crate::cli::values::Device;
-use crate::engine::EngineError;
-use crate::engine::cuda::device;
+use super::plan::{Planned, Wanted};
+use crate::cli::values::{AutoOr, Device};
+use crate::engine::checkpoint::{Checkpoint, MatrixFormat, Precision, WeightFormat};
+use crate::engine::config::ModelConfig;
+use crate::engine::cpu::model::CpuModel;
+use crate::engine::cpu::path::CpuPath;
+use crate::engine::cpu::{CpuBackend, CpuOptions};
+use crate::engine::cuda::kernels::Build;
+use crate::engine::cuda::memory::BUCKETS;
+use crate::engine::cuda::model::CudaModel;
 use crate::engine::cuda::nvrtc::Nvrtc;
+use crate::engine::cuda::{self, CudaBackend, CudaError, CudaOptions, Loaded};
+use crate::engine::plan::{self, BatchSize, Budget, LedgerEntry, MemoryPlan, PlanRequest};
+use crate::engine::{Backend, EngineError, EngineShape};
 
-/// The GPU that a word means, or nothing for the CPU. `auto` is the first GPU where driver, GPU
-/// and NVRTC are usable, else the CPU.
+/// Rows of one prefill pass on a GPU, most first: the first that fits is taken.
+const PREFILL_ROWS: [usize; 3] = [8192, 2048, 512];
+
+/// Most slots of an automatic batch on a GPU.
+const MAX_AUTO_SLOTS: usize = 256;
+
+/// Of a GPU's free memory one part in so many is left for graphs and the driver.
+const SPARE: u64 = 32;
+
+/// What runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    Cpu,
+    /// The GPU of this index.
+    Cuda(u32),
+}
+
+/// Weights on one of them.
+#[derive(Clone)]
+pub enum Held {
+    Cpu(Arc<CpuModel>),
+    Cuda(Arc<Loaded>),
+}
+
+impl Held {
+    pub fn config(&self) -> &ModelConfig {
+        match self {
+            Self::Cpu(model) => &model.config,
+            Self::Cuda(loaded) => &loaded.model.config,
+        }
+    }
+}
+
+/// The engine that a word means. `auto` is the first GPU where driver, GPU and NVRTC are usable
+/// and the run is one that CUDA can do, else the CPU.
 ///
 /// # Errors
 /// CUDA was asked for and cannot be used.
-pub fn choose(asked: Device) -> Result<Option<u32>, JobError> {
+pub fn choose(
+    asked: Device,
+    exact: bool,
+    config: &ModelConfig,
+    format: WeightFormat,
+) -> Result<Engine, JobError> {
     match asked {
-        Device::Cpu => Ok(None),
-        Device::Cuda(_) => Ok(Some(cuda_index(asked)?)),
+        Device::Cpu => Ok(Engine::Cpu),
+        Device::Cuda(_) if exact => Err(EngineError::from(CudaError::Exact).into()),
+        Device::Cuda(_) => {
+            let index = cuda_index(asked)?;
+            Build::new(config, format).map_err(EngineError::from)?;
+            Ok(Engine::Cuda(index))
+        }
         Device::Auto => {
-            let usable = device::count().is_ok_and(|n| n > 0) && Nvrtc::load().is_ok();
-            Ok(usable
-                .then_some(0)
-                .filter(|&index| device::Device::open(index).is_ok()))
+            let usable = !exact
+                && cuda::device::count().is_ok_and(|n| n > 0)
+                && Nvrtc::load().is_ok()
+                && cuda::device::Device::open(0).is_ok()
+                && Build::new(config, format).is_ok();
+            Ok(if usable { Engine::Cuda(0) } else { Engine::Cpu })
         }
     }
 }
@@ -38,7 +96,213 @@ pub fn cuda_index(asked: Device) -> Result<u32, JobError> {
         Device::Auto => 0,
         Device::Cuda(index) => index.unwrap_or(0),
     };
-    device::Device::open(index).map_err(EngineError::from)?;
+    cuda::device::Device::open(index).map_err(EngineError::from)?;
     Nvrtc::load().map_err(EngineError::from)?;
     Ok(index)
+}
+
+impl Engine {
+    /// `cpu` or `cuda:N`, for manifests.
+    pub fn name(self) -> String {
+        match self {
+            Self::Cpu => "cpu".to_owned(),
+            Self::Cuda(index) => format!("cuda:{index}"),
+        }
+    }
+
+    /// What a run's bits depend on beside the model.
+    ///
+    /// # Errors
+    /// `PODIUM_CPU` names a path that this machine does not have, or CUDA cannot be used.
+    pub fn numerics_id(
+        self,
+        config: &ModelConfig,
+        format: WeightFormat,
+        exact: bool,
+    ) -> Result<String, JobError> {
+        Ok(match self {
+            Self::Cpu => CpuBackend::numerics_id(CpuPath::choose()?, exact),
+            Self::Cuda(index) => cuda::numerics_id(config, format, index)?,
+        })
+    }
+
+    /// Loads a checkpoint's weights.
+    ///
+    /// # Errors
+    /// Weights that cannot be held.
+    pub fn load(
+        self,
+        checkpoint: &Checkpoint,
+        precision: Precision,
+        n_threads: usize,
+    ) -> Result<Held, JobError> {
+        Ok(match self {
+            Self::Cpu => Held::Cpu(Arc::new(CpuBackend::load(
+                checkpoint, precision, n_threads,
+            )?)),
+            Self::Cuda(index) => Held::Cuda(Arc::new(Loaded::open(checkpoint, precision, index)?)),
+        })
+    }
+
+    /// Chooses slots and pages of a run.
+    ///
+    /// # Errors
+    /// Nothing fits.
+    pub fn plan(
+        self,
+        checkpoint: &Checkpoint,
+        precision: Precision,
+        options: &CpuOptions,
+        wanted: &Wanted,
+        gpu_memory: Option<u64>,
+    ) -> Result<MemoryPlan, JobError> {
+        match self {
+            Self::Cpu => Planned::of(checkpoint)?.plan(precision, options, wanted),
+            Self::Cuda(index) => plan_cuda(checkpoint, precision, index, wanted, gpu_memory),
+        }
+    }
+}
+
+/// A backend of either kind.
+pub enum AnyBackend {
+    Cpu(Box<CpuBackend>),
+    Cuda(Box<CudaBackend>),
+}
+
+impl AnyBackend {
+    /// Allocates what a run needs beside its weights.
+    ///
+    /// # Errors
+    /// Out of memory, or an impossible shape.
+    pub fn new(held: Held, shape: EngineShape, options: CpuOptions) -> Result<Self, JobError> {
+        Self::on_path(CpuPath::choose()?, held, shape, options)
+    }
+
+    /// As [`AnyBackend::new`], on a given SIMD path where it is the CPU's.
+    ///
+    /// # Errors
+    /// As [`AnyBackend::new`].
+    pub fn on_path(
+        path: CpuPath,
+        held: Held,
+        shape: EngineShape,
+        options: CpuOptions,
+    ) -> Result<Self, JobError> {
+        Ok(match held {
+            Held::Cpu(model) => Self::Cpu(Box::new(CpuBackend::with_model(
+                path, model, shape, options,
+            )?)),
+            Held::Cuda(loaded) => {
+                let options = CudaOptions {
+                    trace_hash: options.trace_hash,
+                    poison: options.poison,
+                };
+                Self::Cuda(Box::new(CudaBackend::new(loaded, shape, options)?))
+            }
+        })
+    }
+
+    pub fn get(&mut self) -> &mut dyn Backend {
+        match self {
+            Self::Cpu(backend) => &mut **backend,
+            Self::Cuda(backend) => &mut **backend,
+        }
+    }
+
+    /// Calls of each kernel, where they are counted.
+    pub fn kernel_calls(&self) -> BTreeMap<String, u64> {
+        match self {
+            Self::Cpu(backend) => backend.kernel_calls(),
+            Self::Cuda(_) => BTreeMap::new(),
+        }
+    }
+}
+
+/// The plan of a GPU: an automatic batch is the largest that fits beside the weights.
+fn plan_cuda(
+    checkpoint: &Checkpoint,
+    precision: Precision,
+    index: u32,
+    wanted: &Wanted,
+    gpu_memory: Option<u64>,
+) -> Result<MemoryPlan, JobError> {
+    let (config, format) = (checkpoint.config(), checkpoint.weight_format(precision));
+    let budget = match gpu_memory {
+        Some(bytes) => bytes,
+        None => {
+            let device = cuda::device::Device::open(index).map_err(EngineError::from)?;
+            let (free, _) = device.memory().map_err(EngineError::from)?;
+            free - free / SPARE
+        }
+    };
+    let request = |batch: BatchSize, prefill_rows: usize| PlanRequest {
+        ledger: ledger(checkpoint, format).unwrap_or_default(),
+        budget: Budget::given(budget),
+        batch,
+        max_context: wanted.max_context,
+        longest_prompt: wanted.longest_prompt,
+        n_jobs: wanted.n_jobs,
+        prefix_reuse: wanted.prefix_reuse,
+        prefill_rows,
+        kv_scheme: "bf16",
+    };
+    let memory = |shape: &EngineShape| cuda::memory::planned(config, format, shape);
+    // Passes larger than all prompts together would only take memory.
+    let most_tokens = wanted.longest_prompt.saturating_mul(wanted.n_jobs.max(1));
+    let passes = PREFILL_ROWS.into_iter().filter(|&rows| {
+        rows == PREFILL_ROWS[PREFILL_ROWS.len() - 1] || rows < 4 * most_tokens.max(1)
+    });
+    let batches: Vec<usize> = match wanted.batch {
+        AutoOr::Exactly(n_slots) => vec![n_slots],
+        AutoOr::Auto => {
+            let most = wanted.n_jobs.clamp(1, MAX_AUTO_SLOTS);
+            let smaller = BUCKETS.into_iter().rev().filter(|&bucket| bucket < most);
+            [most].into_iter().chain(smaller).collect()
+        }
+    };
+    let passes: Vec<usize> = passes.collect();
+    let mut refused = None;
+    for &n_slots in &batches {
+        for &rows in &passes {
+            match plan::plan(&request(BatchSize::Slots(n_slots), rows), memory) {
+                Ok(mut plan) => {
+                    if wanted.batch == AutoOr::Auto {
+                        plan.batch = BatchSize::Auto;
+                    }
+                    return Ok(plan);
+                }
+                Err(error) => refused = Some(error),
+            }
+        }
+    }
+    match refused {
+        Some(error) => Err(EngineError::from(error).into()),
+        None => Err(JobError::Option {
+            message: "no batch was asked for".to_owned(),
+        }),
+    }
+}
+
+/// Bytes of each class as stored and as held on a GPU.
+fn ledger(checkpoint: &Checkpoint, format: WeightFormat) -> Result<Vec<LedgerEntry>, JobError> {
+    let loaded = CudaModel::planned_bytes(checkpoint.config(), format);
+    let stored = checkpoint.stored_bytes()?;
+    let entries = stored.classes().into_iter().zip(loaded.classes());
+    Ok(entries
+        .map(|((class, stored_bytes), (_, loaded_bytes))| {
+            let held = format.of_class(class);
+            let stored = match class {
+                "experts" => checkpoint.expert_format(),
+                _ => MatrixFormat::Bf16,
+            };
+            LedgerEntry {
+                class: class.to_owned(),
+                scheme: held.name().to_owned(),
+                stored_bytes,
+                loaded_bytes,
+                lossless: held.holds(stored).then_some(true),
+                relative_error: None,
+            }
+        })
+        .collect())
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::JobError;
 use super::datasets;
+use super::device;
 use super::folder::{Opening, SUBMISSIONS};
 use super::model::OpenModel;
 use super::prepare::{Prepared, prepare};
@@ -13,7 +14,7 @@ use super::settings::{Effective, Layers, Settings};
 use super::{precisions, signal};
 use crate::cli::eval::{ConfigFile, EvalArgs};
 use crate::cli::print;
-use crate::cli::values::{AutoOr, Device};
+use crate::cli::values::AutoOr;
 use crate::dataset;
 use crate::engine::checkpoint::Precision;
 use crate::engine::cpu::CpuOptions;
@@ -109,9 +110,12 @@ pub fn assemble<'a>(
     let profile_word = layers.profile();
     let (dataset, profile) = read_dataset(path, profile_word.as_deref(), model.is_nano)?;
     let settings = Settings::resolve(layers, &profile, model.is_nano);
-    if let Device::Cuda(_) = settings.device.value {
-        return Err(JobError::NoCuda);
-    }
+    let engine = device::choose(
+        settings.device.value,
+        settings.exact.value,
+        model.checkpoint.config(),
+        model.checkpoint.weight_format(precision.value),
+    )?;
     let date = settings.date.value.as_deref();
     let mut prepared = prepare(
         dataset,
@@ -149,6 +153,7 @@ pub fn assemble<'a>(
         prepared,
         max_context,
         options,
+        engine,
     })
 }
 

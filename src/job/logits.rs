@@ -5,12 +5,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::JobError;
+use super::device::{self, AnyBackend};
 use super::model::{self, ModelSource};
 use super::nano;
 use super::precision;
 use crate::cli::LogitsArgs;
 use crate::engine::checkpoint::Checkpoint;
-use crate::engine::cpu::{CpuBackend, CpuOptions};
+use crate::engine::cpu::CpuOptions;
 use crate::engine::kv::pages_for;
 use crate::engine::{Backend, EngineShape, PageId, SequenceId, Span, TokenId};
 
@@ -58,10 +59,18 @@ pub fn logits(args: &LogitsArgs) -> Result<u8, JobError> {
         trace_hash: false,
         poison: false,
     };
-    let mut backend = CpuBackend::open(&checkpoint, precision, shape, options)?;
+    let format = checkpoint.weight_format(precision);
+    let engine = device::choose(
+        args.numerics.device,
+        options.exact,
+        checkpoint.config(),
+        format,
+    )?;
+    let held = engine.load(&checkpoint, precision, options.n_threads)?;
+    let mut backend = AnyBackend::new(held, shape, options)?;
     let mut out = BufWriter::new(std::io::stdout().lock());
     for input in &inputs {
-        match write_one(&mut backend, input, args.full, &mut out) {
+        match write_one(backend.get(), input, args.full, &mut out) {
             Ok(()) => {}
             Err(WriteOne::Job(error)) => return Err(error),
             // The reader went away.
@@ -78,7 +87,7 @@ enum WriteOne {
 }
 
 fn write_one(
-    backend: &mut CpuBackend,
+    backend: &mut dyn Backend,
     input: &Input,
     full: bool,
     out: &mut impl Write,

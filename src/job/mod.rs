@@ -109,8 +109,6 @@ pub enum JobError {
     Shape { word: String },
     #[error("unknown card `{word}`")]
     Card { word: String },
-    #[error("this version has no CUDA engine")]
-    NoCuda,
     #[error("`--out` names one folder, but {n_runs} runs were asked for")]
     OneFolder { n_runs: usize },
     #[error("`{path}` holds files that are not a run's")]
@@ -210,7 +208,6 @@ impl JobError {
                 let names = CARDS.map(|card| card.name).join(", ");
                 format!("expected one of {names}, or the bytes that the card leaves, such as 22GiB")
             }
-            Self::NoCuda => "leave `--device` out, or give `--device cpu`".to_owned(),
             Self::OneFolder { .. } => {
                 "leave `--out` out, or run one data set in one precision".to_owned()
             }

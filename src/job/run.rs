@@ -7,21 +7,21 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::JobError;
+use super::device::{AnyBackend, Engine, Held};
 use super::folder::{Opening, RunFolder};
 use super::model::OpenModel;
-use super::plan::{PREFILL_ROWS, Planned, Wanted, host_budget, measured};
+use super::plan::{PREFILL_ROWS, Wanted, host_budget, measured};
 use super::prepare::Prepared;
 use super::progress::Progress;
 use super::record::{Recorder, blank_row};
 use super::settings::{Effective, Settings};
 use crate::batch::Job;
+use crate::engine::StopReason;
 use crate::engine::checkpoint::Precision;
-use crate::engine::cpu::model::CpuModel;
+use crate::engine::cpu::CpuOptions;
 use crate::engine::cpu::path::CpuPath;
-use crate::engine::cpu::{CpuBackend, CpuOptions};
 use crate::engine::generate::{GenerateOptions, Outcome as Generated, generate};
 use crate::engine::plan::{MemoryPlan, ledger_table};
-use crate::engine::{Backend, StopReason};
 use crate::profile::{Profile, Source};
 use crate::prompt::harmony;
 use crate::report::tally::tally;
@@ -50,10 +50,11 @@ pub struct Run<'a> {
     pub prepared: Prepared,
     pub max_context: usize,
     pub options: CpuOptions,
+    pub engine: Engine,
 }
 
 /// Weights kept between the runs of one command, so that each model is loaded once.
-pub type Weights = Option<(Precision, Arc<CpuModel>)>;
+pub type Weights = Option<(Precision, Engine, Held)>;
 
 impl Run<'_> {
     fn n_samples(&self) -> u32 {
@@ -93,7 +94,11 @@ impl Run<'_> {
             context: (self.max_context < whole).then_some(self.max_context),
             samples: self.n_samples(),
             answer_headroom: 0,
-            numerics: CpuBackend::numerics_id(CpuPath::choose()?, self.options.exact),
+            numerics: self.engine.numerics_id(
+                self.model.checkpoint.config(),
+                self.model.checkpoint.weight_format(self.precision.value),
+                self.options.exact,
+            )?,
         };
         identity.set_sampling(&settings.sampling());
         Ok(identity)
@@ -138,7 +143,13 @@ impl Run<'_> {
             budget: host_budget(self.settings.host_memory.value),
             prefill_rows: PREFILL_ROWS,
         };
-        Planned::of(&self.model.checkpoint)?.plan(self.precision.value, &self.options, &wanted)
+        self.engine.plan(
+            &self.model.checkpoint,
+            self.precision.value,
+            &self.options,
+            &wanted,
+            self.settings.gpu_memory.value,
+        )
     }
 
     /// A new run's manifest.
@@ -237,7 +248,11 @@ impl Run<'_> {
         // Our own plain values always have a JSON form.
         manifest.ledger = serde_json::to_value(&plan.ledger).unwrap_or_default();
         manifest.memory_plan = serde_json::to_value(plan).unwrap_or_default();
-        let mut session = Session::start("cpu", &opening.identity.numerics, plan.shape.n_slots);
+        let mut session = Session::start(
+            &self.engine.name(),
+            &opening.identity.numerics,
+            plan.shape.n_slots,
+        );
         session.shard = self.shard();
         let index = manifest.begin_session(&path, session);
         manifest.write(&path)?;
@@ -281,7 +296,10 @@ impl Run<'_> {
         opening: &Opening,
         quiet: bool,
     ) -> Result<(Ran, Option<JobError>), JobError> {
-        let memory = MemoryLog::start(&folder.path, session, SAMPLE_PERIOD, Some(plan.memory));
+        // The log is of the host's memory; a GPU's is in the plan.
+        let of_host = self.engine == Engine::Cpu;
+        let planned = of_host.then_some(plan.memory);
+        let memory = MemoryLog::start(&folder.path, session, SAMPLE_PERIOD, planned);
         let mut jobs = Vec::new();
         let missing = self.missing(&folder.results);
         for &(row, sample) in &missing {
@@ -322,7 +340,9 @@ impl Run<'_> {
         let model = self.load(weights)?;
         memory.event(MemoryEvent::Load, None);
         let mut ledger = plan.ledger.clone();
-        measured(&mut ledger, &model.deviation());
+        if let Held::Cpu(model) = &model {
+            measured(&mut ledger, &model.deviation());
+        }
         if ledger != plan.ledger && !quiet {
             let table = ledger_table(&ledger);
             crate::cli::print::tell(&format!("\nmeasured while loading\n{table}"));
@@ -338,6 +358,9 @@ impl Run<'_> {
                 allocated: backend.memory(),
             });
         }
+        let mut backend = AnyBackend::new(model, plan.shape, self.options)?;
+        let allocated = of_host.then(|| backend.get().memory());
+        memory.event(MemoryEvent::Arena, allocated);
 
         let stop = AtomicBool::new(false);
         let n_done = folder.results.len();
@@ -369,7 +392,7 @@ impl Run<'_> {
                 Arc::clone(&self.model.stop_tokens),
             )
         };
-        let generated = generate(&mut backend, jobs, &options, &stop, &mut recorder);
+        let generated = generate(backend.get(), jobs, &options, &stop, &mut recorder);
         recorder.flush();
         let failure = recorder.failure.take();
         progress.clear();
@@ -397,19 +420,21 @@ impl Run<'_> {
         Ok((ran, error))
     }
 
-    fn load(&self, weights: &mut Weights) -> Result<Arc<CpuModel>, JobError> {
+    fn load(&self, weights: &mut Weights) -> Result<Held, JobError> {
         let precision = self.model.effective_precision(self.precision.value);
-        if let Some((loaded, model)) = weights
+        if let Some((loaded, engine, held)) = weights
             && *loaded == precision
+            && *engine == self.engine
         {
-            return Ok(Arc::clone(model));
+            return Ok(held.clone());
         }
         // The other precision's weights go before these come.
         *weights = None;
-        let model = CpuBackend::load(&self.model.checkpoint, precision, self.options.n_threads)?;
-        let model = Arc::new(model);
-        *weights = Some((precision, Arc::clone(&model)));
-        Ok(model)
+        let checkpoint = &self.model.checkpoint;
+        let n_threads = self.options.n_threads;
+        let held = self.engine.load(checkpoint, precision, n_threads)?;
+        *weights = Some((precision, self.engine, held.clone()));
+        Ok(held)
     }
 
     /// Rebuilds submission and scores from the log's rows, and counts them.

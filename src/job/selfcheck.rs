@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::JobError;
+use super::device::{self, AnyBackend, Engine, Held};
 use super::model::OpenModel;
 use super::plan::PREFILL_ROWS;
 use super::precision;
@@ -17,9 +18,8 @@ use crate::batch::Job;
 use crate::cli::SelfcheckArgs;
 use crate::cli::print;
 use crate::dataset::Message;
-use crate::engine::cpu::model::CpuModel;
+use crate::engine::cpu::CpuOptions;
 use crate::engine::cpu::path::CpuPath;
-use crate::engine::cpu::{CpuBackend, CpuOptions};
 use crate::engine::generate::{
     GenerateOptions, Generation, JobError as GenerateJobError, Observer, StepReport,
     forced_logprobs, generate,
@@ -59,7 +59,10 @@ pub fn selfcheck(args: &SelfcheckArgs) -> Result<u8, JobError> {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let n_threads = args.numerics.threads.unwrap_or(cores);
     let exact = args.numerics.exact;
-    let weights = Arc::new(CpuBackend::load(&model.checkpoint, precision, n_threads)?);
+    let config = model.checkpoint.config();
+    let format = model.checkpoint.weight_format(precision);
+    let engine = device::choose(args.numerics.device, exact, config, format)?;
+    let weights = engine.load(&model.checkpoint, precision, n_threads)?;
     let prompts = prompts(&model, args.rows)?;
     let native = CpuPath::choose()?;
     let base = |name: &str| Way {
@@ -112,8 +115,12 @@ pub fn selfcheck(args: &SelfcheckArgs) -> Result<u8, JobError> {
             ..base("unused memory filled with NaN")
         },
     ];
+    if engine != Engine::Cpu {
+        // Neither threads nor instruction sets matter there.
+        ways.retain(|way| way.n_threads == n_threads);
+    }
     for path in CpuPath::available() {
-        if path != native {
+        if path != native && engine == Engine::Cpu {
             ways.push(Way {
                 path,
                 n_rows: N_PATH_ROWS.min(args.rows),
@@ -121,12 +128,16 @@ pub fn selfcheck(args: &SelfcheckArgs) -> Result<u8, JobError> {
             });
         }
     }
-    let mode = if exact { "exact" } else { "bf16" };
+    let numerics = match engine {
+        Engine::Cpu => {
+            let mode = if exact { "exact" } else { "bf16" };
+            format!("cpu/{}/{mode}", native.name())
+        }
+        Engine::Cuda(_) => engine.numerics_id(config, format, exact)?,
+    };
     print::result(&format!(
-        "{} rows of {} on cpu/{}/{mode}, each way against one row at a time",
-        args.rows,
-        model.name,
-        native.name()
+        "{} rows of {} on {numerics}, each way against one row at a time",
+        args.rows, model.name,
     ));
     let mut n_failed = 0;
     for (sampling, name) in [
@@ -198,12 +209,12 @@ impl Observer for Collect {
 
 fn open(
     way: &Way,
-    weights: &Arc<CpuModel>,
+    weights: &Held,
     prompts: &[Arc<[TokenId]>],
     exact: bool,
-) -> Result<CpuBackend, JobError> {
+) -> Result<AnyBackend, JobError> {
     let longest = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(1);
-    let max_context = (longest + MAX_NEW_TOKENS).min(weights.config.max_context);
+    let max_context = (longest + MAX_NEW_TOKENS).min(weights.config().max_context);
     let shape = EngineShape {
         n_slots: way.n_slots,
         n_forks: way.n_forks,
@@ -217,18 +228,13 @@ fn open(
         trace_hash: true,
         poison: way.poison,
     };
-    Ok(CpuBackend::with_model(
-        way.path,
-        Arc::clone(weights),
-        shape,
-        options,
-    )?)
+    AnyBackend::on_path(way.path, weights.clone(), shape, options)
 }
 
 fn run(
     way: &Way,
     model: &OpenModel,
-    weights: &Arc<CpuModel>,
+    weights: &Held,
     prompts: &[Arc<[TokenId]>],
     sampling: SamplingParams,
     exact: bool,
@@ -256,7 +262,7 @@ fn run(
     };
     let mut collect = Collect::default();
     generate(
-        &mut backend,
+        backend.get(),
         jobs,
         &options,
         &AtomicBool::new(false),
@@ -268,7 +274,7 @@ fn run(
 /// Rows whose teacher-forced log-probabilities add up to the same bits.
 fn forced(
     way: &Way,
-    weights: &Arc<CpuModel>,
+    weights: &Held,
     prompts: &[Arc<[TokenId]>],
     expected: &BTreeMap<usize, Bits>,
     exact: bool,
@@ -279,7 +285,7 @@ fn forced(
         let Some(prompt) = prompts.get(row) else {
             continue;
         };
-        let logprobs = forced_logprobs(&mut backend, prompt, output)?;
+        let logprobs = forced_logprobs(backend.get(), prompt, output)?;
         let sum = logprobs.iter().fold(0.0f32, |sum, logprob| sum + logprob);
         n_same += usize::from(sum.to_bits() == *sum_bits);
     }

@@ -75,7 +75,7 @@ impl Pass<'_> {
             let norm = layer.attention_norm.at(0);
             if i == 0 {
                 let (x, t) = (work.x.at(0), work.t.at(0));
-                kernels.rmsnorm(x, norm, t, hidden, config.rms_norm_eps, n_rows)?;
+                kernels.rmsnorm(x, norm, t, config.rms_norm_eps, n_rows)?;
             } else {
                 self.combine(norm, n_rows)?;
             }
@@ -98,8 +98,6 @@ impl Pass<'_> {
             work.gates.at(0),
             norm,
             work.t.at(0),
-            config.hidden as u32,
-            config.n_experts_per_token as u32,
             config.rms_norm_eps,
             n_rows,
         )?)
@@ -207,7 +205,6 @@ impl Pass<'_> {
             rows: work.rows.at(0),
             experts: work.experts.at(0),
             gates: work.gates.at(0),
-            hidden: config.hidden as u32,
             n_experts: config.n_experts as u32,
             k: k as u32,
             eps: config.rms_norm_eps,

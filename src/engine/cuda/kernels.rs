@@ -67,6 +67,9 @@ pub fn texts(experts: MatrixFormat) -> Vec<Kernel> {
 /// What kernels are compiled for, beside the architecture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Build {
+    pub hidden: usize,
+    /// Experts per token.
+    pub top_k: usize,
     pub head_dim: usize,
     /// Query heads that share a KV head.
     pub group: usize,
@@ -112,6 +115,8 @@ impl Build {
             });
         }
         Ok(Self {
+            hidden: config.hidden,
+            top_k: config.n_experts_per_token,
             head_dim: config.head_dim,
             group: config.group(),
             format,
@@ -127,6 +132,8 @@ impl Build {
             "--std=c++17".to_owned(),
             // Sums and products stay as they are written: bits are promised.
             "--fmad=false".to_owned(),
+            format!("-DHIDDEN={}", self.hidden),
+            format!("-DTOP_K={}", self.top_k),
             format!("-DHEAD_DIM={}", self.head_dim),
             format!("-DGROUP={}", self.group),
         ];

@@ -65,9 +65,9 @@ impl Variant {
 /// Dense variants, by rows; the numbers of kernels/matmul_bf16.cu.
 fn dense_variants(big_stages: usize) -> [Variant; 5] {
     [
-        Variant::new("8", [1, 1, 1, 1, 8]),
-        Variant::new("16", [2, 1, 1, 2, 6]),
-        Variant::new("32", [2, 1, 1, 4, 6]),
+        Variant::new("8", [1, 1, 1, 1, 16]),
+        Variant::new("16", [2, 1, 1, 2, 10]),
+        Variant::new("32", [2, 1, 1, 4, 8]),
         Variant::new("64", [4, 1, 1, 8, 4]),
         Variant::new("128", [4, 2, 2, 8, big_stages]),
     ]
@@ -75,16 +75,16 @@ fn dense_variants(big_stages: usize) -> [Variant; 5] {
 
 /// Variants of the experts' products, by tokens an expert; the numbers of kernels/moe_matmul.cuh.
 fn moe_variants(format: MatrixFormat, big_stages: usize) -> [Variant; 5] {
-    let last = match format {
-        MatrixFormat::Mxfp4 => 3,
-        _ => big_stages,
+    let (small, last) = match format {
+        MatrixFormat::Mxfp4 => (8, 3),
+        _ => (4, big_stages),
     };
     [
-        Variant::new("8", [4, 1, 1, 1, 6]),
-        Variant::new("16", [4, 1, 1, 2, 6]),
+        Variant::new("8", [4, 1, 1, 1, small]),
+        Variant::new("16", [4, 1, 1, 2, small]),
         Variant::new("32", [4, 1, 3, 4, 3]),
         Variant::new("64", [4, 1, 3, 8, big_stages]),
-        Variant::new("128", [4, 2, 3, 8, last]),
+        Variant::new("128", [4, 2, 2, 8, last]),
     ]
 }
 
@@ -145,7 +145,6 @@ pub struct RouteArgs {
     pub rows: u64,
     pub experts: u64,
     pub gates: u64,
-    pub hidden: u32,
     pub n_experts: u32,
     pub k: u32,
     pub eps: f32,
@@ -203,6 +202,7 @@ pub struct Kernels {
     big_stages: usize,
     head_dim: usize,
     group: usize,
+    hidden: usize,
     n_experts: usize,
     embed: Function,
     embed_step: Function,
@@ -277,12 +277,13 @@ impl Kernels {
             })
         };
         let attention = |name| function("attention", name, attention_shared(config.head_dim));
-        let routing_shared = config.n_experts * size_of::<f32>();
+        let routing_shared = route_shared(config.hidden, config.n_experts);
         Ok(Self {
             format,
             big_stages,
             head_dim: config.head_dim,
             group: config.group(),
+            hidden: config.hidden,
             n_experts: config.n_experts,
             embed: function("embed", "embed", 0)?,
             embed_step: function("embed", "embed_step", 0)?,
@@ -377,11 +378,10 @@ impl Kernels {
         x: u64,
         scale: u64,
         t: u64,
-        hidden: u32,
         eps: f32,
         n_rows: usize,
     ) -> Result<(), CudaError> {
-        let args = [arg(&x), arg(&scale), arg(&t), arg(&hidden), arg(&eps)];
+        let args = [arg(&x), arg(&scale), arg(&t), arg(&eps)];
         self.launch(self.rmsnorm, [n_rows, 1, 1], 256, 0, &args)
     }
 
@@ -393,8 +393,6 @@ impl Kernels {
         gates: u64,
         scale: u64,
         t: u64,
-        hidden: u32,
-        k: u32,
         eps: f32,
         n_rows: usize,
     ) -> Result<(), CudaError> {
@@ -404,21 +402,30 @@ impl Kernels {
             arg(&gates),
             arg(&scale),
             arg(&t),
-            arg(&hidden),
-            arg(&k),
             arg(&eps),
         ];
         self.launch(self.moe_combine, [n_rows, 1, 1], 256, 0, &args)
     }
 
-    /// A dense product, by the variant for its rows.
+    /// A dense product, by the largest variant that keeps all multiprocessors busy.
+    ///
+    /// # Errors
+    /// The driver refuses the launch.
     pub fn matmul(&self, which: Dense, args: &MatmulArgs) -> Result<(), CudaError> {
         let n_rows = args.n_rows as usize;
+        let n_tiles = (args.n_tiles - args.first_tile) as usize;
         let variants = dense_variants(self.big_stages);
-        let found = variants
-            .iter()
-            .position(|variant| variant.columns() >= n_rows);
-        self.matmul_variant(which, found.unwrap_or(variants.len() - 1), args)
+        let n_blocks = |variant: &Variant| {
+            n_tiles.div_ceil(variant.block_tiles()) * n_rows.div_ceil(variant.columns())
+        };
+        // A token tile twice as wide as there are rows is half empty.
+        let index = variants.iter().rposition(|variant| {
+            variant.columns() < 2 * n_rows.max(5)
+                && n_blocks(variant) >= self.device.n_multiprocessors as usize
+        });
+        // None does: the narrowest that goes through the weights once, up to 32 tokens.
+        let narrow = variants.iter().take(3).position(|v| v.columns() >= n_rows);
+        self.matmul_variant(which, index.or(narrow).unwrap_or(2), args)
     }
 
     /// A dense product by variant `index` of five: all give the same bits.
@@ -456,7 +463,7 @@ impl Kernels {
     }
 
     pub fn route(&self, args: &RouteArgs, n_rows: usize) -> Result<(), CudaError> {
-        let shared = self.n_experts * size_of::<f32>();
+        let shared = route_shared(self.hidden, self.n_experts);
         self.launch(self.route, [n_rows, 1, 1], 256, shared, &[arg(args)])
     }
 
@@ -769,4 +776,9 @@ fn prefill_warps(group: usize) -> usize {
 /// Two stages of 64 keys and values.
 fn attention_shared(head_dim: usize) -> usize {
     2 * 2 * 64 * (head_dim + 8) * 2
+}
+
+/// The normed row in bf16, and a logit for each expert.
+fn route_shared(hidden: usize, n_experts: usize) -> usize {
+    hidden * size_of::<u16>() + n_experts * size_of::<f32>()
 }

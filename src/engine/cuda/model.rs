@@ -528,7 +528,7 @@ impl Maker<'_> {
                 n_k,
                 tiles: self.bf16(pack::bf16_bytes(n_out, n_k) / 2, 0.0, gain * unit(n_k))?,
                 bias: match bias {
-                    true => Some(self.vector(n_out, 0.0, 0.1)?),
+                    true => Some(self.vector(n_out, 0.0, 0.02)?),
                     false => None,
                 },
             })
@@ -538,7 +538,7 @@ impl Maker<'_> {
                 n_out,
                 n_k,
                 tiles: self.experts(n_out, n_k)?,
-                bias: self.vector(n_experts * n_out, 0.0, 0.1)?,
+                bias: self.vector(n_experts * n_out, 0.0, 0.02)?,
             })
         };
         let embedding = self.bf16(config.n_vocab * hidden, 0.0, 1.7)?;
@@ -550,7 +550,7 @@ impl Maker<'_> {
                 attention_norm: self.vector(hidden, 1.0, 0.1)?,
                 qkv: projection(config.qkv_width(), hidden, 1.0, true)?,
                 sinks: self.vector(config.n_heads, 0.0, 1.0)?,
-                out: projection(hidden, config.q_width(), 1.0, true)?,
+                out: projection(hidden, config.q_width(), 0.5, true)?,
                 mlp_norm: self.vector(hidden, 1.0, 0.1)?,
                 router: self.bf16(n_experts * hidden, 0.0, 1.5 * unit(hidden))?,
                 router_bias: self.vector(n_experts, 0.0, 0.01)?,
@@ -595,8 +595,9 @@ impl Maker<'_> {
             MatrixFormat::Mxfp4 => {
                 let out: Bytes = self.device.alloc("synthetic weights", n_bytes)?;
                 // Codes of random bits have deviation 2.93; with scales 2^-8 and 2^-7 that is
-                // near 1 / sqrt(2880).
-                let base = 127 - 8 + 126;
+                // near 1 / sqrt(2880). Down is eight times smaller: what SwiGLU gives has a mean,
+                // which all rows share, and routing would follow it.
+                let base = 127 - if n_out == self.config.hidden { 11 } else { 8 } + 126;
                 self.kernels
                     .fill_mxfp4(out.at(0), n_bytes as u64 / 16, self.seed(), base)?;
                 Ok(out)
