@@ -57,6 +57,15 @@ test-full: setup test test-browser
     '{{ venv }}/bin/python' '{{ justfile_directory() }}/models/nano/data.py' --check
     PODIUM_PYTHON='{{ venv }}/bin/python' cargo test --release --manifest-path '{{ manifest }}' -- --ignored independent
 
+# Tests on a GPU; fails where there is none. PODIUM_NVRTC may name libnvrtc.so
+test-gpu *args:
+    cargo test --release --manifest-path '{{ manifest }}' --test cuda "$@" -- --ignored --test-threads 2
+
+# Measure the CUDA engine: just bench --workload b64,b256
+[no-cd]
+bench *args:
+    @cargo run --release --manifest-path '{{ manifest }}' -- bench "$@"
+
 # Make the golden files again with the independent implementations and compare
 golden: setup setup-vocabulary
     TIKTOKEN_ENCODINGS_BASE='{{ vocabulary }}' '{{ venv }}/bin/python' '{{ justfile_directory() }}/tests/golden/make.py' --check

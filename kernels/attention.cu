@@ -143,7 +143,7 @@ __device__ __forceinline__ void attend(const AttentionArgs& args) {
                 }
                 from += chunk;
             }
-            copy_async16(keys + (is_value * TILE + key) * STRIDE + chunk, from, seen);
+            copy_async16(shared_address(keys + (is_value * TILE + key) * STRIDE + chunk), from, seen);
         }
     };
 
@@ -186,7 +186,7 @@ __device__ __forceinline__ void attend(const AttentionArgs& args) {
                 #pragma unroll
                 for (int n = 0; n < TILE / 8; n += 2) {
                     u32 k[4];
-                    load_matrix_x4(k, keys + ((n + lane / 16) * 8 + lane % 8) * STRIDE + step * 16 + lane / 8 % 2 * 8);
+                    load_matrix_x4(k, shared_address(keys + ((n + lane / 16) * 8 + lane % 8) * STRIDE + step * 16 + lane / 8 % 2 * 8));
                     mma_bf16(s[n], q[step], k[0], k[1]);
                     mma_bf16(s[n + 1], q[step], k[2], k[3]);
                 }
@@ -246,7 +246,7 @@ __device__ __forceinline__ void attend(const AttentionArgs& args) {
                 #pragma unroll
                 for (int n = 0; n < HEAD_DIM / 8; n += 2) {
                     u32 v[4];
-                    load_matrix_x4_transposed(v, values + (step * 16 + lane / 8 % 2 * 8 + lane % 8) * STRIDE + (n + lane / 16) * 8);
+                    load_matrix_x4_transposed(v, shared_address(values + (step * 16 + lane / 8 % 2 * 8 + lane % 8) * STRIDE + (n + lane / 16) * 8));
                     mma_bf16(o[n], p, v[0], v[1]);
                     mma_bf16(o[n + 1], p, v[2], v[3]);
                 }

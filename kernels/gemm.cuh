@@ -33,7 +33,7 @@
 #endif
 
 // Blocks of 256 threads that share a multiprocessor: two, where 128 registers do.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(WIDE_SCALES)
 #define BIG_BLOCKS 2
 #else
 #define BIG_BLOCKS 1
@@ -77,55 +77,61 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
     static constexpr int A_BYTES = TILES * TILE_BYTES;
     static constexpr int STAGE_BYTES = A_BYTES + COLUMNS * COLUMN_BYTES;
 
-    // What a thread copies of each stage: its chunks' places in weights and tokens.
+    // What a thread copies of each stage: its chunks' places in weights, tokens and the stage.
+    // Computed once, so that a stage costs few instructions beside the copies themselves.
     struct Copies {
         static constexpr int TILE_CHUNKS = TILE_BYTES / 16;
         static constexpr int N_WEIGHTS = (TILES * TILE_CHUNKS + THREADS - 1) / THREADS;
         static constexpr int N_TOKENS = (COLUMNS * 8 + THREADS - 1) / THREADS;
 
-        // In chunks of 16 bytes from the block's first tile and from x; NONE for none.
+        // In chunks of 16 bytes, from the block's first tile and from x; NONE for no token.
         u32 weights[N_WEIGHTS];
         u32 tokens[N_TOKENS];
+        // Places in a stage of the thread's first copies.
+        u32 weights_at;
+        u32 tokens_at;
         // The same chunk of every token's 64 k, for THREADS is a multiple of 8.
         int k;
 
-        // n_tiles of the block's tiles exist. columns[c]: the row of x that is token c, negative
-        // for none. x: bf16 with rows x_stride apart.
+        // n_tiles of the block's tiles exist: for those that do not, the last is copied.
+        // columns[c]: the row of x that is token c, negative for none; x has rows of x_stride.
         __device__ __forceinline__ Copies(
-            int n_tiles, int n_groups, u32 x_stride, const int* columns
+            u32 shared, int n_tiles, int n_groups, u32 x_stride, const int* columns
         ) {
+            int thread = (int)threadIdx.x;
             #pragma unroll
             for (int n = 0; n < N_WEIGHTS; n++) {
-                int i = n * THREADS + (int)threadIdx.x;
-                int tile = i / TILE_CHUNKS, chunk = i % TILE_CHUNKS;
-                bool exists = i < TILES * TILE_CHUNKS && tile < n_tiles;
-                weights[n] = exists ? (u32)(tile * n_groups * TILE_CHUNKS + chunk) : NONE;
+                int i = n * THREADS + thread;
+                int tile = i / TILE_CHUNKS < n_tiles ? i / TILE_CHUNKS : n_tiles - 1;
+                weights[n] = (u32)(tile * n_groups * TILE_CHUNKS + i % TILE_CHUNKS);
             }
-            k = (int)threadIdx.x % 8 * 8;
             #pragma unroll
             for (int n = 0; n < N_TOKENS; n++) {
-                int i = n * THREADS + (int)threadIdx.x;
+                int i = n * THREADS + thread;
                 int row = i < COLUMNS * 8 ? columns[i / 8] : -1;
-                tokens[n] = row >= 0 ? (u32)row * (x_stride / 8) + threadIdx.x % 8 : NONE;
+                tokens[n] = row >= 0 ? (u32)row * (x_stride / 8) + thread % 8 : NONE;
             }
+            k = thread % 8 * 8;
+            weights_at = shared + thread * 16;
+            tokens_at = shared + A_BYTES + thread / 8 * COLUMN_BYTES + thread % 8 * 16;
         }
 
-        __device__ __forceinline__ void fill(u8* stage, int group, const u8* first_tile, const u16* x, int n_k) const {
+        __device__ __forceinline__ void fill(int stage, int group, const u8* first_tile, const u16* x, int n_k) const {
+            u32 to = weights_at + stage * STAGE_BYTES;
             #pragma unroll
             for (int n = 0; n < N_WEIGHTS; n++) {
-                if (weights[n] != NONE) {
-                    u8* to = stage + (n * THREADS + (int)threadIdx.x) * 16;
-                    copy_async16(to, first_tile + (u64)(weights[n] + group * TILE_CHUNKS) * 16, true);
+                if ((n + 1) * THREADS <= TILES * TILE_CHUNKS || n * THREADS + (int)threadIdx.x < TILES * TILE_CHUNKS) {
+                    const u8* from = first_tile + (u64)(weights[n] + group * TILE_CHUNKS) * 16;
+                    copy_async16(to + n * THREADS * 16, from, true);
                 }
             }
             bool inside = group * GROUP_K + k < n_k;
+            to = tokens_at + stage * STAGE_BYTES;
             #pragma unroll
             for (int n = 0; n < N_TOKENS; n++) {
-                int i = n * THREADS + (int)threadIdx.x;
-                if (COLUMNS * 8 % THREADS == 0 || i < COLUMNS * 8) {
-                    bool valid = inside && tokens[n] != NONE;
-                    const u16* from = valid ? x + (u64)(tokens[n] + group * 8) * 8 : x;
-                    copy_async16(stage + A_BYTES + i / 8 * COLUMN_BYTES + i % 8 * 16, from, valid);
+                if ((n + 1) * THREADS <= COLUMNS * 8 || n * THREADS + (int)threadIdx.x < COLUMNS * 8) {
+                    const u16* from = x + (u64)(tokens[n] + group * 8) * 8;
+                    copy_async16(to + n * (THREADS / 8) * COLUMN_BYTES, from, inside && tokens[n] != NONE);
                 }
             }
         }
@@ -134,7 +140,7 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
     __device__ static __forceinline__ void multiply(float (&acc)[MT][NT][4], const u8* stage) {
         int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         const u8* tiles = stage + (warp % WM) * MT * TILE_BYTES;
-        const u8* tokens = stage + A_BYTES + (warp / WM) * NT * 8 * COLUMN_BYTES;
+        u32 tokens = shared_address(stage) + A_BYTES + (warp / WM) * NT * 8 * COLUMN_BYTES;
         uint4 codes[MT];
         u32 scales[MT];
         if constexpr (FORMAT == MXFP4) {
@@ -196,9 +202,9 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
             for (int n = 0; n < NT; n++)
                 #pragma unroll
                 for (int i = 0; i < 4; i++) acc[m][n][i] = 0.0f;
-        const Copies copies(n_tiles, n_groups, x_stride, columns);
+        const Copies copies(shared_address(shared), n_tiles, n_groups, x_stride, columns);
         for (int stage = 0; stage < STAGES - 1; stage++) {
-            if (stage < n_groups) copies.fill(shared + stage * STAGE_BYTES, stage, weights, x, n_k);
+            if (stage < n_groups) copies.fill(stage, stage, weights, x, n_k);
             copy_async_commit();
         }
         int from = 0, to = STAGES - 1;
@@ -207,7 +213,7 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
             __syncthreads();
             // The stage that all threads have left behind.
             int next = group + STAGES - 1;
-            if (next < n_groups) copies.fill(shared + to * STAGE_BYTES, next, weights, x, n_k);
+            if (next < n_groups) copies.fill(to, next, weights, x, n_k);
             copy_async_commit();
             multiply(acc, shared + from * STAGE_BYTES);
             from = from + 1 == STAGES ? 0 : from + 1;

@@ -134,9 +134,10 @@ __device__ __forceinline__ void moe_matmul(const MoeArgs& args) {
 
 // Variants by how many tokens an expert has; src/engine/cuda/launch.rs has the same numbers.
 // 192 rows divide 2880 and 5760. At 128 tokens two blocks share a multiprocessor.
-#define VARIANTS(FORMAT, NAME, STORE, SMALL, BIG) \
+#define VARIANTS(FORMAT, NAME, STORE, SMALL, BIG, BLOCKS) \
     extern "C" __global__ void __launch_bounds__(128) NAME##_8(const MoeArgs args) { moe_matmul<FORMAT, STORE, 4, 1, 1, 1, SMALL>(args); } \
     extern "C" __global__ void __launch_bounds__(128) NAME##_16(const MoeArgs args) { moe_matmul<FORMAT, STORE, 4, 1, 1, 2, SMALL>(args); } \
     extern "C" __global__ void __launch_bounds__(128) NAME##_32(const MoeArgs args) { moe_matmul<FORMAT, STORE, 4, 1, 3, 4, 3>(args); } \
-    extern "C" __global__ void __launch_bounds__(128) NAME##_64(const MoeArgs args) { moe_matmul<FORMAT, STORE, 4, 1, 3, 8, BIG>(args); } \
-    extern "C" __global__ void __launch_bounds__(256, BIG_BLOCKS) NAME##_128(const MoeArgs args) { moe_matmul<FORMAT, STORE, 4, 2, 2, 8, BIG>(args); }
+    extern "C" __global__ void __launch_bounds__(128) NAME##_48(const MoeArgs args) { moe_matmul<FORMAT, STORE, 4, 1, 3, 6, BIG>(args); } \
+    extern "C" __global__ void __launch_bounds__(128, BLOCKS + 1) NAME##_64(const MoeArgs args) { moe_matmul<FORMAT, STORE, 4, 1, 3, 8, BIG>(args); } \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME##_128(const MoeArgs args) { moe_matmul<FORMAT, STORE, 4, 2, 2, 8, BIG>(args); }

@@ -11,12 +11,12 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
     return (u32)__cvta_generic_to_shared(p);
 }
 
-// Copies 16 bytes to shared memory behind the thread's back; writes zeros where not `valid`
-// (the source is not read then). Both addresses are multiples of 16.
-__device__ __forceinline__ void copy_async16(void* shared, const void* global, bool valid) {
+// Copies 16 bytes to shared memory behind the thread's back; writes zeros where not `valid` (the
+// source is not read then, and may be no address). Both addresses are multiples of 16.
+__device__ __forceinline__ void copy_async16(u32 shared, const void* global, bool valid) {
     // cg: through L2 alone; the operand after 16 is how many bytes are read.
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
+                 :: "r"(shared), "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
 
 __device__ __forceinline__ void copy_async_commit() {
@@ -30,15 +30,15 @@ template <int PENDING> __device__ __forceinline__ void copy_async_wait() {
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8
 // and gets elements (l / 4, 2 (l % 4)) and the next of each.
-__device__ __forceinline__ void load_matrix_x4(u32 (&r)[4], const void* row) {
+__device__ __forceinline__ void load_matrix_x4(u32 (&r)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row));
 }
 
 // The same, each matrix transposed.
-__device__ __forceinline__ void load_matrix_x4_transposed(u32 (&r)[4], const void* row) {
+__device__ __forceinline__ void load_matrix_x4_transposed(u32 (&r)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row));
 }
 
 // c += a b for bf16 a [16, 16] and b [16, 8], f32 c [16, 8]. With g = lane / 4, t = lane % 4:

@@ -44,6 +44,7 @@ fn every_command_explains_itself() {
         "merge",
         "logits",
         "selfcheck",
+        "bench",
     ] {
         let help = String::from_utf8(run_ok(scratch.path(), &[command, "--help"]).stdout).unwrap();
         assert!(help.contains("Usage: podium"), "{command}: {help}");

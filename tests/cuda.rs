@@ -11,7 +11,7 @@ use podium::engine::config::ModelConfig;
 use podium::engine::cpu::{CpuBackend, CpuOptions};
 use podium::engine::cuda::device::{Device, DeviceBuffer, Plain};
 use podium::engine::cuda::kernels::Build;
-use podium::engine::cuda::launch::{Dense, Kernels, MatmulArgs, MoeArgs, SampleArgs};
+use podium::engine::cuda::launch::{Dense, Kernels, MatmulArgs, MoeArgs, N_MOE, SampleArgs};
 use podium::engine::cuda::nvrtc::Nvrtc;
 use podium::engine::cuda::pack::{self, NeedsWide, RowOrder};
 use podium::engine::cuda::{CudaBackend, CudaOptions, Event, Loaded, Slot};
@@ -229,7 +229,7 @@ fn check_experts(format: MatrixFormat, wide: bool) {
         let (offsets_device, entries_device) =
             (upload(&device, &offsets), upload(&device, &entries));
         let mut first: Option<(Vec<u16>, Vec<f32>)> = None;
-        for variant in 0..5 {
+        for variant in 0..N_MOE {
             let act: DeviceBuffer<u16> = device.alloc("act", n_rows * k * width).unwrap();
             let y: DeviceBuffer<f32> = device.alloc("y", n_rows * k * hidden).unwrap();
             act.fill(0, act.len(), 0xFF).unwrap();

@@ -288,9 +288,9 @@ fn commands_that_cannot_run() {
         &["eval", "a.jsonl", "--precision", "3bit"],
     );
     cannot_run(
-        "device-cuda",
+        "device-cuda-exact",
         &[("a.jsonl", good)],
-        &["eval", "a.jsonl", "--device", "cuda"],
+        &["eval", "a.jsonl", "--device", "cuda", "--exact"],
     );
     cannot_run(
         "profile-unknown",

@@ -184,7 +184,7 @@ fn prompts(workload: &Workload, n_vocab: usize, repeat: u32) -> Vec<Arc<[TokenId
     let token = |row: usize, i: usize| {
         let [word, ..] =
             crate::engine::sample::philox4x32([row as u32, i as u32, repeat, 0], [0x70D1, 0xBE7C]);
-        (u64::from(word) * n_vocab as u64 >> 32) as TokenId
+        ((u64::from(word) * n_vocab as u64) >> 32) as TokenId
     };
     (0..workload.n_rows)
         .map(|row| {
@@ -353,7 +353,7 @@ fn experts_hit(backend: &CudaBackend, workload: &Workload) -> Result<(f64, f64),
     Ok((experts.len() as f64, n * (1.0 - missed.powi(n_live as i32))))
 }
 
-/// Times of each kernel in a prefill pass and in a step at the workload's middle.
+/// Times of each kernel in a prefill pass and in a step right after the prompts.
 fn kernel_times(
     loaded: &Arc<Loaded>,
     workload: &Workload,

@@ -92,8 +92,8 @@ pub fn count() -> Result<u32, CudaError> {
         });
     }
     let mut count = 0;
-    // SAFETY: writes one integer.
     check(
+        // SAFETY: writes one integer.
         unsafe { sys::cuDeviceGetCount(&mut count) },
         "its count of GPUs",
     )?;
@@ -116,14 +116,14 @@ impl Device {
             return Err(CudaError::NoSuchDevice { index, count });
         }
         let mut device = 0;
-        // SAFETY: writes one handle.
         check(
+            // SAFETY: writes one handle.
             unsafe { sys::cuDeviceGet(&mut device, index as i32) },
             "a GPU",
         )?;
         let mut name = [0; 256];
-        // SAFETY: writes at most 255 bytes and a zero.
         check(
+            // SAFETY: writes at most 255 bytes and a zero.
             unsafe { sys::cuDeviceGetName(name.as_mut_ptr(), 256, device) },
             "a GPU's name",
         )?;
@@ -159,8 +159,8 @@ impl Device {
         };
         opened.bind()?;
         // 1: does not wait for the default stream.
-        // SAFETY: writes one handle, destroyed in `drop`.
         check(
+            // SAFETY: writes one handle, destroyed in `drop`.
             unsafe { sys::cuStreamCreate(&mut opened.stream, 1) },
             "a stream",
         )?;
@@ -184,8 +184,8 @@ impl Device {
     pub fn memory(&self) -> Result<(u64, u64), CudaError> {
         self.bind()?;
         let (mut free, mut total) = (0, 0);
-        // SAFETY: writes two integers.
         check(
+            // SAFETY: writes two integers.
             unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) },
             "its memory's size",
         )?;
@@ -233,8 +233,8 @@ impl Device {
         self.bind()?;
         let mut at = ptr::null_mut();
         let n_bytes = (len * size_of::<T>()).max(16);
-        // SAFETY: writes one address, freed with the buffer.
         check(
+            // SAFETY: writes one address, freed with the buffer.
             unsafe { sys::cuMemHostAlloc(&mut at, n_bytes, 0) },
             "pinned memory",
         )?;
@@ -258,8 +258,8 @@ impl Device {
     /// Something enqueued has failed.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.bind()?;
-        // SAFETY: our own stream.
         check(
+            // SAFETY: our own stream.
             unsafe { sys::cuStreamSynchronize(self.stream) },
             "the work enqueued",
         )
@@ -288,8 +288,8 @@ impl Device {
     ) -> Result<Graph, E> {
         self.bind()?;
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: our own stream, which captures nothing yet.
         check(
+            // SAFETY: our own stream, which captures nothing yet.
             unsafe { sys::cuStreamBeginCapture_v2(self.stream, mode) },
             "to capture",
         )?;
@@ -546,8 +546,8 @@ impl Event {
     /// The driver fails.
     pub fn record(&self) -> Result<(), CudaError> {
         self.device.bind()?;
-        // SAFETY: our own event and stream.
         check(
+            // SAFETY: our own event and stream.
             unsafe { sys::cuEventRecord(self.event, self.device.stream) },
             "an event",
         )
@@ -572,8 +572,8 @@ impl Event {
     /// Something enqueued before has failed.
     pub fn wait(&self) -> Result<(), CudaError> {
         self.device.bind()?;
-        // SAFETY: our own event.
         check(
+            // SAFETY: our own event.
             unsafe { sys::cuEventSynchronize(self.event) },
             "the work enqueued",
         )
@@ -642,8 +642,8 @@ impl Graph {
     /// The driver fails.
     pub fn launch(&self) -> Result<(), CudaError> {
         self.device.bind()?;
-        // SAFETY: the buffers it names live as long as the backend that holds it.
         check(
+            // SAFETY: the buffers it names live as long as the backend that holds it.
             unsafe { sys::cuGraphLaunch(self.exec, self.device.stream) },
             "a graph",
         )

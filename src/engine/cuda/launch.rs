@@ -62,6 +62,9 @@ impl Variant {
     }
 }
 
+/// Variants of the experts' products.
+pub const N_MOE: usize = 6;
+
 /// Dense variants, by rows; the numbers of kernels/matmul_bf16.cu.
 fn dense_variants(big_stages: usize) -> [Variant; 5] {
     [
@@ -74,7 +77,7 @@ fn dense_variants(big_stages: usize) -> [Variant; 5] {
 }
 
 /// Variants of the experts' products, by tokens an expert; the numbers of kernels/moe_matmul.cuh.
-fn moe_variants(format: MatrixFormat, big_stages: usize) -> [Variant; 5] {
+fn moe_variants(format: MatrixFormat, big_stages: usize) -> [Variant; N_MOE] {
     let (small, last) = match format {
         MatrixFormat::Mxfp4 => (8, 3),
         _ => (4, big_stages),
@@ -83,6 +86,7 @@ fn moe_variants(format: MatrixFormat, big_stages: usize) -> [Variant; 5] {
         Variant::new("8", [4, 1, 1, 1, small]),
         Variant::new("16", [4, 1, 1, 2, small]),
         Variant::new("32", [4, 1, 3, 4, 3]),
+        Variant::new("48", [4, 1, 3, 6, big_stages]),
         Variant::new("64", [4, 1, 3, 8, big_stages]),
         Variant::new("128", [4, 2, 2, 8, last]),
     ]
@@ -217,8 +221,8 @@ pub struct Kernels {
     attention_sliding_decode: Function,
     attention_merge: Function,
     dense: [[Function; 5]; 3],
-    gate_up: [Function; 5],
-    down: [Function; 5],
+    gate_up: [Function; N_MOE],
+    down: [Function; N_MOE],
     ring_append: Function,
     sample: Function,
     fill_bf16: Function,
@@ -270,7 +274,7 @@ impl Kernels {
                 function("matmul_bf16", &format!("{name}_{}", variant.name), shared)
             })
         };
-        let moe_of = |name: &str| -> Result<[Function; 5], CudaError> {
+        let moe_of = |name: &str| -> Result<[Function; N_MOE], CudaError> {
             each(moe_variants(format, big_stages), |variant| {
                 let shared = variant.shared_bytes(tile_bytes(format));
                 function("moe_matmul", &format!("{name}_{}", variant.name), shared)
@@ -428,7 +432,7 @@ impl Kernels {
         self.matmul_variant(which, index.or(narrow).unwrap_or(2), args)
     }
 
-    /// A dense product by variant `index` of five: all give the same bits.
+    /// A dense product by variant `index` : all give the same bits.
     pub fn matmul_variant(
         &self,
         which: Dense,
@@ -502,7 +506,7 @@ impl Kernels {
         self.experts_variant(gate_up, down, n_rows, found.unwrap_or(variants.len() - 1))
     }
 
-    /// Both products of the experts by variant `index` of five: all give the same bits.
+    /// Both products of the experts by variant `index` : all give the same bits.
     pub fn experts_variant(
         &self,
         gate_up: &MoeArgs,

@@ -264,11 +264,11 @@ impl Loader<'_> {
             layers.push(LayerWeights {
                 kind,
                 kind_index,
-                attention_norm: self.vector(&[tensors.attention_norm.clone()])?,
+                attention_norm: self.vector(std::slice::from_ref(&tensors.attention_norm))?,
                 qkv: self.projection(&tensors.qkv, RowOrder::Rotary { head_dim })?,
-                sinks: self.vector(&[tensors.sinks.clone()])?,
+                sinks: self.vector(std::slice::from_ref(&tensors.sinks))?,
                 out: self.projection(&tensors.out, RowOrder::Natural)?,
-                mlp_norm: self.vector(&[tensors.mlp_norm.clone()])?,
+                mlp_norm: self.vector(std::slice::from_ref(&tensors.mlp_norm))?,
                 router: self.upload("the router", &router_bytes)?,
                 router_bias: self.vector(&router.biases)?,
                 gate_up: self.experts(

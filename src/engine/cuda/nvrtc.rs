@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "calls into a shared library")]
 
 use std::ffi::{CString, c_char, c_int};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::ptr;
 
 use libloading::Library;
@@ -54,26 +54,34 @@ impl Nvrtc {
     /// # Errors
     /// None is found, or it is no NVRTC.
     pub fn load() -> Result<Self, CudaError> {
-        let mut tried = Vec::new();
+        let mut first = None;
         for path in candidates() {
-            // SAFETY: its initializers are NVIDIA's.
-            match unsafe { Library::new(&path) } {
-                Ok(library) => {
-                    let mut nvrtc = Self {
-                        library,
-                        path,
-                        version: String::new(),
-                    };
-                    nvrtc.version = nvrtc.read_version()?;
-                    return Ok(nvrtc);
-                }
-                Err(error) => tried.push(error.to_string()),
+            match Self::open(&path) {
+                Err(error @ CudaError::NoNvrtc { .. }) => first = first.or(Some(error)),
+                other => return other,
             }
         }
-        tried.truncate(1);
-        Err(CudaError::NoNvrtc {
-            tried: tried.join(", "),
-        })
+        Err(first.unwrap_or(CudaError::NoNvrtc {
+            tried: "no place to look".to_owned(),
+        }))
+    }
+
+    /// The library at `path`.
+    ///
+    /// # Errors
+    /// It cannot be loaded, or is no NVRTC.
+    pub fn open(path: &Path) -> Result<Self, CudaError> {
+        // SAFETY: its initializers are NVIDIA's.
+        let library = unsafe { Library::new(path) }.map_err(|error| CudaError::NoNvrtc {
+            tried: error.to_string(),
+        })?;
+        let mut nvrtc = Self {
+            library,
+            path: path.to_owned(),
+            version: String::new(),
+        };
+        nvrtc.version = nvrtc.read_version()?;
+        Ok(nvrtc)
     }
 
     fn symbol<T: Copy>(&self, symbol: &'static str) -> Result<T, CudaError> {
