@@ -2,6 +2,7 @@
 //! promise about bits. Run by `just test-gpu`; without a GPU these tests fail.
 
 #![allow(clippy::unwrap_used, reason = "a test's failure is a panic")]
+#![allow(clippy::print_stdout, reason = "figures of a run, shown when it fails")]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
