@@ -349,18 +349,15 @@ impl Run<'_> {
         }
         manifest.ledger = serde_json::to_value(&ledger).unwrap_or_default();
         manifest.write(&folder.path)?;
-        let path = CpuPath::choose()?;
-        let mut backend = CpuBackend::with_model(path, model, plan.shape, self.options)?;
-        memory.event(MemoryEvent::Arena, Some(backend.memory()));
-        if backend.memory() != plan.memory {
+        let mut backend = AnyBackend::new(model, plan.shape, self.options)?;
+        let allocated = backend.get().memory();
+        memory.event(MemoryEvent::Arena, of_host.then_some(allocated));
+        if allocated != plan.memory {
             return Err(JobError::Allocated {
                 planned: plan.memory,
-                allocated: backend.memory(),
+                allocated,
             });
         }
-        let mut backend = AnyBackend::new(model, plan.shape, self.options)?;
-        let allocated = of_host.then(|| backend.get().memory());
-        memory.event(MemoryEvent::Arena, allocated);
 
         let stop = AtomicBool::new(false);
         let n_done = folder.results.len();
