@@ -1,23 +1,22 @@
 //! `podium synth`: a full-size checkpoint of lively random weights.
 
-use std::path::Path;
-
 use super::JobError;
 use super::quantize::{make_empty, progress_bar, write_file};
+use super::synthetic::find_shape;
 use crate::cli::SynthArgs;
 use crate::cli::print;
 use crate::engine::EngineError;
 use crate::engine::checkpoint::synthetic::{MIN_VOCAB, companions, tensor_bytes, write_tensors};
-use crate::engine::config::ModelConfig;
 use crate::engine::plan::bytes_text;
-use crate::engine::shapes;
 
 /// Runs the command.
 ///
 /// # Errors
 /// No such shape, a folder that is in use, or a file that cannot be written.
 pub fn synth_command(args: &SynthArgs) -> Result<u8, JobError> {
-    let config = shape(&args.shape)?;
+    let config = find_shape(&args.shape)?.ok_or_else(|| JobError::Shape {
+        word: args.shape.clone(),
+    })?;
     if config.n_vocab < MIN_VOCAB {
         return Err(JobError::Option {
             message: format!(
@@ -72,16 +71,4 @@ pub fn synth_command(args: &SynthArgs) -> Result<u8, JobError> {
         ));
     }
     Ok(0)
-}
-
-/// A published shape by name, or that of a `config.json`.
-fn shape(word: &str) -> Result<ModelConfig, JobError> {
-    if let Some(config) = shapes::named(word) {
-        return Ok(config);
-    }
-    let path = Path::new(word);
-    let text = std::fs::read(path).map_err(|_| JobError::Shape {
-        word: word.to_owned(),
-    })?;
-    Ok(ModelConfig::parse(&text, path).map_err(EngineError::from)?)
 }

@@ -29,18 +29,7 @@ pub fn parse(word: &str) -> Result<(ModelConfig, u64), JobError> {
         Some((shape, seed)) => (shape, seed.parse().map_err(|_| bad())?),
         None => (rest, 0),
     };
-    if let Some(config) = shapes::named(shape) {
-        return Ok((config, seed));
-    }
-    let path = Path::new(shape);
-    if !path.is_file() {
-        return Err(bad());
-    }
-    let text = std::fs::read(path).map_err(|source| JobError::Read {
-        path: path.to_owned(),
-        source,
-    })?;
-    let config = ModelConfig::parse(&text, path).map_err(EngineError::from)?;
+    let config = find_shape(shape)?.ok_or_else(bad)?;
     let widths = [
         ("hidden_size", config.hidden),
         ("intermediate_size", config.intermediate),
@@ -52,6 +41,26 @@ pub fn parse(word: &str) -> Result<(ModelConfig, u64), JobError> {
             message: format!("a synthetic model's `{key}` is a multiple of 64, not {width}"),
         }),
     }
+}
+
+/// A published shape by name, or that of a `config.json`; nothing where the word is neither.
+///
+/// # Errors
+/// A file that cannot be read, or describes no GPT-OSS model.
+pub fn find_shape(word: &str) -> Result<Option<ModelConfig>, JobError> {
+    if let Some(config) = shapes::named(word) {
+        return Ok(Some(config));
+    }
+    let path = Path::new(word);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let text = std::fs::read(path).map_err(|source| JobError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    let config = ModelConfig::parse(&text, path).map_err(EngineError::from)?;
+    Ok(Some(config))
 }
 
 /// Formats as released, or those of a precision.
