@@ -3,15 +3,17 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::buffer::PinnedBuffer;
 use super::decode::{Decoding, Event as StepEvent, NONE, Outstanding, Slot};
-use super::device::{Device, DeviceBuffer, Event, Graph, PinnedBuffer, Plain};
-use super::error::CudaError;
+use super::device::Device;
 use super::forward::{Pass, Rows, Until};
+use super::graph::{Event, Graph};
 use super::kernels::{self, Build};
 use super::launch::Kernels;
-use super::memory::{self, KvGeometry, Lengths};
+use super::memory::{self, KvGeometry};
 use super::model::CudaModel;
 use super::nvrtc::Nvrtc;
+use super::workspace::{Row, Workspace};
 use crate::engine::checkpoint::{Checkpoint, Precision, WeightFormat};
 use crate::engine::config::{ConfigError, LayerKind, ModelConfig};
 use crate::engine::{
@@ -104,159 +106,6 @@ pub fn numerics_id(
     let nvrtc = Nvrtc::load()?;
     let device = Device::open(index)?;
     Ok(name_numerics(&device, &nvrtc, &Build::new(config, format)?))
-}
-
-/// As `Row` in kernels/common.cuh.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Row {
-    pub sequence: u32,
-    pub position: u32,
-    pub segment_row: u32,
-    pub segment_end: u32,
-}
-
-// SAFETY: four words.
-#[allow(unsafe_code, reason = "see above")]
-unsafe impl Plain for Row {}
-
-/// Buffers of all passes; lengths and meanings in [`Lengths`].
-pub struct Workspace {
-    pub lengths: Lengths,
-    pub pages: DeviceBuffer<u16>,
-    pub rings: DeviceBuffer<u16>,
-    pub x: DeviceBuffer<f32>,
-    pub t: DeviceBuffer<u16>,
-    pub qkv: DeviceBuffer<u16>,
-    pub attended: DeviceBuffer<u16>,
-    pub experts: DeviceBuffer<u32>,
-    pub gates: DeviceBuffer<f32>,
-    pub offsets: DeviceBuffer<u32>,
-    pub entries: DeviceBuffer<u32>,
-    pub act: DeviceBuffer<u16>,
-    pub y: DeviceBuffer<f32>,
-    pub logits: DeviceBuffer<f32>,
-    pub rope: DeviceBuffer<f32>,
-    pub page_table: DeviceBuffer<u32>,
-    pub partial: DeviceBuffer<f32>,
-    pub rows: DeviceBuffer<Row>,
-    pub tokens: DeviceBuffer<u32>,
-    pub blocks: DeviceBuffer<[u32; 2]>,
-    pub slots: DeviceBuffer<Slot>,
-    pub slot_of: DeviceBuffer<u32>,
-    pub step: DeviceBuffer<u32>,
-    pub events: DeviceBuffer<StepEvent>,
-}
-
-impl Workspace {
-    fn new(
-        device: &Arc<Device>,
-        config: &ModelConfig,
-        shape: &EngineShape,
-    ) -> Result<Self, CudaError> {
-        let lengths = Lengths::new(config, shape);
-        let geometry = KvGeometry::new(config);
-        let n_sequences = shape.n_slots + shape.n_forks;
-        let what = "activations";
-        let work = Self {
-            lengths,
-            pages: device.alloc("KV pages", shape.n_pages.saturating_mul(geometry.page_len))?,
-            rings: device.alloc("KV rings", n_sequences.saturating_mul(geometry.ring_len))?,
-            x: device.alloc(what, lengths.x)?,
-            t: device.alloc(what, lengths.t)?,
-            qkv: device.alloc(what, lengths.qkv)?,
-            attended: device.alloc(what, lengths.attended)?,
-            experts: device.alloc(what, lengths.entries)?,
-            gates: device.alloc(what, lengths.entries)?,
-            offsets: device.alloc(what, lengths.offsets)?,
-            entries: device.alloc(what, lengths.entries)?,
-            act: device.alloc(what, lengths.act)?,
-            y: device.alloc(what, lengths.y)?,
-            logits: device.alloc("logits", lengths.logits)?,
-            rope: device.alloc("rotary table", lengths.rope)?,
-            page_table: device.alloc("page table", lengths.page_table)?,
-            partial: device.alloc("attention splits", lengths.partial)?,
-            rows: device.alloc("rows", lengths.max_rows)?,
-            tokens: device.alloc("tokens", lengths.max_rows)?,
-            blocks: device.alloc("attention blocks", lengths.max_rows)?,
-            slots: device.alloc("slots", shape.n_slots)?,
-            slot_of: device.alloc("slots", lengths.step_rows)?,
-            step: device.alloc("step counter", 1)?,
-            events: device.alloc("events", lengths.events)?,
-        };
-        work.rope
-            .upload(0, &rope_table(config, shape.max_context))?;
-        // What is read before it is first written: padding rows' inputs. Any value will do, but
-        // the same in every run.
-        work.x.fill(0, lengths.x, 0)?;
-        work.t.fill(0, lengths.t, 0)?;
-        work.attended.fill(0, lengths.attended, 0)?;
-        work.y.fill(0, lengths.y, 0)?;
-        work.act.fill(0, lengths.act, 0)?;
-        Ok(work)
-    }
-
-    fn kv_bytes(&self) -> u64 {
-        self.pages.n_bytes() + self.rings.n_bytes()
-    }
-
-    fn workspace_bytes(&self) -> u64 {
-        let two = [&self.t, &self.qkv, &self.attended, &self.act];
-        let words = [
-            &self.x,
-            &self.gates,
-            &self.y,
-            &self.logits,
-            &self.rope,
-            &self.partial,
-        ];
-        let counts = [
-            &self.experts,
-            &self.offsets,
-            &self.entries,
-            &self.page_table,
-            &self.tokens,
-            &self.slot_of,
-            &self.step,
-        ];
-        two.iter().map(|buffer| buffer.n_bytes()).sum::<u64>()
-            + words.iter().map(|buffer| buffer.n_bytes()).sum::<u64>()
-            + counts.iter().map(|buffer| buffer.n_bytes()).sum::<u64>()
-            + self.rows.n_bytes()
-            + self.blocks.n_bytes()
-            + self.slots.n_bytes()
-            + self.events.n_bytes()
-    }
-
-    /// Fills all activations with NaN: nothing in them outlives a pass.
-    fn poison(&self) -> Result<(), CudaError> {
-        self.x.fill(0, self.x.len(), 0xFF)?;
-        self.t.fill(0, self.t.len(), 0xFF)?;
-        self.qkv.fill(0, self.qkv.len(), 0xFF)?;
-        self.attended.fill(0, self.attended.len(), 0xFF)?;
-        self.act.fill(0, self.act.len(), 0xFF)?;
-        self.y.fill(0, self.y.len(), 0xFF)?;
-        self.gates.fill(0, self.gates.len(), 0xFF)?;
-        self.partial.fill(0, self.partial.len(), 0xFF)?;
-        self.logits.fill(0, self.logits.len(), 0xFF)
-    }
-}
-
-/// cos and sin of all positions, as in `cpu/rope.rs`.
-fn rope_table(config: &ModelConfig, max_context: usize) -> Vec<f32> {
-    let head_dim = config.head_dim;
-    let (frequencies, concentration) = config.rope_frequencies();
-    let mut values = vec![0.0; max_context * head_dim];
-    for (position, row) in values.chunks_exact_mut(head_dim).enumerate() {
-        let (cos, sin) = row.split_at_mut(head_dim / 2);
-        for (pair, &frequency) in frequencies.iter().enumerate() {
-            // The angle is an f32 product, as in transformers; its cos is not.
-            let angle = f64::from(position as f32 * frequency);
-            cos[pair] = (angle.cos() * f64::from(concentration)) as f32;
-            sin[pair] = (angle.sin() * f64::from(concentration)) as f32;
-        }
-    }
-    values
 }
 
 /// What the backend knows of a slot or fork point.

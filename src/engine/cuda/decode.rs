@@ -5,7 +5,7 @@
 //! graph and replayed.
 
 use super::backend::CudaBackend;
-use super::device::Plain;
+use super::buffer::Plain;
 use super::forward::{Rows, Until};
 use super::launch::SampleArgs;
 use super::memory::bucket;

@@ -1,11 +1,12 @@
-//! A GPU: context, stream, memory, events and graphs, over the driver loaded at run time.
+//! A GPU: context, stream and loaded code, over the driver loaded at run time; what it allocates
+//! and captures is in [`super::buffer`] and [`super::graph`].
 //!
 //! Everything runs on one stream in order. All memory is allocated when a backend opens; a buffer
 //! frees itself. Launches are in `launch.rs`.
 
 #![allow(unsafe_code, reason = "calls into the driver")]
 
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::{CStr, CString};
 use std::marker::PhantomData;
 use std::ptr;
 use std::sync::Arc;
@@ -13,30 +14,15 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 use sys::{CUdevice_attribute_enum as Attribute, CUresult};
 
+use super::buffer::{DeviceBuffer, PinnedBuffer, Plain};
 use super::error::CudaError;
-
-/// Values whose bytes may go to the device and back as they are.
-///
-/// # Safety
-/// No padding, no pointer into the host, every bit pattern is a value.
-pub unsafe trait Plain: Copy + Default + 'static {}
-
-// SAFETY: plain numbers.
-unsafe impl Plain for u8 {}
-// SAFETY: plain numbers.
-unsafe impl Plain for u16 {}
-// SAFETY: plain numbers.
-unsafe impl Plain for u32 {}
-// SAFETY: plain numbers.
-unsafe impl Plain for f32 {}
-// SAFETY: plain numbers.
-unsafe impl Plain for [u32; 2] {}
+use super::graph::{Event, Graph};
 
 /// An open GPU.
 pub struct Device {
     context: sys::CUcontext,
     device: sys::CUdevice,
-    stream: sys::CUstream,
+    pub(super) stream: sys::CUstream,
     pub name: String,
     /// Compute capability.
     pub major: u32,
@@ -340,267 +326,6 @@ impl Drop for Device {
     }
 }
 
-/// Device memory.
-pub struct DeviceBuffer<T> {
-    device: Arc<Device>,
-    address: sys::CUdeviceptr,
-    len: usize,
-    values: PhantomData<T>,
-}
-
-impl<T: Plain> DeviceBuffer<T> {
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    pub fn n_bytes(&self) -> u64 {
-        (self.len * size_of::<T>()) as u64
-    }
-
-    /// Address of element `start`, for a kernel.
-    ///
-    /// # Panics
-    /// When it is past the end.
-    pub fn at(&self, start: usize) -> u64 {
-        assert!(start <= self.len, "a kernel's argument lies in its buffer");
-        self.address + (start * size_of::<T>()) as u64
-    }
-
-    /// Copies `values` to element `start` and on; `values` may be dropped at once.
-    ///
-    /// # Errors
-    /// The driver fails.
-    ///
-    /// # Panics
-    /// When they do not fit.
-    pub fn upload(&self, start: usize, values: &[T]) -> Result<(), CudaError> {
-        assert!(start + values.len() <= self.len, "uploads fit their buffer");
-        if values.is_empty() {
-            return Ok(());
-        }
-        self.device.bind()?;
-        // SAFETY: in range of both; pageable memory is staged before the call returns.
-        let copied = unsafe {
-            sys::cuMemcpyHtoDAsync_v2(
-                self.at(start),
-                values.as_ptr().cast::<c_void>(),
-                size_of_val(values),
-                self.device.stream,
-            )
-        };
-        check(copied, "a copy to the device")
-    }
-
-    /// Copies elements from `start` on to `out` and waits for them.
-    ///
-    /// # Errors
-    /// The driver fails, or something enqueued before has failed.
-    ///
-    /// # Panics
-    /// When there are fewer.
-    pub fn download(&self, start: usize, out: &mut [T]) -> Result<(), CudaError> {
-        assert!(
-            start + out.len() <= self.len,
-            "downloads lie in their buffer"
-        );
-        self.device.bind()?;
-        // SAFETY: in range of both; waited for below.
-        let copied = unsafe {
-            sys::cuMemcpyDtoHAsync_v2(
-                out.as_mut_ptr().cast::<c_void>(),
-                self.at(start),
-                size_of_val(out),
-                self.device.stream,
-            )
-        };
-        check(copied, "a copy from the device")?;
-        self.device.synchronize()
-    }
-
-    /// Enqueues a copy of the first elements to pinned memory.
-    ///
-    /// # Errors
-    /// The driver fails.
-    ///
-    /// # Panics
-    /// When they do not fit.
-    pub fn download_async(&self, n: usize, out: &mut PinnedBuffer<T>) -> Result<(), CudaError> {
-        assert!(
-            n <= self.len && n <= out.len,
-            "downloads lie in their buffer"
-        );
-        self.device.bind()?;
-        // SAFETY: in range of both; `out` is read after an event alone.
-        let copied = unsafe {
-            sys::cuMemcpyDtoHAsync_v2(
-                out.at.cast::<c_void>(),
-                self.address,
-                n * size_of::<T>(),
-                self.device.stream,
-            )
-        };
-        check(copied, "a copy from the device")
-    }
-
-    /// Enqueues a copy within the buffer; the ranges do not overlap.
-    ///
-    /// # Errors
-    /// The driver fails.
-    ///
-    /// # Panics
-    /// When a range is past the end.
-    pub fn copy_within(&self, from: usize, to: usize, n: usize) -> Result<(), CudaError> {
-        assert!(
-            from + n <= self.len && to + n <= self.len,
-            "copies lie in their buffer"
-        );
-        self.device.bind()?;
-        // SAFETY: in range.
-        let copied = unsafe {
-            sys::cuMemcpyDtoDAsync_v2(
-                self.at(to),
-                self.at(from),
-                n * size_of::<T>(),
-                self.device.stream,
-            )
-        };
-        check(copied, "a copy on the device")
-    }
-
-    /// Enqueues filling elements `start..start + n` with bytes of `byte`; their width is a
-    /// multiple of two bytes.
-    ///
-    /// # Errors
-    /// The driver fails.
-    ///
-    /// # Panics
-    /// When the range is past the end.
-    pub fn fill(&self, start: usize, n: usize, byte: u8) -> Result<(), CudaError> {
-        assert!(start + n <= self.len, "fills lie in their buffer");
-        if n == 0 {
-            return Ok(());
-        }
-        self.device.bind()?;
-        let word = u16::from_le_bytes([byte, byte]);
-        let n_words = n * size_of::<T>() / 2;
-        // SAFETY: in range.
-        let filled =
-            unsafe { sys::cuMemsetD16Async(self.at(start), word, n_words, self.device.stream) };
-        check(filled, "to fill memory")
-    }
-}
-
-impl<T> Drop for DeviceBuffer<T> {
-    fn drop(&mut self) {
-        if self.device.bind().is_ok() {
-            // SAFETY: our own allocation; freeing waits for kernels that use it.
-            let _ = unsafe { sys::cuMemFree_v2(self.address) };
-        }
-    }
-}
-
-/// Page-locked host memory.
-pub struct PinnedBuffer<T> {
-    device: Arc<Device>,
-    at: *mut T,
-    len: usize,
-}
-
-// SAFETY: it owns its memory.
-unsafe impl<T: Send> Send for PinnedBuffer<T> {}
-
-impl<T: Plain> PinnedBuffer<T> {
-    /// The values; an event has told that no copy is under way.
-    pub fn values(&self) -> &[T] {
-        // SAFETY: `len` values were written when it was made.
-        unsafe { std::slice::from_raw_parts(self.at, self.len) }
-    }
-}
-
-impl<T> Drop for PinnedBuffer<T> {
-    fn drop(&mut self) {
-        if self.device.bind().is_ok() {
-            // SAFETY: our own allocation.
-            let _ = unsafe { sys::cuMemFreeHost(self.at.cast::<c_void>()) };
-        }
-    }
-}
-
-/// A point in the stream.
-pub struct Event {
-    device: Arc<Device>,
-    event: sys::CUevent,
-}
-
-// SAFETY: handles may go to another thread.
-unsafe impl Send for Event {}
-
-impl Event {
-    /// Puts the point behind what is enqueued.
-    ///
-    /// # Errors
-    /// The driver fails.
-    pub fn record(&self) -> Result<(), CudaError> {
-        self.device.bind()?;
-        check(
-            // SAFETY: our own event and stream.
-            unsafe { sys::cuEventRecord(self.event, self.device.stream) },
-            "an event",
-        )
-    }
-
-    /// Whether the stream has passed the point.
-    ///
-    /// # Errors
-    /// Something enqueued before has failed.
-    pub fn is_past(&self) -> Result<bool, CudaError> {
-        self.device.bind()?;
-        // SAFETY: our own event.
-        match unsafe { sys::cuEventQuery(self.event) } {
-            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            other => check(other, "the work enqueued").map(|()| true),
-        }
-    }
-
-    /// Waits until the stream has passed the point.
-    ///
-    /// # Errors
-    /// Something enqueued before has failed.
-    pub fn wait(&self) -> Result<(), CudaError> {
-        self.device.bind()?;
-        check(
-            // SAFETY: our own event.
-            unsafe { sys::cuEventSynchronize(self.event) },
-            "the work enqueued",
-        )
-    }
-
-    /// Milliseconds between two points that are past.
-    ///
-    /// # Errors
-    /// One is not past.
-    pub fn ms_since(&self, earlier: &Event) -> Result<f32, CudaError> {
-        self.device.bind()?;
-        let mut ms = 0.0;
-        // SAFETY: writes one number.
-        let told = unsafe { sys::cuEventElapsedTime(&mut ms, earlier.event, self.event) };
-        check(told, "the time between events").map(|()| ms)
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        if self.device.bind().is_ok() {
-            // SAFETY: our own event.
-            let _ = unsafe { sys::cuEventDestroy_v2(self.event) };
-        }
-    }
-}
-
 /// Bytes read and written a second by a large copy on the device: the median of five.
 ///
 /// # Errors
@@ -624,39 +349,6 @@ pub fn copy_bandwidth(device: &Arc<Device>) -> Result<f64, CudaError> {
     }
     rates.sort_by(f64::total_cmp);
     Ok(rates[2])
-}
-
-/// A captured sequence of launches.
-pub struct Graph {
-    device: Arc<Device>,
-    exec: sys::CUgraphExec,
-}
-
-// SAFETY: handles may go to another thread.
-unsafe impl Send for Graph {}
-
-impl Graph {
-    /// Enqueues it.
-    ///
-    /// # Errors
-    /// The driver fails.
-    pub fn launch(&self) -> Result<(), CudaError> {
-        self.device.bind()?;
-        check(
-            // SAFETY: the buffers it names live as long as the backend that holds it.
-            unsafe { sys::cuGraphLaunch(self.exec, self.device.stream) },
-            "a graph",
-        )
-    }
-}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        if self.device.bind().is_ok() {
-            // SAFETY: our own graph.
-            let _ = unsafe { sys::cuGraphExecDestroy(self.exec) };
-        }
-    }
 }
 
 /// Loaded code.

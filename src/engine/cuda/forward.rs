@@ -2,11 +2,11 @@
 //!
 //! Nothing here waits or copies; a decode step is captured as a graph by running this once.
 
-use super::backend::Workspace;
 use super::launch::{AttentionArgs, Dense, Kernels, MatmulArgs, MoeArgs, RouteArgs};
 use super::memory::KvGeometry;
 use super::model::{CudaModel, Experts, LayerWeights, Projection};
 use super::pack;
+use super::workspace::Workspace;
 use crate::engine::EngineError;
 use crate::engine::config::LayerKind;
 

@@ -11,8 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::sys;
 
 use super::decode::Slot;
-use super::device::{Device, Event, Function, Module, check};
+use super::device::{Device, Function, Module, check};
 use super::error::CudaError;
+use super::graph::Event;
 use super::kernels::{self, Build};
 use super::nvrtc::Nvrtc;
 use super::pack;

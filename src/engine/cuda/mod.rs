@@ -6,16 +6,19 @@
 //! row alone: each output is one accumulator chain along ascending k, whatever variant computes it.
 
 pub mod backend;
+pub mod buffer;
 mod decode;
 pub mod device;
 pub mod error;
 pub mod forward;
+pub mod graph;
 pub mod kernels;
 pub mod launch;
 pub mod memory;
 pub mod model;
 pub mod nvrtc;
 pub mod pack;
+pub mod workspace;
 
 pub use backend::{CudaBackend, CudaOptions, Loaded, numerics_id};
 pub use decode::{Event, Slot};

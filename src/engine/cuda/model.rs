@@ -3,7 +3,8 @@
 
 use std::sync::Arc;
 
-use super::device::{Device, DeviceBuffer};
+use super::buffer::DeviceBuffer;
+use super::device::Device;
 use super::launch::Kernels;
 use super::pack::{self, NeedsWide, RowOrder};
 use crate::engine::EngineError;
