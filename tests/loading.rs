@@ -218,6 +218,7 @@ fn podium(scratch: &Scratch, args: &str, limit: Option<u64>) -> String {
         .current_dir(scratch.path())
         .args(["-c", &format!("{limit}exec {program} {args}")])
         .env_remove("PODIUM_CPU")
+        .env("CUDA_VISIBLE_DEVICES", "")
         .output()
         .unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -244,6 +245,7 @@ fn less_than_the_plan_is_refused_with_a_message() {
     let output = Command::new("sh")
         .current_dir(scratch.path())
         .args(["-c", &format!("{command} --batch 64 --context 4096")])
+        .env("CUDA_VISIBLE_DEVICES", "")
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stderr).into_owned();

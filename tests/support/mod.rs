@@ -60,6 +60,8 @@ pub fn podium(folder: &Path) -> Command {
     command
         .current_dir(folder)
         .env_remove("PODIUM_CPU")
+        // These tests are of the CPU, also where there is a GPU.
+        .env("CUDA_VISIBLE_DEVICES", "")
         .env("NO_COLOR", "1")
         .env("HF_HUB_CACHE", folder.join("no-hub-cache"));
     command
