@@ -2,7 +2,7 @@
 //!
 //! The first rule that finds an answer decides; the others are asked only whether they agree.
 //! Every rule takes the last place that fits: models restate before they conclude. What a reply
-//! takes back in so many words does not count ([`super::correction`]).
+//! takes back in so many words does not count (`correction.rs`).
 
 use serde::{Deserialize, Serialize};
 
