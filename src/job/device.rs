@@ -235,8 +235,9 @@ fn plan_cuda(
             free - free / SPARE
         }
     };
+    let ledger = ledger(checkpoint, format)?;
     let request = |batch: BatchSize, prefill_rows: usize| PlanRequest {
-        ledger: ledger(checkpoint, format).unwrap_or_default(),
+        ledger: ledger.clone(),
         budget: Budget::given(budget),
         batch,
         max_context: wanted.max_context,
