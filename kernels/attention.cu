@@ -80,6 +80,7 @@ __device__ __forceinline__ float finish_factor(State& state, float sink) {
 template <bool SLIDING, bool PARTIAL, int WARPS>
 __device__ __forceinline__ void attend(const AttentionArgs& args) {
     extern __shared__ __align__(16) u16 shared[];
+    follow_previous();
     u32 row0 = args.blocks != 0 ? args.blocks[blockIdx.x].x : blockIdx.x;
     int n_rows = args.blocks != 0 ? (int)args.blocks[blockIdx.x].y : 1;
     Row first = args.rows[row0];
@@ -313,6 +314,7 @@ extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS) attention_slidin
 // Folds a row's splits in position order and adds the sink. Grid (n_rows, n_heads HEAD_DIM / 256
 // rounded up), block 256: a thread an output.
 extern "C" __global__ void __launch_bounds__(256) attention_merge(const AttentionArgs args) {
+    follow_previous();
     u32 r = blockIdx.x;
     u32 i = blockIdx.y * 256 + threadIdx.x;
     Row row = args.rows[r];

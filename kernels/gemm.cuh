@@ -2,10 +2,12 @@
 // columns (N). Put in front of the kernels named matmul.
 //
 // Weights are packed at load into tiles of 16 out features x 64 k, in the order in which lanes
-// hold them (src/engine/cuda/pack.rs), a tile of one feature group behind the other along k:
+// hold them (src/engine/cuda/pack.rs):
 //
 //   bf16   2048 bytes: [4 k-steps][32 lanes][a0 a1 a2 a3]
 //   mxfp4   544 bytes: [32 lanes][4 k-steps] words of 8 codes, then [8 g][4] scale bytes
+//
+//   matrix  [blocks of 64 out features][groups of 64 k][4 tiles]: 64 k of a block are one run
 //
 // A block takes WM x MT tiles and WN x NT x 8 tokens, and goes along k with STAGES stages of
 // 64 k in shared memory, filled by cp.async:
@@ -21,6 +23,7 @@
 
 #define TILE_M 16
 #define GROUP_K 64
+#define BLOCK_TILES 4
 // Bytes of a token's 64 k in shared memory: 16 more than there are, so that the eight rows of a
 // matrix lie in different banks.
 #define COLUMN_BYTES 144
@@ -30,13 +33,6 @@
 #define BIG_STAGES 2
 #else
 #define BIG_STAGES 3
-#endif
-
-// Blocks of 256 threads that share a multiprocessor: two, where 128 registers do.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(WIDE_SCALES)
-#define BIG_BLOCKS 2
-#else
-#define BIG_BLOCKS 1
 #endif
 
 enum Format { BF16, MXFP4 };
@@ -71,11 +67,16 @@ __device__ __forceinline__ u32 scale_pair(u32 scales, int i) {
 
 template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm {
     static constexpr int THREADS = 32 * WM * WN;
+    static constexpr int M_TILES = MT, N_TILES = NT;
     static constexpr int TILES = WM * MT;
     static constexpr int COLUMNS = WN * NT * 8;
     static constexpr int TILE_BYTES = FORMAT == MXFP4 ? 544 : 2048;
     static constexpr int A_BYTES = TILES * TILE_BYTES;
     static constexpr int STAGE_BYTES = A_BYTES + COLUMNS * COLUMN_BYTES;
+
+    // Which of the block's tiles accumulators [m] are, and which tokens [n].
+    __device__ static __forceinline__ int tile(int m) { return (int)threadIdx.x / 32 % WM * MT + m; }
+    __device__ static __forceinline__ int column(int n) { return ((int)threadIdx.x / 32 / WM * NT + n) * 8; }
 
     // What a thread copies of each stage: its chunks' places in weights, tokens and the stage.
     // Computed once, so that a stage costs few instructions beside the copies themselves.
@@ -84,7 +85,7 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
         static constexpr int N_WEIGHTS = (TILES * TILE_CHUNKS + THREADS - 1) / THREADS;
         static constexpr int N_TOKENS = (COLUMNS * 8 + THREADS - 1) / THREADS;
 
-        // In chunks of 16 bytes, from the block's first tile and from x; NONE for no token.
+        // In chunks of 16 bytes, from the matrix and from x; NONE for no token.
         u32 weights[N_WEIGHTS];
         u32 tokens[N_TOKENS];
         // Places in a stage of the thread's first copies.
@@ -93,17 +94,19 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
         // The same chunk of every token's 64 k, for THREADS is a multiple of 8.
         int k;
 
-        // n_tiles of the block's tiles exist: for those that do not, the last is copied.
+        // For tiles behind the matrix's n_tiles the last is copied.
         // columns[c]: the row of x that is token c, negative for none; x has rows of x_stride.
         __device__ __forceinline__ Copies(
-            u32 shared, int n_tiles, int n_groups, u32 x_stride, const int* columns
+            u32 shared, int first_tile, int n_tiles, int n_groups, u32 x_stride, const int* columns
         ) {
             int thread = (int)threadIdx.x;
             #pragma unroll
             for (int n = 0; n < N_WEIGHTS; n++) {
                 int i = n * THREADS + thread;
-                int tile = i / TILE_CHUNKS < n_tiles ? i / TILE_CHUNKS : n_tiles - 1;
-                weights[n] = (u32)(tile * n_groups * TILE_CHUNKS + i % TILE_CHUNKS);
+                int tile = first_tile + i / TILE_CHUNKS;
+                if (tile >= n_tiles) tile = n_tiles - 1;
+                int of_matrix = tile / BLOCK_TILES * n_groups * BLOCK_TILES + tile % BLOCK_TILES;
+                weights[n] = (u32)(of_matrix * TILE_CHUNKS + i % TILE_CHUNKS);
             }
             #pragma unroll
             for (int n = 0; n < N_TOKENS; n++) {
@@ -116,17 +119,20 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
             tokens_at = shared + A_BYTES + thread / 8 * COLUMN_BYTES + thread % 8 * 16;
         }
 
-        __device__ __forceinline__ void fill(int stage, int group, const u8* first_tile, const u16* x, int n_k) const {
+        __device__ __forceinline__ void fill_weights(int stage, int group, const u8* matrix) const {
             u32 to = weights_at + stage * STAGE_BYTES;
             #pragma unroll
             for (int n = 0; n < N_WEIGHTS; n++) {
                 if ((n + 1) * THREADS <= TILES * TILE_CHUNKS || n * THREADS + (int)threadIdx.x < TILES * TILE_CHUNKS) {
-                    const u8* from = first_tile + (u64)(weights[n] + group * TILE_CHUNKS) * 16;
+                    const u8* from = matrix + (u64)(weights[n] + group * BLOCK_TILES * TILE_CHUNKS) * 16;
                     copy_async16(to + n * THREADS * 16, from, true);
                 }
             }
+        }
+
+        __device__ __forceinline__ void fill_tokens(int stage, int group, const u16* x, int n_k) const {
             bool inside = group * GROUP_K + k < n_k;
-            to = tokens_at + stage * STAGE_BYTES;
+            u32 to = tokens_at + stage * STAGE_BYTES;
             #pragma unroll
             for (int n = 0; n < N_TOKENS; n++) {
                 if ((n + 1) * THREADS <= COLUMNS * 8 || n * THREADS + (int)threadIdx.x < COLUMNS * 8) {
@@ -192,8 +198,9 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
         }
     }
 
+    // The block's outputs: tiles first_tile.. of a matrix of n_tiles, tokens `columns` of x.
     __device__ static __forceinline__ void run(
-        float (&acc)[MT][NT][4], u8* shared, const u8* weights, int n_tiles, int n_groups,
+        float (&acc)[MT][NT][4], u8* shared, const u8* matrix, int first_tile, int n_tiles, int n_groups,
         const u16* x, u32 x_stride, int n_k, const int* columns
     ) {
         #pragma unroll
@@ -202,9 +209,14 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
             for (int n = 0; n < NT; n++)
                 #pragma unroll
                 for (int i = 0; i < 4; i++) acc[m][n][i] = 0.0f;
-        const Copies copies(shared_address(shared), n_tiles, n_groups, x_stride, columns);
+        const Copies copies(shared_address(shared), first_tile, n_tiles, n_groups, x_stride, columns);
+        // Weights are there before the kernel that writes x is done.
         for (int stage = 0; stage < STAGES - 1; stage++) {
-            if (stage < n_groups) copies.fill(stage, stage, weights, x, n_k);
+            if (stage < n_groups) copies.fill_weights(stage, stage, matrix);
+        }
+        wait_for_previous();
+        for (int stage = 0; stage < STAGES - 1; stage++) {
+            if (stage < n_groups) copies.fill_tokens(stage, stage, x, n_k);
             copy_async_commit();
         }
         int from = 0, to = STAGES - 1;
@@ -213,7 +225,10 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
             __syncthreads();
             // The stage that all threads have left behind.
             int next = group + STAGES - 1;
-            if (next < n_groups) copies.fill(to, next, weights, x, n_k);
+            if (next < n_groups) {
+                copies.fill_weights(to, next, matrix);
+                copies.fill_tokens(to, next, x, n_k);
+            }
             copy_async_commit();
             multiply(acc, shared + from * STAGE_BYTES);
             from = from + 1 == STAGES ? 0 : from + 1;

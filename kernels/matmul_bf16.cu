@@ -48,104 +48,160 @@ __device__ __forceinline__ u16* cache_row(
     return cache + ((of_head * 2 + is_value) * n_positions + position % n_positions) * HEAD_DIM;
 }
 
+// What becomes of a thread's sums: rows g and g + 8 of a tile, of any token.
 struct Add {
-    __device__ static __forceinline__ void store(const MatmulArgs& args, u32 tile, int g, u32 row, float low, float high) {
+    float low_bias, high_bias;
+    float* out;
+    u32 n_out;
+    bool has_low, has_high;
+
+    __device__ __forceinline__ Add(const MatmulArgs& args, u32 tile, int g) {
         u32 m = tile * TILE_M + g;
-        float* out = args.out + (u64)row * args.n_out;
-        if (m < args.n_out) out[m] = out[m] + (low + vector_at(args.bias, m));
-        if (m + 8 < args.n_out) out[m + 8] = out[m + 8] + (high + vector_at(args.bias, m + 8));
+        n_out = args.n_out;
+        has_low = m < n_out;
+        has_high = m + 8 < n_out;
+        low_bias = has_low ? vector_at(args.bias, m) : 0.0f;
+        high_bias = has_high ? vector_at(args.bias, m + 8) : 0.0f;
+        out = args.out + m;
     }
+    __device__ __forceinline__ void store(const MatmulArgs& args, u32 row, Row at, float low, float high) const {
+        float* to = out + (u64)row * n_out;
+        if (has_low) to[0] = to[0] + (low + low_bias);
+        if (has_high) to[8] = to[8] + (high + high_bias);
+    }
+    static constexpr bool AT_ROWS = false;
 };
 
 struct Logits {
-    __device__ static __forceinline__ void store(const MatmulArgs& args, u32 tile, int g, u32 row, float low, float high) {
+    float* out;
+    u32 n_out;
+    bool has_low, has_high;
+
+    __device__ __forceinline__ Logits(const MatmulArgs& args, u32 tile, int g) {
         u32 m = tile * TILE_M + g;
-        float* out = args.out + (u64)row * args.n_out;
-        if (m < args.n_out) out[m] = low;
-        if (m + 8 < args.n_out) out[m + 8] = high;
+        n_out = args.n_out;
+        has_low = m < n_out;
+        has_high = m + 8 < n_out;
+        out = args.out + m;
     }
+    __device__ __forceinline__ void store(const MatmulArgs& args, u32 row, Row at, float low, float high) const {
+        float* to = out + (u64)row * n_out;
+        if (has_low) to[0] = low;
+        if (has_high) to[8] = high;
+    }
+    static constexpr bool AT_ROWS = false;
 };
 
 // A tile holds dims p..p+8 of a head above dims p + HEAD_DIM/2..: a rotary pair is one thread's.
 struct Qkv {
-    __device__ static __forceinline__ void store(const MatmulArgs& args, u32 tile, int g, u32 row, float low, float high) {
+    float low_bias, high_bias;
+    u32 head, dim;
+
+    __device__ __forceinline__ Qkv(const MatmulArgs& args, u32 tile, int g) {
         constexpr u32 TILES_A_HEAD = HEAD_DIM / TILE_M;
-        u32 head = tile / TILES_A_HEAD;
-        u32 dim = tile % TILES_A_HEAD * 8 + g;
-        u64 m = (u64)head * HEAD_DIM + dim;
-        Row at = args.rows[row];
-        low += vector_at(args.bias, m);
-        high += vector_at(args.bias, m + HEAD_DIM / 2);
-        u32 kv_head = head - args.n_heads;
+        head = tile / TILES_A_HEAD;
+        dim = tile % TILES_A_HEAD * 8 + g;
+        low_bias = vector_at(args.bias, head * HEAD_DIM + dim);
+        high_bias = vector_at(args.bias, head * HEAD_DIM + dim + HEAD_DIM / 2);
+    }
+    __device__ __forceinline__ void store(const MatmulArgs& args, u32 row, Row at, float low, float high) const {
+        low += low_bias;
+        high += high_bias;
         if (head < args.n_heads + args.n_kv_heads) {
             const float* turn = args.rope + (u64)at.position * HEAD_DIM + dim;
             float cos = turn[0], sin = turn[HEAD_DIM / 2];
             float first = low * cos - high * sin;
             high = high * cos + low * sin;
             low = first;
-        } else {
-            kv_head -= args.n_kv_heads;
         }
         u16 low_bits = f32_to_bf16(low), high_bits = f32_to_bf16(high);
         u32 width = (args.n_heads + 2 * args.n_kv_heads) * HEAD_DIM;
-        u16* out = args.qkv + (u64)row * width + m;
+        u16* out = args.qkv + (u64)row * width + head * HEAD_DIM + dim;
         out[0] = low_bits;
         out[HEAD_DIM / 2] = high_bits;
         if (args.cache != 0 && head >= args.n_heads && at.sequence != NONE) {
+            u32 kv_head = head - args.n_heads;
+            u32 is_value = kv_head >= args.n_kv_heads;
+            if (is_value) kv_head -= args.n_kv_heads;
             u16* to = cache_row(args.cache, args.page_table, args.max_pages, args.ring, args.layer, args.n_layers,
-                                args.n_kv_heads, at.sequence, kv_head, head >= args.n_heads + args.n_kv_heads, at.position);
+                                args.n_kv_heads, at.sequence, kv_head, is_value, at.position);
             to[dim] = low_bits;
             to[dim + HEAD_DIM / 2] = high_bits;
         }
     }
+    static constexpr bool AT_ROWS = true;
 };
 
-template <class Store, int WM, int WN, int MT, int NT, int STAGES>
-__device__ __forceinline__ void matmul(const MatmulArgs& args) {
-    typedef Gemm<BF16, WM, WN, MT, NT, STAGES> G;
+template <class G, class Store> __device__ __forceinline__ void matmul(const MatmulArgs& args) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ int columns[G::COLUMNS];
+    let_next_start();
     u32 first_row = blockIdx.y * G::COLUMNS;
     for (int c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
         columns[c] = first_row + c < args.n_rows ? (int)(first_row + c) : -1;
     }
     __syncthreads();
-    u32 first_tile = args.first_tile + blockIdx.x * G::TILES;
+    int first_tile = (int)(args.first_tile + blockIdx.x * G::TILES), n_tiles = (int)args.n_tiles;
     int n_groups = (int)(args.n_k + GROUP_K - 1) / GROUP_K;
-    float acc[MT][NT][4];
-    const u8* weights = args.weights + (u64)first_tile * n_groups * G::TILE_BYTES;
-    int n_tiles = (int)(args.n_tiles - first_tile);
-    G::run(acc, shared, weights, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns);
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float acc[G::M_TILES][G::N_TILES][4];
+    G::run(acc, shared, args.weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns);
+    __shared__ Row rows[Store::AT_ROWS ? G::COLUMNS : 1];
+    if (Store::AT_ROWS) {
+        for (u32 c = threadIdx.x; c < G::COLUMNS && first_row + c < args.n_rows; c += G::THREADS) {
+            rows[c] = args.rows[first_row + c];
+        }
+        __syncthreads();
+    }
+    int lane = threadIdx.x % 32;
     #pragma unroll
-    for (int m = 0; m < MT; m++) {
-        int tile = (warp % WM) * MT + m;
+    for (int m = 0; m < G::M_TILES; m++) {
+        int tile = first_tile + G::tile(m);
         if (tile >= n_tiles) continue;
+        const Store to(args, tile, lane / 4);
         #pragma unroll
-        for (int n = 0; n < NT; n++) {
-            u32 row = first_row + ((warp / WM) * NT + n) * 8 + lane % 4 * 2;
+        for (int n = 0; n < G::N_TILES; n++) {
+            u32 column = G::column(n) + lane % 4 * 2;
+            u32 row = first_row + column;
             float* c = acc[m][n];
-            if (row < args.n_rows) Store::store(args, first_tile + tile, lane / 4, row, c[0], c[2]);
-            if (row + 1 < args.n_rows) Store::store(args, first_tile + tile, lane / 4, row + 1, c[1], c[3]);
+            if (row < args.n_rows) to.store(args, row, rows[Store::AT_ROWS ? column : 0], c[0], c[2]);
+            if (row + 1 < args.n_rows) to.store(args, row + 1, rows[Store::AT_ROWS ? column + 1 : 0], c[1], c[3]);
         }
     }
 }
 
 // Variants by how many rows there are; src/engine/cuda/launch.rs has the same numbers.
+#define VARIANT(NAME, STORE, THREADS, BLOCKS, ...) \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MatmulArgs args) { matmul<__VA_ARGS__, STORE>(args); }
 #define VARIANTS(NAME, STORE) \
-    extern "C" __global__ void __launch_bounds__(32) NAME##_8(const MatmulArgs args) { matmul<STORE, 1, 1, 1, 1, 16>(args); } \
-    extern "C" __global__ void __launch_bounds__(64) NAME##_16(const MatmulArgs args) { matmul<STORE, 2, 1, 1, 2, 10>(args); } \
-    extern "C" __global__ void __launch_bounds__(64) NAME##_32(const MatmulArgs args) { matmul<STORE, 2, 1, 1, 4, 8>(args); } \
-    extern "C" __global__ void __launch_bounds__(128) NAME##_64(const MatmulArgs args) { matmul<STORE, 4, 1, 1, 8, 4>(args); } \
-    extern "C" __global__ void __launch_bounds__(256, BIG_BLOCKS) NAME##_128(const MatmulArgs args) { matmul<STORE, 4, 2, 2, 8, BIG_STAGES>(args); }
+    VARIANT(NAME##_8, STORE, 32, 1, Gemm<BF16, 1, 1, 1, 1, 16>) \
+    VARIANT(NAME##_16, STORE, 64, 1, Gemm<BF16, 2, 1, 1, 2, 10>) \
+    VARIANT(NAME##_32, STORE, 64, 1, Gemm<BF16, 2, 1, 1, 4, 8>) \
+    VARIANT(NAME##_64, STORE, 128, 1, Gemm<BF16, 4, 1, 1, 8, 4>) \
+    VARIANT(NAME##_128, STORE, 256, 1, Gemm<BF16, 4, 2, 2, 8, BIG_STAGES>)
+#ifdef WARPGROUPS
+#define WARPGROUP_VARIANTS(NAME, STORE) \
+    VARIANT(NAME##_w8, STORE, 128, 3, WarpgroupGemm<BF16, 1, 1, 1, 3>) \
+    VARIANT(NAME##_w16, STORE, 128, 3, WarpgroupGemm<BF16, 1, 1, 2, 3>) \
+    VARIANT(NAME##_w32, STORE, 128, 2, WarpgroupGemm<BF16, 1, 1, 4, 2>) \
+    VARIANT(NAME##_w64, STORE, 128, 2, WarpgroupGemm<BF16, 1, 1, 8, 2>) \
+    VARIANT(NAME##_w128x64, STORE, 256, 1, WarpgroupGemm<BF16, 2, 1, 8, 1>) \
+    VARIANT(NAME##_w128x128, STORE, 256, 1, WarpgroupGemm<BF16, 2, 1, 16, 1>) \
+    VARIANT(NAME##_w256x128, STORE, 256, 1, WarpgroupGemm<BF16, 2, 2, 16, 1>)
+#else
+#define WARPGROUP_VARIANTS(NAME, STORE)
+#endif
 
 VARIANTS(matmul_qkv, Qkv)
 VARIANTS(matmul_add, Add)
 VARIANTS(matmul_logits, Logits)
+WARPGROUP_VARIANTS(matmul_qkv, Qkv)
+WARPGROUP_VARIANTS(matmul_add, Add)
+WARPGROUP_VARIANTS(matmul_logits, Logits)
 
 // Copies the newest keys and values of each segment to its sequence's ring, after the layer's
 // attention has read the older ones. Grid (n_rows), block 128.
 extern "C" __global__ void __launch_bounds__(128) ring_append(const MatmulArgs args) {
+    follow_previous();
     u32 r = blockIdx.x;
     Row row = args.rows[r];
     if (row.sequence == NONE || row.segment_end - r > args.ring) return;

@@ -37,37 +37,59 @@ __device__ __forceinline__ float swiglu(float gate, float up, float limit) {
     gate = gate > limit ? limit : gate;
     up = up > limit ? limit : up;
     up = up < -limit ? -limit : up;
-    float gated = gate / (1.0f + exp_fast(-1.702f * gate));
+    float gated = __fdividef(gate, 1.0f + exp_fast(-1.702f * gate));
     return (up + 1.0f) * gated;
 }
 
+// What becomes of a thread's sums: rows g and g + 8 of a tile, of any entry.
 struct GateUp {
-    __device__ static __forceinline__ void store(const MoeArgs& args, u32 expert, u32 tile, int g, u32 entry, float low, float high) {
+    float gate, up, limit;
+    u16* out;
+    u32 n_out;
+
+    __device__ __forceinline__ GateUp(const MoeArgs& args, u32 expert, u32 tile, int g) {
         u32 f = tile * 8 + g;
-        const vector_t* bias = args.bias + (u64)expert * 2 * args.n_out;
-        float gate = low + vector_at(bias, 2 * f), up = high + vector_at(bias, 2 * f + 1);
-        args.act[(u64)entry * args.n_out + f] = f32_to_bf16(swiglu(gate, up, args.limit));
+        u64 at = (u64)expert * 2 * args.n_out + 2 * f;
+        gate = vector_at(args.bias, at);
+        up = vector_at(args.bias, at + 1);
+        limit = args.limit;
+        out = args.act + f;
+        n_out = args.n_out;
+    }
+    __device__ __forceinline__ void store(u32 entry, float low, float high) const {
+        out[(u64)entry * n_out] = f32_to_bf16(swiglu(low + gate, high + up, limit));
     }
     static constexpr bool OF_ROWS = true;
 };
 
 struct Down {
-    __device__ static __forceinline__ void store(const MoeArgs& args, u32 expert, u32 tile, int g, u32 entry, float low, float high) {
+    float low_bias, high_bias;
+    float* out;
+    u32 n_out;
+
+    __device__ __forceinline__ Down(const MoeArgs& args, u32 expert, u32 tile, int g) {
         u32 m = tile * TILE_M + g;
-        const vector_t* bias = args.bias + (u64)expert * args.n_out;
-        float* y = args.y + (u64)entry * args.n_out;
-        y[m] = low + vector_at(bias, m);
-        y[m + 8] = high + vector_at(bias, m + 8);
+        u64 at = (u64)expert * args.n_out + m;
+        low_bias = vector_at(args.bias, at);
+        high_bias = vector_at(args.bias, at + 8);
+        out = args.y + m;
+        n_out = args.n_out;
+    }
+    __device__ __forceinline__ void store(u32 entry, float low, float high) const {
+        float* y = out + (u64)entry * n_out;
+        y[0] = low + low_bias;
+        y[8] = high + high_bias;
     }
     static constexpr bool OF_ROWS = false;
 };
 
-template <Format FORMAT, class Store, int WM, int WN, int MT, int NT, int STAGES>
-__device__ __forceinline__ void moe_matmul(const MoeArgs& args) {
-    typedef Gemm<FORMAT, WM, WN, MT, NT, STAGES> G;
+template <class G, class Store> __device__ __forceinline__ void moe_matmul(const MoeArgs& args) {
     extern __shared__ __align__(16) u8 shared[];
+    // Of each token: its entry, and its row of x.
+    __shared__ u32 entries[G::COLUMNS];
     __shared__ int columns[G::COLUMNS];
     __shared__ u32 found[3];
+    follow_previous();
     // The expert and the first of its entries, by one warp.
     if (threadIdx.x < 32) {
         if (threadIdx.x == 0) found[0] = NONE;
@@ -101,43 +123,53 @@ __device__ __forceinline__ void moe_matmul(const MoeArgs& args) {
     if (expert == NONE) return;
     u32 first = found[1], end = found[2];
     for (int c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
-        int row = -1;
-        if (first + c < end) {
-            u32 entry = args.entries[first + c];
-            row = (int)(Store::OF_ROWS ? entry / args.k : entry);
-        }
-        columns[c] = row;
+        u32 entry = first + c < end ? args.entries[first + c] : NONE;
+        entries[c] = entry;
+        columns[c] = entry == NONE ? -1 : (int)(Store::OF_ROWS ? entry / args.k : entry);
     }
     __syncthreads();
-    u32 first_tile = blockIdx.x * G::TILES;
+    int first_tile = (int)blockIdx.x * G::TILES, n_tiles = (int)args.n_tiles;
     int n_groups = (int)(args.n_k + GROUP_K - 1) / GROUP_K;
-    const u8* weights = args.weights + ((u64)expert * args.n_tiles + first_tile) * n_groups * G::TILE_BYTES;
-    int n_tiles = (int)(args.n_tiles - first_tile);
-    float acc[MT][NT][4];
-    G::run(acc, shared, weights, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns);
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u64 blocks = (args.n_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
+    const u8* weights = args.weights + expert * blocks * n_groups * BLOCK_TILES * G::TILE_BYTES;
+    float acc[G::M_TILES][G::N_TILES][4];
+    G::run(acc, shared, weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns);
+    int lane = threadIdx.x % 32;
     #pragma unroll
-    for (int n = 0; n < NT; n++) {
-        u32 at = first + ((warp / WM) * NT + n) * 8 + lane % 4 * 2;
-        u32 entry0 = at < end ? args.entries[at] : NONE;
-        u32 entry1 = at + 1 < end ? args.entries[at + 1] : NONE;
+    for (int m = 0; m < G::M_TILES; m++) {
+        int tile = first_tile + G::tile(m);
+        if (tile >= n_tiles) continue;
+        const Store to(args, expert, tile, lane / 4);
         #pragma unroll
-        for (int m = 0; m < MT; m++) {
-            int tile = (warp % WM) * MT + m;
-            if (tile >= n_tiles) continue;
+        for (int n = 0; n < G::N_TILES; n++) {
+            const u32* entry = entries + G::column(n) + lane % 4 * 2;
             float* c = acc[m][n];
-            if (entry0 != NONE) Store::store(args, expert, first_tile + tile, lane / 4, entry0, c[0], c[2]);
-            if (entry1 != NONE) Store::store(args, expert, first_tile + tile, lane / 4, entry1, c[1], c[3]);
+            if (entry[0] != NONE) to.store(entry[0], c[0], c[2]);
+            if (entry[1] != NONE) to.store(entry[1], c[1], c[3]);
         }
     }
 }
 
 // Variants by how many tokens an expert has; src/engine/cuda/launch.rs has the same numbers.
-// 192 rows divide 2880 and 5760. At 128 tokens two blocks share a multiprocessor.
-#define VARIANTS(FORMAT, NAME, STORE, SMALL, BIG, BLOCKS) \
-    extern "C" __global__ void __launch_bounds__(128) NAME##_8(const MoeArgs args) { moe_matmul<FORMAT, STORE, 4, 1, 1, 1, SMALL>(args); } \
-    extern "C" __global__ void __launch_bounds__(128) NAME##_16(const MoeArgs args) { moe_matmul<FORMAT, STORE, 4, 1, 1, 2, SMALL>(args); } \
-    extern "C" __global__ void __launch_bounds__(128) NAME##_32(const MoeArgs args) { moe_matmul<FORMAT, STORE, 4, 1, 3, 4, 3>(args); } \
-    extern "C" __global__ void __launch_bounds__(128) NAME##_48(const MoeArgs args) { moe_matmul<FORMAT, STORE, 4, 1, 3, 6, BIG>(args); } \
-    extern "C" __global__ void __launch_bounds__(128, BLOCKS + 1) NAME##_64(const MoeArgs args) { moe_matmul<FORMAT, STORE, 4, 1, 3, 8, BIG>(args); } \
-    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME##_128(const MoeArgs args) { moe_matmul<FORMAT, STORE, 4, 2, 2, 8, BIG>(args); }
+// 192 rows divide 2880 and 5760.
+#define VARIANT(FORMAT, NAME, STORE, THREADS, BLOCKS, ...) \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MoeArgs args) { moe_matmul<__VA_ARGS__, STORE>(args); }
+#define VARIANTS(FORMAT, NAME, STORE, SMALL, BIG) \
+    VARIANT(FORMAT, NAME##_8, STORE, 128, 1, Gemm<FORMAT, 4, 1, 1, 1, SMALL>) \
+    VARIANT(FORMAT, NAME##_16, STORE, 128, 1, Gemm<FORMAT, 4, 1, 1, 2, SMALL>) \
+    VARIANT(FORMAT, NAME##_32, STORE, 128, 1, Gemm<FORMAT, 4, 1, 3, 4, 3>) \
+    VARIANT(FORMAT, NAME##_48, STORE, 128, 1, Gemm<FORMAT, 4, 1, 3, 6, BIG>) \
+    VARIANT(FORMAT, NAME##_64, STORE, 128, 1, Gemm<FORMAT, 4, 1, 3, 8, BIG>) \
+    VARIANT(FORMAT, NAME##_128, STORE, 256, 1, Gemm<FORMAT, 4, 2, 2, 8, BIG>)
+
+#ifdef WARPGROUPS
+#define WARPGROUP_VARIANTS(FORMAT, NAME, STORE, FEW, MANY) \
+    VARIANT(FORMAT, NAME##_w8, STORE, 128, 4, WarpgroupGemm<FORMAT, 1, 1, 1, 4>) \
+    VARIANT(FORMAT, NAME##_w16, STORE, 256, MANY, WarpgroupGemm<FORMAT, 2, 1, 2, MANY>) \
+    VARIANT(FORMAT, NAME##_w32, STORE, 256, FEW, WarpgroupGemm<FORMAT, 2, 2, 4, FEW>) \
+    VARIANT(FORMAT, NAME##_w48, STORE, 256, FEW, WarpgroupGemm<FORMAT, 2, 2, 6, FEW>) \
+    VARIANT(FORMAT, NAME##_w64, STORE, 256, 1, WarpgroupGemm<FORMAT, 2, 2, 8, 1>) \
+    VARIANT(FORMAT, NAME##_w128, STORE, 256, 1, WarpgroupGemm<FORMAT, 2, 2, 16, 1>)
+#else
+#define WARPGROUP_VARIANTS(FORMAT, NAME, STORE, FEW, MANY)
+#endif

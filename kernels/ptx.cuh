@@ -28,6 +28,29 @@ template <int PENDING> __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
 }
 
+// A kernel may be launched while the one before it still runs. It lets the next one begin to
+// start, and waits for all that the one before has written, before it reads or writes anything
+// but weights.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void follow_previous() {
+    let_next_start();
+    wait_for_previous();
+}
+
+// Asks for the 128 bytes at `global` to be brought to L2.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(global));
+}
+
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8
 // and gets elements (l / 4, 2 (l % 4)) and the next of each.
 __device__ __forceinline__ void load_matrix_x4(u32 (&r)[4], u32 row) {

@@ -11,6 +11,7 @@
 
 extern "C" __global__ void __launch_bounds__(256) rmsnorm(const float* x, const vector_t* scale, u16* t, float eps) {
     __shared__ float scratch[8];
+    follow_previous();
     u64 row = blockIdx.x;
     RowValues values;
     values.load(x + row * HIDDEN);
@@ -21,6 +22,7 @@ extern "C" __global__ void __launch_bounds__(256) moe_combine(
     float* x, const float* y, const float* gates, const vector_t* scale, u16* t, float eps
 ) {
     __shared__ float scratch[8];
+    follow_previous();
     u64 row = blockIdx.x;
     x += row * HIDDEN;
     y += row * TOP_K * HIDDEN;

@@ -257,6 +257,7 @@ __device__ Cut shortest(const float* logits, u32 n_vocab, float max, float tempe
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const SampleArgs args) {
     __shared__ Shared s;
+    follow_previous();
     u32 r = blockIdx.x;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 n_vocab = args.n_vocab;

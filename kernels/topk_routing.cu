@@ -31,6 +31,12 @@ extern "C" __global__ void __launch_bounds__(256) route(const RouteArgs args) {
     __shared__ float scratch[8];
     u64 row = blockIdx.x;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    let_next_start();
+    // One block brings the weights to L2 while the kernel before runs.
+    if (row == 0) {
+        for (u32 i = threadIdx.x; i < args.n_experts * HIDDEN / 64; i += 256) prefetch_l2(args.weights + i * 64);
+    }
+    wait_for_previous();
     RowValues values;
     values.load(args.x + row * HIDDEN);
     values.normalize(args.norm, args.eps, args.t + row * HIDDEN, normed, scratch);
@@ -116,6 +122,7 @@ extern "C" __global__ void __launch_bounds__(256) group(
     const u32* experts, u32 n_entries, u32 n_experts, u32* offsets, u32* entries
 ) {
     __shared__ u32 sums[2][8];
+    follow_previous();
     u32 expert = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // A thread has consecutive entries, so that their order is kept.
     u32 share = (n_entries + 255) / 256;

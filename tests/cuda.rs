@@ -13,7 +13,7 @@ use podium::engine::cpu::{CpuBackend, CpuOptions};
 use podium::engine::cuda::buffer::{DeviceBuffer, Plain};
 use podium::engine::cuda::device::Device;
 use podium::engine::cuda::kernels::Build;
-use podium::engine::cuda::launch::{Dense, Kernels, MatmulArgs, MoeArgs, N_MOE, SampleArgs};
+use podium::engine::cuda::launch::{Dense, Kernels, MatmulArgs, MoeArgs, SampleArgs};
 use podium::engine::cuda::nvrtc::Nvrtc;
 use podium::engine::cuda::pack::{self, NeedsWide, RowOrder};
 use podium::engine::cuda::{CudaBackend, CudaOptions, Event, Loaded, Slot};
@@ -135,7 +135,7 @@ fn dense_products_have_one_order_of_sums() {
             }
         }
         let mut first: Option<Vec<f32>> = None;
-        for variant in 0..5 {
+        for variant in 0..kernels.n_dense() {
             let out: DeviceBuffer<f32> = device.alloc("out", n_rows * n_out).unwrap();
             out.fill(0, out.len(), 0xFF).unwrap();
             let args = MatmulArgs {
@@ -231,7 +231,7 @@ fn check_experts(format: MatrixFormat, wide: bool) {
         let (offsets_device, entries_device) =
             (upload(&device, &offsets), upload(&device, &entries));
         let mut first: Option<(Vec<u16>, Vec<f32>)> = None;
-        for variant in 0..N_MOE {
+        for variant in 0..kernels.n_moe() {
             let act: DeviceBuffer<u16> = device.alloc("act", n_rows * k * width).unwrap();
             let y: DeviceBuffer<f32> = device.alloc("y", n_rows * k * hidden).unwrap();
             act.fill(0, act.len(), 0xFF).unwrap();

@@ -265,6 +265,9 @@ pub struct BenchArgs {
     /// Also time each kernel
     #[arg(long)]
     pub kernels: bool,
+    /// In place of workloads: time every block shape of each product at these numbers of rows
+    #[arg(long, value_name = "ROWS", value_delimiter = ',', value_parser = values::positive)]
+    pub variants: Vec<usize>,
     /// One object a workload on stdout instead of the table
     #[arg(long)]
     pub json: bool,

@@ -145,6 +145,10 @@ pub fn bench(args: &BenchArgs) -> Result<u8, JobError> {
         loaded.kernels.n_compiled,
         bandwidth / 1e9
     ));
+    if !args.variants.is_empty() {
+        super::variants::time_variants(&loaded, &args.variants)?;
+        return Ok(0);
+    }
     let mut degenerate = None;
     for workload in &workloads {
         let report = run(args, &loaded, workload, bandwidth)?;

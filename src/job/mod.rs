@@ -30,6 +30,7 @@ pub mod settings;
 pub mod signal;
 pub mod synth;
 pub mod synthetic;
+mod variants;
 
 use std::path::PathBuf;
 

@@ -123,9 +123,9 @@ impl Pass<'_> {
                 work.lengths.max_pages,
             )
         };
-        // Queries of a layer whose output nobody needs are left out.
+        // Queries of a layer whose output nobody needs are left out, by whole blocks.
         let first_tile = if cached_only {
-            config.q_width() / pack::TILE_M
+            config.q_width() / pack::TILE_M / pack::BLOCK_TILES * pack::BLOCK_TILES
         } else {
             0
         };

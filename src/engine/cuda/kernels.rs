@@ -15,7 +15,10 @@ use crate::engine::config::ModelConfig;
 
 const PTX: &str = include_str!("../../../kernels/ptx.cuh");
 const COMMON: &str = include_str!("../../../kernels/common.cuh");
-const GEMM: &str = include_str!("../../../kernels/gemm.cuh");
+const GEMM: &str = concat!(
+    include_str!("../../../kernels/gemm.cuh"),
+    include_str!("../../../kernels/gemm_wgmma.cuh")
+);
 const MOE: &str = include_str!("../../../kernels/moe_matmul.cuh");
 
 /// One text to compile.
@@ -78,6 +81,8 @@ pub struct Build {
     pub wide_scales: bool,
     /// A block has less than 100 KB of shared memory.
     pub small_shared: bool,
+    /// The warpgroup instructions are used where the GPU has them.
+    pub warpgroups: bool,
 }
 
 impl Build {
@@ -122,6 +127,7 @@ impl Build {
             format,
             wide_scales: false,
             small_shared: false,
+            warpgroups: true,
         })
     }
 
@@ -145,6 +151,9 @@ impl Build {
         }
         if self.small_shared {
             options.push("-DSMALL_SHARED".to_owned());
+        }
+        if self.warpgroups && arch == "sm_90a" {
+            options.push("-DWARPGROUPS".to_owned());
         }
         options
     }

@@ -17,81 +17,9 @@ use super::graph::Event;
 use super::kernels::{self, Build};
 use super::nvrtc::Nvrtc;
 use super::pack;
+use super::variants::{self, Room, Variant};
 use crate::engine::checkpoint::MatrixFormat;
 use crate::engine::config::ModelConfig;
-
-/// A variant of a product: warps along M and N, tiles and token octets of a warp, stages.
-#[derive(Clone, Copy, Debug)]
-struct Variant {
-    name: &'static str,
-    warps_m: usize,
-    warps_n: usize,
-    tiles: usize,
-    octets: usize,
-    stages: usize,
-}
-
-impl Variant {
-    const fn new(name: &'static str, shape: [usize; 5]) -> Self {
-        let [warps_m, warps_n, tiles, octets, stages] = shape;
-        Self {
-            name,
-            warps_m,
-            warps_n,
-            tiles,
-            octets,
-            stages,
-        }
-    }
-
-    fn threads(&self) -> usize {
-        32 * self.warps_m * self.warps_n
-    }
-
-    fn block_tiles(&self) -> usize {
-        self.warps_m * self.tiles
-    }
-
-    fn columns(&self) -> usize {
-        self.warps_n * self.octets * 8
-    }
-
-    /// Dynamic shared memory: `STAGES * STAGE_BYTES` of kernels/gemm.cuh.
-    fn shared_bytes(&self, tile_bytes: usize) -> usize {
-        const COLUMN_BYTES: usize = 144;
-        self.stages * (self.block_tiles() * tile_bytes + self.columns() * COLUMN_BYTES)
-    }
-}
-
-/// Variants of the experts' products.
-pub const N_MOE: usize = 6;
-
-/// Dense variants, by rows; the numbers of kernels/matmul_bf16.cu.
-fn dense_variants(big_stages: usize) -> [Variant; 5] {
-    [
-        Variant::new("8", [1, 1, 1, 1, 16]),
-        Variant::new("16", [2, 1, 1, 2, 10]),
-        Variant::new("32", [2, 1, 1, 4, 8]),
-        Variant::new("64", [4, 1, 1, 8, 4]),
-        Variant::new("128", [4, 2, 2, 8, big_stages]),
-    ]
-}
-
-/// Variants of the experts' products, by tokens an expert; the numbers of kernels/moe_matmul.cuh.
-fn moe_variants(format: MatrixFormat, big_stages: usize) -> [Variant; N_MOE] {
-    let (small, last) = match format {
-        MatrixFormat::Mxfp4 => (8, 3),
-        _ => (4, big_stages),
-    };
-    [
-        Variant::new("8", [4, 1, 1, 1, small]),
-        Variant::new("16", [4, 1, 1, 2, small]),
-        Variant::new("32", [4, 1, 3, 4, 3]),
-        Variant::new("48", [4, 1, 3, 6, big_stages]),
-        Variant::new("64", [4, 1, 3, 8, big_stages]),
-        Variant::new("128", [4, 2, 2, 8, last]),
-    ]
-}
 
 /// As `MatmulArgs` in kernels/matmul_bf16.cu.
 #[repr(C)]
@@ -204,7 +132,9 @@ pub enum Dense {
 pub struct Kernels {
     device: Arc<Device>,
     format: MatrixFormat,
-    big_stages: usize,
+    room: Room,
+    dense_variants: Vec<Variant>,
+    moe_variants: Vec<Variant>,
     head_dim: usize,
     group: usize,
     hidden: usize,
@@ -221,9 +151,9 @@ pub struct Kernels {
     attention_full_decode: Function,
     attention_sliding_decode: Function,
     attention_merge: Function,
-    dense: [[Function; 5]; 3],
-    gate_up: [Function; N_MOE],
-    down: [Function; N_MOE],
+    dense: [Vec<Function>; 3],
+    gate_up: Vec<Function>,
+    down: Vec<Function>,
     ring_append: Function,
     sample: Function,
     fill_bf16: Function,
@@ -252,8 +182,13 @@ impl Kernels {
         mut build: Build,
     ) -> Result<Self, CudaError> {
         build.small_shared = device.shared_bytes < 130 << 10;
-        let big_stages = if build.small_shared { 2 } else { 3 };
         let arch = kernels::architecture(device.major, device.minor);
+        build.warpgroups &= arch == "sm_90a";
+        let room = Room {
+            warpgroups: build.warpgroups,
+            small_shared: build.small_shared,
+            n_multiprocessors: device.n_multiprocessors as usize,
+        };
         let cubins = kernels::compile(nvrtc, &arch, &build)?;
         let n_compiled = cubins.iter().filter(|cubin| !cubin.cached).count();
         let mut modules = Vec::new();
@@ -269,23 +204,24 @@ impl Kernels {
             Ok::<_, CudaError>(function)
         };
         let format = build.format.experts;
-        let dense_of = |name: &str| -> Result<[Function; 5], CudaError> {
-            each(dense_variants(big_stages), |variant| {
-                let shared = variant.shared_bytes(pack::BF16_TILE_BYTES);
-                function("matmul_bf16", &format!("{name}_{}", variant.name), shared)
-            })
+        let dense_variants = variants::dense(room);
+        let moe_variants = variants::moe(format, room);
+        let of_variants = |file: &str, name: &str, variants: &[Variant], tile_bytes: usize| {
+            let each = variants.iter().map(|variant| {
+                let name = format!("{name}_{}", variant.name);
+                function(file, &name, variant.shared_bytes(tile_bytes))
+            });
+            each.collect::<Result<Vec<_>, CudaError>>()
         };
-        let moe_of = |name: &str| -> Result<[Function; N_MOE], CudaError> {
-            each(moe_variants(format, big_stages), |variant| {
-                let shared = variant.shared_bytes(tile_bytes(format));
-                function("moe_matmul", &format!("{name}_{}", variant.name), shared)
-            })
-        };
+        let dense_of =
+            |name: &str| of_variants("matmul_bf16", name, &dense_variants, pack::BF16_TILE_BYTES);
+        let moe_of =
+            |name: &str| of_variants("moe_matmul", name, &moe_variants, tile_bytes(format));
         let attention = |name| function("attention", name, attention_shared(config.head_dim));
         let routing_shared = route_shared(config.hidden, config.n_experts);
         Ok(Self {
             format,
-            big_stages,
+            room,
             head_dim: config.head_dim,
             group: config.group(),
             hidden: config.hidden,
@@ -309,6 +245,8 @@ impl Kernels {
             ],
             gate_up: moe_of("gate_up")?,
             down: moe_of("down")?,
+            dense_variants,
+            moe_variants,
             ring_append: function("matmul_bf16", "ring_append", 0)?,
             sample: function("sample", "sample", 0)?,
             fill_bf16: function("synthetic", "fill_bf16", 0)?,
@@ -335,7 +273,7 @@ impl Kernels {
         hidden: u32,
         n_rows: usize,
     ) -> Result<(), CudaError> {
-        self.launch(
+        self.follow(
             self.embed,
             [n_rows, 1, 1],
             256,
@@ -365,7 +303,7 @@ impl Kernels {
             arg(&x),
             arg(&hidden),
         ];
-        self.launch(self.embed_step, [n_rows, 1, 1], 256, 0, &args)
+        self.follow(self.embed_step, [n_rows, 1, 1], 256, 0, &args)
     }
 
     pub fn start_slot(&self, slots: u64, index: u32, slot: &Slot) -> Result<(), CudaError> {
@@ -387,7 +325,7 @@ impl Kernels {
         n_rows: usize,
     ) -> Result<(), CudaError> {
         let args = [arg(&x), arg(&scale), arg(&t), arg(&eps)];
-        self.launch(self.rmsnorm, [n_rows, 1, 1], 256, 0, &args)
+        self.follow(self.rmsnorm, [n_rows, 1, 1], 256, 0, &args)
     }
 
     #[allow(clippy::too_many_arguments, reason = "the kernel's own")]
@@ -409,28 +347,41 @@ impl Kernels {
             arg(&t),
             arg(&eps),
         ];
-        self.launch(self.moe_combine, [n_rows, 1, 1], 256, 0, &args)
+        self.follow(self.moe_combine, [n_rows, 1, 1], 256, 0, &args)
     }
 
-    /// A dense product, by the largest variant that keeps all multiprocessors busy.
+    /// A dense product, by the variant that should take the least time.
     ///
     /// # Errors
     /// The driver refuses the launch.
     pub fn matmul(&self, which: Dense, args: &MatmulArgs) -> Result<(), CudaError> {
-        let n_rows = args.n_rows as usize;
+        self.matmul_variant(which, self.chosen_dense(args), args)
+    }
+
+    /// Index of the variant that [`Kernels::matmul`] takes.
+    pub fn chosen_dense(&self, args: &MatmulArgs) -> usize {
         let n_tiles = (args.n_tiles - args.first_tile) as usize;
-        let variants = dense_variants(self.big_stages);
-        let n_blocks = |variant: &Variant| {
-            n_tiles.div_ceil(variant.block_tiles()) * n_rows.div_ceil(variant.columns())
-        };
-        // A token tile twice as wide as there are rows is half empty.
-        let index = variants.iter().rposition(|variant| {
-            variant.columns() < 2 * n_rows.max(5)
-                && n_blocks(variant) >= self.device.n_multiprocessors as usize
-        });
-        // None does: the narrowest that goes through the weights once, up to 32 tokens.
-        let narrow = variants.iter().take(3).position(|v| v.columns() >= n_rows);
-        self.matmul_variant(which, index.or(narrow).unwrap_or(2), args)
+        let n_groups = pack::n_groups(args.n_k as usize);
+        let shape = (n_tiles, n_groups, args.n_rows as usize);
+        variants::choose_dense(&self.dense_variants, self.room, shape)
+    }
+
+    pub fn dense_name(&self, index: usize) -> &'static str {
+        self.dense_variants[index].name
+    }
+
+    pub fn moe_name(&self, index: usize) -> &'static str {
+        self.moe_variants[index].name
+    }
+
+    /// How many variants the dense products have.
+    pub fn n_dense(&self) -> usize {
+        self.dense_variants.len()
+    }
+
+    /// How many variants the experts' products have.
+    pub fn n_moe(&self) -> usize {
+        self.moe_variants.len()
     }
 
     /// A dense product by variant `index` : all give the same bits.
@@ -440,7 +391,7 @@ impl Kernels {
         index: usize,
         args: &MatmulArgs,
     ) -> Result<(), CudaError> {
-        let variant = dense_variants(self.big_stages)[index];
+        let variant = self.dense_variants[index];
         let n_tiles = (args.n_tiles - args.first_tile) as usize;
         let grid = [
             n_tiles.div_ceil(variant.block_tiles()),
@@ -448,7 +399,7 @@ impl Kernels {
             1,
         ];
         let shared = variant.shared_bytes(pack::BF16_TILE_BYTES);
-        self.launch(
+        self.follow(
             self.dense[which as usize][index],
             grid,
             variant.threads(),
@@ -458,7 +409,7 @@ impl Kernels {
     }
 
     pub fn ring_append(&self, args: &MatmulArgs) -> Result<(), CudaError> {
-        self.launch(
+        self.follow(
             self.ring_append,
             [args.n_rows as usize, 1, 1],
             128,
@@ -469,7 +420,7 @@ impl Kernels {
 
     pub fn route(&self, args: &RouteArgs, n_rows: usize) -> Result<(), CudaError> {
         let shared = route_shared(self.hidden, self.n_experts);
-        self.launch(self.route, [n_rows, 1, 1], 256, shared, &[arg(args)])
+        self.follow(self.route, [n_rows, 1, 1], 256, shared, &[arg(args)])
     }
 
     pub fn group_entries(
@@ -487,7 +438,7 @@ impl Kernels {
             arg(&offsets),
             arg(&entries),
         ];
-        self.launch(self.group_entries, [self.n_experts, 1, 1], 256, 0, &args)
+        self.follow(self.group_entries, [self.n_experts, 1, 1], 256, 0, &args)
     }
 
     /// Both products of the experts, by the variant for `n_rows` rows routed evenly.
@@ -500,11 +451,8 @@ impl Kernels {
         let n_entries = n_rows * gate_up.k as usize;
         // Half as many again as the mean: most experts then need one tile of tokens.
         let tokens = (n_entries * 3).div_ceil(self.n_experts * 2).min(n_rows);
-        let variants = moe_variants(self.format, self.big_stages);
-        let found = variants
-            .iter()
-            .position(|variant| variant.columns() >= tokens);
-        self.experts_variant(gate_up, down, n_rows, found.unwrap_or(variants.len() - 1))
+        let index = variants::choose_moe(&self.moe_variants, tokens);
+        self.experts_variant(gate_up, down, n_rows, index)
     }
 
     /// Both products of the experts by variant `index` : all give the same bits.
@@ -515,7 +463,7 @@ impl Kernels {
         n_rows: usize,
         index: usize,
     ) -> Result<(), CudaError> {
-        let variant = moe_variants(self.format, self.big_stages)[index];
+        let variant = self.moe_variants[index];
         let n_entries = n_rows * gate_up.k as usize;
         // Every expert may have one tile that is not full.
         let most = n_entries.min(n_entries / variant.columns() + self.n_experts);
@@ -526,7 +474,7 @@ impl Kernels {
                 most,
                 1,
             ];
-            self.launch(
+            self.follow(
                 functions[index],
                 grid,
                 variant.threads(),
@@ -551,7 +499,7 @@ impl Kernels {
         };
         let grid = [n_blocks, args.n_kv_heads as usize, 1];
         let shared = attention_shared(self.head_dim);
-        self.launch(
+        self.follow(
             function,
             grid,
             32 * prefill_warps(self.group),
@@ -572,7 +520,7 @@ impl Kernels {
         let n_kv_heads = args.n_kv_heads as usize;
         if sliding {
             let grid = [n_rows, n_kv_heads, 1];
-            return self.launch(
+            return self.follow(
                 self.attention_sliding_decode,
                 grid,
                 threads,
@@ -586,7 +534,7 @@ impl Kernels {
             .div_ceil(n_rows * n_kv_heads)
             .clamp(1, args.max_splits.max(1) as usize);
         let grid = [n_rows, n_kv_heads, splits];
-        self.launch(
+        self.follow(
             self.attention_full_decode,
             grid,
             threads,
@@ -598,11 +546,11 @@ impl Kernels {
             (args.n_heads as usize * self.head_dim).div_ceil(256),
             1,
         ];
-        self.launch(self.attention_merge, grid, 256, 0, &[arg(args)])
+        self.follow(self.attention_merge, grid, 256, 0, &[arg(args)])
     }
 
     pub fn sample(&self, args: &SampleArgs, n_rows: usize) -> Result<(), CudaError> {
-        self.launch(self.sample, [n_rows, 1, 1], 512, 0, &[arg(args)])
+        self.follow(self.sample, [n_rows, 1, 1], 512, 0, &[arg(args)])
     }
 
     pub fn fill_bf16(
@@ -653,6 +601,7 @@ impl Kernels {
         )
     }
 
+    /// Launches behind all that is enqueued.
     fn launch(
         &self,
         function: Function,
@@ -660,6 +609,31 @@ impl Kernels {
         threads: usize,
         shared: usize,
         args: &[*mut c_void],
+    ) -> Result<(), CudaError> {
+        self.enqueue(function, grid, threads, shared, args, false)
+    }
+
+    /// Launches a kernel that begins with `wait_for_previous` (kernels/ptx.cuh): its blocks may
+    /// start while the kernel before still runs, where the GPU can do that.
+    fn follow(
+        &self,
+        function: Function,
+        grid: [usize; 3],
+        threads: usize,
+        shared: usize,
+        args: &[*mut c_void],
+    ) -> Result<(), CudaError> {
+        self.enqueue(function, grid, threads, shared, args, self.device.major >= 9 && std::env::var_os("PODIUM_NO_OVERLAP").is_none())
+    }
+
+    fn enqueue(
+        &self,
+        function: Function,
+        grid: [usize; 3],
+        threads: usize,
+        shared: usize,
+        args: &[*mut c_void],
+        may_overlap: bool,
     ) -> Result<(), CudaError> {
         // The driver's limits along y and z; x has 2^31.
         if grid[1] > 65_535 || grid[2] > 65_535 {
@@ -672,23 +646,31 @@ impl Kernels {
         let begun = self.begin_timing()?;
         self.device.bind()?;
         let mut args = args.to_vec();
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0] as u32,
+            gridDimY: grid[1] as u32,
+            gridDimZ: grid[2] as u32,
+            blockDimX: threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared as u32,
+            hStream: self.device.stream(),
+            attrs: &mut overlap,
+            // A timed launch stands between two events.
+            numAttrs: u32::from(may_overlap && begun.is_none()),
+        };
         // SAFETY: the functions above pass the kernel's own arguments, in order, each living
         // until the driver has copied it, which it does before this returns; what they point to
         // are buffers of the lengths in `memory.rs`.
         let launched = unsafe {
-            sys::cuLaunchKernel(
-                function.0,
-                grid[0] as u32,
-                grid[1] as u32,
-                grid[2] as u32,
-                threads as u32,
-                1,
-                1,
-                shared as u32,
-                self.device.stream(),
-                args.as_mut_ptr(),
-                ptr::null_mut(),
-            )
+            sys::cuLaunchKernelEx(&config, function.0, args.as_mut_ptr(), ptr::null_mut())
         };
         check(launched, "a launch")?;
         match begun {
@@ -753,18 +735,6 @@ impl Kernels {
 
 fn arg<T>(value: &T) -> *mut c_void {
     ptr::from_ref(value).cast_mut().cast()
-}
-
-fn each<A: Copy, B, const N: usize>(
-    items: [A; N],
-    mut make: impl FnMut(A) -> Result<B, CudaError>,
-) -> Result<[B; N], CudaError> {
-    let mut made = Vec::with_capacity(N);
-    for item in items {
-        made.push(make(item)?);
-    }
-    let made = <[B; N]>::try_from(made);
-    Ok(made.unwrap_or_else(|_| unreachable!("one is made of each")))
 }
 
 fn tile_bytes(format: MatrixFormat) -> usize {

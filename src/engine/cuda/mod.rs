@@ -18,7 +18,8 @@ pub mod memory;
 pub mod model;
 pub mod nvrtc;
 pub mod pack;
-pub mod workspace;
+pub mod variants;
+mod workspace;
 
 pub use backend::{CudaBackend, CudaOptions, Loaded, numerics_id};
 pub use decode::{Event, Slot};

@@ -6,9 +6,12 @@
 //! a0 = (g, 2t), a1 = (g + 8, 2t), a2 = (g, 2t + 8), a3 = (g + 8, 2t + 8), each with the next k
 //! bf16   [4 steps][32 lanes][a0 a1 a2 a3]              2048 bytes
 //! mxfp4  [32 lanes][4 steps] words, [8 g][4] scales     544 bytes
+//! matrix [blocks of 64 features][groups of 64 k][4 tiles]
 //! ```
 //!
 //! Rows and k past the matrix are zeros. Pure functions; the tests unpack as the kernels do.
+
+use std::convert::Infallible;
 
 use rayon::prelude::*;
 
@@ -18,6 +21,8 @@ use crate::quant::mxfp4;
 pub const TILE_M: usize = 16;
 /// k of a tile.
 pub const GROUP_K: usize = 64;
+/// Tiles of a block of 64 out features.
+pub const BLOCK_TILES: usize = 4;
 pub const BF16_TILE_BYTES: usize = TILE_M * GROUP_K * 2;
 pub const MXFP4_TILE_BYTES: usize = TILE_M * GROUP_K / 2 + TILE_M * 2;
 
@@ -63,14 +68,39 @@ pub fn n_tiles(n_out: usize) -> usize {
     n_out.div_ceil(TILE_M)
 }
 
+/// Tiles that a packed matrix has: whole blocks.
+fn packed_tiles(n_out: usize) -> usize {
+    n_tiles(n_out).next_multiple_of(BLOCK_TILES)
+}
+
 /// Bytes of a packed bf16 matrix.
 pub fn bf16_bytes(n_out: usize, n_k: usize) -> usize {
-    n_tiles(n_out) * n_groups(n_k) * BF16_TILE_BYTES
+    packed_tiles(n_out) * n_groups(n_k) * BF16_TILE_BYTES
 }
 
 /// Bytes of a packed MXFP4 matrix.
 pub fn mxfp4_bytes(n_out: usize, n_k: usize) -> usize {
-    n_tiles(n_out) * n_groups(n_k) * MXFP4_TILE_BYTES
+    packed_tiles(n_out) * n_groups(n_k) * MXFP4_TILE_BYTES
+}
+
+/// Fills every tile of a packed matrix: `fill(tile, group, bytes)`.
+fn each_tile<E: Send>(
+    out: &mut [u8],
+    n_k: usize,
+    tile_bytes: usize,
+    fill: impl Fn(usize, usize, &mut [u8]) -> Result<(), E> + Sync,
+) -> Result<(), E> {
+    let block_bytes = n_groups(n_k) * BLOCK_TILES * tile_bytes;
+    out.par_chunks_mut(block_bytes)
+        .enumerate()
+        .try_for_each(|(block, bytes)| {
+            let tiles = bytes.chunks_exact_mut(tile_bytes).enumerate();
+            for (i, bytes) in tiles {
+                let (group, tile) = (i / BLOCK_TILES, block * BLOCK_TILES + i % BLOCK_TILES);
+                fill(tile, group, bytes)?;
+            }
+            Ok(())
+        })
 }
 
 /// Packs the bf16 matrix `[n_out, n_k]` whose bits are `value(row, k)`.
@@ -82,23 +112,24 @@ pub fn bf16(
     value: impl Fn(usize, usize) -> u16 + Sync,
 ) {
     assert_eq!(out.len(), bf16_bytes(n_out, n_k), "the caller made room");
-    let groups = n_groups(n_k);
-    out.par_chunks_mut(groups * BF16_TILE_BYTES)
-        .enumerate()
-        .for_each(|(tile, bytes)| {
-            for (i, word) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                let (j, lane, step) = (i % 4, i / 4 % 32, i / 128);
-                let row = order.row(tile, lane / 4 + j % 2 * 8);
-                let k = step * 16 + lane % 4 * 2 + j / 2 * 8;
-                let at = |k: usize| {
-                    let inside = row < n_out && k < n_k;
-                    if inside { value(row, k) } else { 0 }
-                };
-                let [a, b] = at(k).to_le_bytes();
-                let [c, d] = at(k + 1).to_le_bytes();
-                *word = [a, b, c, d];
-            }
-        });
+    let filled = each_tile::<Infallible>(out, n_k, BF16_TILE_BYTES, |tile, group, bytes| {
+        for (i, word) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            let (j, lane, step) = (i % 4, i / 4 % 32, i / 128);
+            let row = order.row(tile, lane / 4 + j % 2 * 8);
+            let k = group * GROUP_K + step * 16 + lane % 4 * 2 + j / 2 * 8;
+            let at = |k: usize| {
+                let inside = row < n_out && k < n_k;
+                if inside { value(row, k) } else { 0 }
+            };
+            let [a, b] = at(k).to_le_bytes();
+            let [c, d] = at(k + 1).to_le_bytes();
+            *word = [a, b, c, d];
+        }
+        Ok(())
+    });
+    match filled {
+        Ok(()) => {}
+    }
 }
 
 /// A scale byte that the kernels' narrow form cannot hold was met.
@@ -132,34 +163,29 @@ pub fn mxfp4<E: From<NeedsWide> + Send>(
     block: impl Fn(usize, usize) -> Result<(u8, [u8; mxfp4::BLOCK_BYTES]), E> + Sync,
 ) -> Result<(), E> {
     assert_eq!(out.len(), mxfp4_bytes(n_out, n_k), "the caller made room");
-    let groups = n_groups(n_k);
-    out.par_chunks_mut(groups * MXFP4_TILE_BYTES)
-        .enumerate()
-        .try_for_each(|(tile, bytes)| {
-            for (group, bytes) in bytes.chunks_exact_mut(MXFP4_TILE_BYTES).enumerate() {
-                let (codes, scales) = bytes.split_at_mut(TILE_M * GROUP_K / 2);
-                let mut words = [[0u32; 4]; 32];
-                for r in 0..TILE_M {
-                    for half in 0..GROUP_K / mxfp4::BLOCK {
-                        let (row, index) = (order.row(tile, r), group * 2 + half);
-                        let inside = row < n_out && index * mxfp4::BLOCK < n_k;
-                        let (scale, block) = match inside {
-                            true => block(row, index)?,
-                            false => (0, [0; mxfp4::BLOCK_BYTES]),
-                        };
-                        scales[r % 8 * 4 + half * 2 + r / 8] = scale_byte(scale, &block, wide)?;
-                        for (pair, byte) in block.into_iter().enumerate() {
-                            place_pair(&mut words, r, half * mxfp4::BLOCK + 2 * pair, byte);
-                        }
-                    }
-                }
-                let codes = codes.as_chunks_mut::<4>().0.iter_mut();
-                for (out, word) in codes.zip(words.as_flattened()) {
-                    *out = word.to_le_bytes();
+    each_tile(out, n_k, MXFP4_TILE_BYTES, |tile, group, bytes| {
+        let (codes, scales) = bytes.split_at_mut(TILE_M * GROUP_K / 2);
+        let mut words = [[0u32; 4]; 32];
+        for r in 0..TILE_M {
+            for half in 0..GROUP_K / mxfp4::BLOCK {
+                let (row, index) = (order.row(tile, r), group * 2 + half);
+                let inside = row < n_out && index * mxfp4::BLOCK < n_k;
+                let (scale, block) = match inside {
+                    true => block(row, index)?,
+                    false => (0, [0; mxfp4::BLOCK_BYTES]),
+                };
+                scales[r % 8 * 4 + half * 2 + r / 8] = scale_byte(scale, &block, wide)?;
+                for (pair, byte) in block.into_iter().enumerate() {
+                    place_pair(&mut words, r, half * mxfp4::BLOCK + 2 * pair, byte);
                 }
             }
-            Ok(())
-        })
+        }
+        let codes = codes.as_chunks_mut::<4>().0.iter_mut();
+        for (out, word) in codes.zip(words.as_flattened()) {
+            *out = word.to_le_bytes();
+        }
+        Ok(())
+    })
 }
 
 /// The scale as the kernels want it. A block of zeros gets scale 1, whatever its byte was.
@@ -205,9 +231,14 @@ mod tests {
         std::array::from_fn(|j| [value(pairs[j] & 0xFFFF, j), value(pairs[j] >> 16, j)])
     }
 
+    /// Where the kernels look for a tile.
+    fn tile_index(tile: usize, group: usize, groups: usize) -> usize {
+        (tile / BLOCK_TILES * groups + group) * BLOCK_TILES + tile % BLOCK_TILES
+    }
+
     /// What lane and word of a packed matrix say of (tile, row of tile, k).
     fn unpacked(bytes: &[u8], groups: usize, tile: usize, r: usize, k: usize, wide: bool) -> f32 {
-        let start = (tile * groups + k / GROUP_K) * MXFP4_TILE_BYTES;
+        let start = tile_index(tile, k / GROUP_K, groups) * MXFP4_TILE_BYTES;
         let bytes = &bytes[start..start + MXFP4_TILE_BYTES];
         let (k, g) = (k % GROUP_K, r % 8);
         let (step, within) = (k / 16, k % 16);
@@ -333,7 +364,7 @@ mod tests {
                 let (step, within) = (k % GROUP_K / 16, k % 16);
                 let j = row % TILE_M / 8 + within / 8 * 2;
                 let lane = g * 4 + within % 8 / 2;
-                let at = (tile * groups + k / GROUP_K) * BF16_TILE_BYTES
+                let at = tile_index(tile, k / GROUP_K, groups) * BF16_TILE_BYTES
                     + step * 512
                     + lane * 16
                     + j * 4

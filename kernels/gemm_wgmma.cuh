@@ -1,0 +1,247 @@
+// The product of gemm.cuh by the warpgroup instructions of sm_90a: the same packed weights, the
+// same accumulator chain of ascending k16 steps for each output, so the same bits.
+//
+// A block takes WGS x MT blocks of 64 out features and NT x 8 tokens. Weights are the A operand:
+// a warp of a warpgroup holds 16 of its 64 rows, in the order in which mma.m16n8k16 does, so a
+// packed tile is one warp's. Tokens are the B operand, in shared memory: 64 k of a token are one
+// row of 128 bytes whose eight 16-byte chunks are swizzled by its number.
+//
+//   stage   tokens [NT 8][128 bytes], weights [WGS MT][4 tiles], STAGES of each
+//
+// Weights come by one bulk copy for each 64 features, which counts its bytes at the stage's
+// mbarrier; tokens, which are gathered, by cp.async. Fragments are unpacked into two buffers of
+// two k-steps, while the multiplication of the other is under way:
+//
+//   unpack half 0 | unpack half 1 | barrier, unpack half 0 | ...
+//       wgmma half 1   | wgmma half 0     | wgmma half 1
+//
+// A stage is filled when all have passed the barrier behind the one that follows it: STAGES - 2
+// stages are under way.
+
+// A warpgroup's product with a token tile of 8, 16, .. 128.
+#define R4(a, b, c, d) "%" #a ", %" #b ", %" #c ", %" #d
+#define R8 R4(0, 1, 2, 3) ", " R4(4, 5, 6, 7)
+#define R16 R8 ", " R4(8, 9, 10, 11) ", " R4(12, 13, 14, 15)
+#define R24 R16 ", " R4(16, 17, 18, 19) ", " R4(20, 21, 22, 23)
+#define R32 R24 ", " R4(24, 25, 26, 27) ", " R4(28, 29, 30, 31)
+#define R48 R32 ", " R4(32, 33, 34, 35) ", " R4(36, 37, 38, 39) ", " R4(40, 41, 42, 43) ", " R4(44, 45, 46, 47)
+#define R64 R48 ", " R4(48, 49, 50, 51) ", " R4(52, 53, 54, 55) ", " R4(56, 57, 58, 59) ", " R4(60, 61, 62, 63)
+#define C1(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define C2(n) C1(n), C1(n + 1)
+#define C4(n) C2(n), C2(n + 2)
+#define C8(n) C4(n), C4(n + 4)
+#define WGMMA(N, D, A, B, ...) \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0;\n" \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" D "}, {" A "}, %" #B ", p, 1, 1, 0;}" \
+                 : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+// c += a b. The registers belong to the instruction until the group that holds it is waited for.
+template <int NT> __device__ __forceinline__ void wgmma_bf16(float (&c)[NT][4], const u32 (&a)[4], u64 b) {
+    if constexpr (NT == 1) WGMMA(8, R4(0, 1, 2, 3), R4(4, 5, 6, 7), 8, C1(0));
+    else if constexpr (NT == 2) WGMMA(16, R8, R4(8, 9, 10, 11), 12, C2(0));
+    else if constexpr (NT == 4) WGMMA(32, R16, R4(16, 17, 18, 19), 20, C4(0));
+    else if constexpr (NT == 6) WGMMA(48, R24, R4(24, 25, 26, 27), 28, C4(0), C2(4));
+    else if constexpr (NT == 8) WGMMA(64, R32, R4(32, 33, 34, 35), 36, C8(0));
+    else if constexpr (NT == 12) WGMMA(96, R48, R4(48, 49, 50, 51), 52, C8(0), C4(8));
+    else if constexpr (NT == 16) WGMMA(128, R64, R4(64, 65, 66, 67), 68, C8(0), C8(8));
+    else static_assert(NT == 1, "no such token tile");
+}
+
+// Orders registers written by the thread before the multiplications that follow.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most `PENDING` of the warpgroup's latest groups are under way.
+template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+}
+
+// Makes shared memory that this thread wrote visible to the matrix units.
+__device__ __forceinline__ void fence_matrix_units() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 n_arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(n_arrivals) : "memory");
+}
+// Arrives, and lets the phase wait for so many bytes of bulk copies.
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 n_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(n_bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile("{.reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;}" :: "r"(barrier), "r"(parity) : "memory");
+}
+// Copies a run of bytes (a multiple of 16) to shared memory; the barrier counts them.
+__device__ __forceinline__ void copy_bulk(u32 shared, const void* global, u32 n_bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(shared), "l"(global), "r"(n_bytes), "r"(barrier) : "memory");
+}
+
+// Stages of the variants: what `BLOCKS` blocks a multiprocessor leave room for, 8 at most;
+// src/engine/cuda/launch.rs computes the same.
+__device__ constexpr int warpgroup_stages(int blocks, int stage_bytes) {
+    int room = (228 * 1024 / blocks - 5 * 1024) / stage_bytes;
+    return room < 8 ? room : 8;
+}
+
+template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupGemm {
+    static constexpr int THREADS = 128 * WGS;
+    static constexpr int M_TILES = MT, N_TILES = NT;
+    static constexpr int TILES = WGS * MT * BLOCK_TILES;
+    static constexpr int COLUMNS = NT * 8;
+    static constexpr int TILE_BYTES = FORMAT == MXFP4 ? 544 : 2048;
+    static constexpr int BLOCK_BYTES = BLOCK_TILES * TILE_BYTES;
+    static constexpr int TOKEN_BYTES = COLUMNS * 128;
+    static constexpr int WEIGHT_BYTES = WGS * MT * BLOCK_BYTES;
+    static constexpr int STAGES = warpgroup_stages(BLOCKS, TOKEN_BYTES + WEIGHT_BYTES);
+    static_assert(STAGES >= 4, "at least two stages are under way");
+
+    // Which of the block's tiles accumulators [m] are, and which tokens [n].
+    __device__ static __forceinline__ int tile(int m) {
+        int warp = threadIdx.x / 32;
+        return (m * WGS + warp / 4) * BLOCK_TILES + warp % 4;
+    }
+    __device__ static __forceinline__ int column(int n) { return n * 8; }
+
+    // Address and strides of a token tile for the matrix units: rows of 128 bytes, swizzled, eight
+    // of them 1024 bytes.
+    __device__ static __forceinline__ u64 token_matrix(u32 address) {
+        return (u64)(address >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+    }
+
+    // As Gemm::run; first_tile is a multiple of BLOCK_TILES.
+    __device__ static __forceinline__ void run(
+        float (&acc)[MT][NT][4], u8* dynamic, const u8* matrix, int first_tile, int n_tiles, int n_groups,
+        const u16* x, u32 x_stride, int n_k, const int* columns
+    ) {
+        __shared__ __align__(8) u64 barriers[STAGES];
+        u8* shared = dynamic + (0 - shared_address(dynamic) & 1023);
+        u32 tokens = shared_address(shared), full = shared_address(barriers);
+        int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32;
+        const u8* weights = matrix + (u64)(first_tile / BLOCK_TILES) * n_groups * BLOCK_BYTES;
+        int n_blocks = (n_tiles - first_tile + BLOCK_TILES - 1) / BLOCK_TILES;
+        if (n_blocks > WGS * MT) n_blocks = WGS * MT;
+        if (thread == 0) {
+            for (int stage = 0; stage < STAGES; stage++) barrier_init(full + 8 * stage, 1);
+            fence_matrix_units();
+        }
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int n = 0; n < NT; n++)
+                #pragma unroll
+                for (int i = 0; i < 4; i++) acc[m][n][i] = 0.0f;
+
+        // The same 16-byte chunk of every token is this thread's, for THREADS is a multiple of 64.
+        constexpr int N_TOKENS = (COLUMNS * 8 + THREADS - 1) / THREADS;
+        u32 token_chunks[N_TOKENS];
+        #pragma unroll
+        for (int n = 0; n < N_TOKENS; n++) {
+            int i = n * THREADS + thread;
+            int row = i < COLUMNS * 8 ? columns[i / 8] : -1;
+            token_chunks[n] = row >= 0 ? (u32)row * (x_stride / 8) + thread % 8 : NONE;
+        }
+        u32 tokens_at = tokens + thread / 8 * 128 + ((thread ^ (thread / 8)) & 7) * 16;
+        __syncthreads();
+
+        auto fill_weights = [&](int stage, int group) {
+            if (warp == 0 && lane < n_blocks) {
+                u32 barrier = full + 8 * stage;
+                if (lane == 0) barrier_expect(barrier, n_blocks * BLOCK_BYTES);
+                const u8* from = weights + ((u64)lane * n_groups + group) * BLOCK_BYTES;
+                copy_bulk(tokens + STAGES * TOKEN_BYTES + stage * WEIGHT_BYTES + lane * BLOCK_BYTES, from, BLOCK_BYTES, barrier);
+            }
+        };
+        auto fill_tokens = [&](int stage, int group) {
+            bool inside = group * GROUP_K + thread % 8 * 8 < n_k;
+            #pragma unroll
+            for (int n = 0; n < N_TOKENS; n++) {
+                if ((n + 1) * THREADS <= COLUMNS * 8 || n * THREADS + thread < COLUMNS * 8) {
+                    const u16* from = x + (u64)(token_chunks[n] + group * 8) * 8;
+                    copy_async16(tokens_at + stage * TOKEN_BYTES + n * (THREADS / 8) * 128, from, inside && token_chunks[n] != NONE);
+                }
+            }
+        };
+        // Weights are there before the kernel that writes x is done.
+        for (int stage = 0; stage < STAGES - 2; stage++) {
+            if (stage < n_groups) fill_weights(stage, stage);
+        }
+        wait_for_previous();
+        for (int stage = 0; stage < STAGES - 2; stage++) {
+            if (stage < n_groups) fill_tokens(stage, stage);
+            copy_async_commit();
+        }
+        u32 fragments[2][2][MT][4];
+        int from = 0, to = STAGES - 2;
+        u32 parity = 0;
+        for (int group = 0; group < n_groups; group++) {
+            copy_async_wait<STAGES - 3>();
+            fence_matrix_units();
+            barrier_wait(full + 8 * from, parity);
+            __syncthreads();
+            int next = group + STAGES - 2;
+            if (next < n_groups) {
+                fill_weights(to, next);
+                fill_tokens(to, next);
+            }
+            copy_async_commit();
+            const u8* tiles = shared + STAGES * TOKEN_BYTES + from * WEIGHT_BYTES + warp * TILE_BYTES;
+            u64 b = token_matrix(tokens + from * TOKEN_BYTES);
+            uint4 codes[MT];
+            u32 scales[MT];
+            if constexpr (FORMAT == MXFP4) {
+                #pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    const u8* tile = tiles + m * WGS * BLOCK_BYTES;
+                    codes[m] = *(const uint4*)(tile + lane * 16);
+                    scales[m] = *(const u32*)(tile + 512 + lane / 4 * 4);
+                }
+            }
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                // The multiplications that read this half's fragments are over.
+                wgmma_wait<1>();
+                #pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    #pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        u32 (&a)[4] = fragments[half][i][m];
+                        if constexpr (FORMAT == MXFP4) {
+                            u32 word = half == 0 ? (i == 0 ? codes[m].x : codes[m].y) : (i == 0 ? codes[m].z : codes[m].w);
+                            unpack_mxfp4(word, scale_pair(scales[m], half * 2), scale_pair(scales[m], half * 2 + 1), a);
+                        } else {
+                            uint4 four = *(const uint4*)(tiles + m * WGS * BLOCK_BYTES + (half * 2 + i) * 512 + lane * 16);
+                            a[0] = four.x;
+                            a[1] = four.y;
+                            a[2] = four.z;
+                            a[3] = four.w;
+                        }
+                    }
+                }
+                wgmma_fence();
+                #pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    #pragma unroll
+                    for (int m = 0; m < MT; m++) {
+                        // A k-step is 32 bytes further in each row.
+                        wgmma_bf16(acc[m], fragments[half][i][m], b + (half * 2 + i) * 2);
+                    }
+                }
+                wgmma_commit();
+            }
+            to = to + 1 == STAGES ? 0 : to + 1;
+            if (++from == STAGES) {
+                from = 0;
+                parity ^= 1;
+            }
+        }
+        wgmma_wait<0>();
+        copy_async_wait<0>();
+        // Sums may be read from here on, not before.
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int n = 0; n < NT; n++)
+                #pragma unroll
+                for (int i = 0; i < 4; i++) asm volatile("" : "+f"(acc[m][n][i]) :: "memory");
+    }
+};

@@ -1,0 +1,235 @@
+//! The variants of the products: block shapes that all give the same bits, and which one serves
+//! how many rows. The numbers are those of `kernels/matmul_bf16.cu` and `kernels/moe_matmul.cuh`.
+
+use super::pack;
+use crate::engine::checkpoint::MatrixFormat;
+
+/// Shared memory of an sm_90 multiprocessor, and what is left out of a block's share: static
+/// arrays, alignment, the driver's own.
+const SHARED_BYTES: usize = 228 << 10;
+const RESERVED_BYTES: usize = 5 << 10;
+const MOST_STAGES: usize = 8;
+
+/// Bytes of a token's 64 k in shared memory, for warps (padded) and for warpgroups (swizzled).
+const PADDED_BYTES: usize = 144;
+const SWIZZLED_BYTES: usize = 128;
+/// Room to align swizzled tokens.
+const ALIGNMENT: usize = 1 << 10;
+
+/// Which instruction multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unit {
+    /// `mma.sync` by `m` x `n` warps, with so many stages.
+    Warps { m: usize, n: usize, stages: usize },
+    /// `wgmma` by so many warpgroups, in so many blocks a multiprocessor.
+    Warpgroups { m: usize, blocks: usize },
+}
+
+/// A block shape of a product.
+#[derive(Clone, Copy, Debug)]
+pub struct Variant {
+    /// End of the kernel's name.
+    pub name: &'static str,
+    unit: Unit,
+    /// Tiles of 16 features of a warp, or blocks of 64 of a warpgroup.
+    tiles: usize,
+    /// Octets of tokens of a warp or warpgroup.
+    octets: usize,
+}
+
+impl Variant {
+    const fn warps(name: &'static str, shape: [usize; 5]) -> Self {
+        let [m, n, tiles, octets, stages] = shape;
+        let unit = Unit::Warps { m, n, stages };
+        Self {
+            name,
+            unit,
+            tiles,
+            octets,
+        }
+    }
+
+    const fn warpgroups(name: &'static str, shape: [usize; 4]) -> Self {
+        let [m, tiles, octets, blocks] = shape;
+        let unit = Unit::Warpgroups { m, blocks };
+        Self {
+            name,
+            unit,
+            tiles,
+            octets,
+        }
+    }
+
+    pub fn threads(&self) -> usize {
+        match self.unit {
+            Unit::Warps { m, n, .. } => 32 * m * n,
+            Unit::Warpgroups { m, .. } => 128 * m,
+        }
+    }
+
+    /// Tiles of 16 features of a block.
+    pub fn block_tiles(&self) -> usize {
+        match self.unit {
+            Unit::Warps { m, .. } => m * self.tiles,
+            Unit::Warpgroups { m, .. } => m * self.tiles * pack::BLOCK_TILES,
+        }
+    }
+
+    /// Tokens of a block.
+    pub fn columns(&self) -> usize {
+        match self.unit {
+            Unit::Warps { n, .. } => n * self.octets * 8,
+            Unit::Warpgroups { .. } => self.octets * 8,
+        }
+    }
+
+    fn stage_bytes(&self, tile_bytes: usize) -> usize {
+        let token = match self.unit {
+            Unit::Warps { .. } => PADDED_BYTES,
+            Unit::Warpgroups { .. } => SWIZZLED_BYTES,
+        };
+        self.block_tiles() * tile_bytes + self.columns() * token
+    }
+
+    /// Dynamic shared memory.
+    pub fn shared_bytes(&self, tile_bytes: usize) -> usize {
+        let stage = self.stage_bytes(tile_bytes);
+        match self.unit {
+            Unit::Warps { stages, .. } => stages * stage,
+            Unit::Warpgroups { blocks, .. } => {
+                let stages = (SHARED_BYTES / blocks - RESERVED_BYTES) / stage;
+                stages.min(MOST_STAGES) * stage + ALIGNMENT
+            }
+        }
+    }
+
+    /// Blocks of a product with `n_rows` rows.
+    pub fn n_blocks(&self, n_tiles: usize, n_rows: usize) -> usize {
+        n_tiles.div_ceil(self.block_tiles()) * n_rows.div_ceil(self.columns())
+    }
+}
+
+/// What the GPU has.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Warpgroup instructions are compiled.
+    pub warpgroups: bool,
+    /// A block has less than 130 KB of shared memory.
+    pub small_shared: bool,
+    pub n_multiprocessors: usize,
+}
+
+/// Variants of the dense products.
+pub fn dense(room: Room) -> Vec<Variant> {
+    let big_stages = if room.small_shared { 2 } else { 3 };
+    let mut variants = vec![
+        Variant::warps("8", [1, 1, 1, 1, 16]),
+        Variant::warps("16", [2, 1, 1, 2, 10]),
+        Variant::warps("32", [2, 1, 1, 4, 8]),
+        Variant::warps("64", [4, 1, 1, 8, 4]),
+        Variant::warps("128", [4, 2, 2, 8, big_stages]),
+    ];
+    if room.warpgroups {
+        variants.extend([
+            Variant::warpgroups("w8", [1, 1, 1, 3]),
+            Variant::warpgroups("w16", [1, 1, 2, 3]),
+            Variant::warpgroups("w32", [1, 1, 4, 2]),
+            Variant::warpgroups("w64", [1, 1, 8, 2]),
+            Variant::warpgroups("w128x64", [2, 1, 8, 1]),
+            Variant::warpgroups("w128x128", [2, 1, 16, 1]),
+            Variant::warpgroups("w256x128", [2, 2, 16, 1]),
+        ]);
+    }
+    variants
+}
+
+/// Variants of the experts' products.
+pub fn moe(format: MatrixFormat, room: Room) -> Vec<Variant> {
+    let big_stages = if room.small_shared { 2 } else { 3 };
+    let (small, last) = match format {
+        MatrixFormat::Mxfp4 => (8, 3),
+        _ => (4, big_stages),
+    };
+    let mut variants = vec![
+        Variant::warps("8", [4, 1, 1, 1, small]),
+        Variant::warps("16", [4, 1, 1, 2, small]),
+        Variant::warps("32", [4, 1, 3, 4, 3]),
+        Variant::warps("48", [4, 1, 3, 6, big_stages]),
+        Variant::warps("64", [4, 1, 3, 8, big_stages]),
+        Variant::warps("128", [4, 2, 2, 8, last]),
+    ];
+    let (few, many) = match format {
+        MatrixFormat::Mxfp4 => (2, 3),
+        _ => (1, 2),
+    };
+    if room.warpgroups {
+        variants.extend([
+            Variant::warpgroups("w8", [1, 1, 1, 4]),
+            Variant::warpgroups("w16", [2, 1, 2, many]),
+            Variant::warpgroups("w32", [2, 2, 4, few]),
+            Variant::warpgroups("w48", [2, 2, 6, few]),
+            Variant::warpgroups("w64", [2, 2, 8, 1]),
+            Variant::warpgroups("w128", [2, 2, 16, 1]),
+        ]);
+    }
+    variants
+}
+
+/// Index of the variant for experts that have about `tokens` tokens: of the warpgroups' where
+/// there are such.
+pub fn choose_moe(variants: &[Variant], tokens: usize) -> usize {
+    let first = variants.iter().position(Variant::is_warpgroups);
+    let first = first.unwrap_or(0);
+    let found = variants[first..]
+        .iter()
+        .position(|variant| variant.columns() >= tokens);
+    found.map_or(variants.len() - 1, |index| first + index)
+}
+
+impl Variant {
+    fn is_warpgroups(&self) -> bool {
+        matches!(self.unit, Unit::Warpgroups { .. })
+    }
+
+    /// About how long a product takes, in ns: the longest of what one multiprocessor takes in,
+    /// what L2 gives all of them, what memory gives, what the matrix units do.
+    fn dense_ns(&self, room: Room, n_tiles: usize, n_groups: usize, n_rows: usize) -> f64 {
+        // Bytes a ns of one multiprocessor, L2 and memory, FLOP a ns of one multiprocessor: rates
+        // of an H100. Elsewhere they are other numbers in about the same ratios.
+        const INTAKE: f64 = 70.0;
+        const L2: f64 = 5500.0;
+        const MEMORY: f64 = 3000.0;
+        let flops = if self.is_warpgroups() { 5300.0 } else { 2600.0 };
+        let tile = pack::BF16_TILE_BYTES;
+        let n_blocks = self.n_blocks(n_tiles, n_rows);
+        let block_bytes = (n_groups * self.stage_bytes(tile)) as f64;
+        let block_flops =
+            (2 * self.block_tiles() * pack::TILE_M * self.columns() * n_groups * pack::GROUP_K)
+                as f64;
+        let rounds = n_blocks.div_ceil(room.n_multiprocessors) as f64;
+        let weights = (n_tiles * n_groups * tile) as f64;
+        // The first bytes of a block arrive, and its last outputs leave.
+        const START: f64 = 1500.0;
+        let times = [
+            rounds * block_bytes / INTAKE,
+            rounds * block_flops / flops,
+            n_blocks as f64 * block_bytes / L2,
+            weights / MEMORY,
+        ];
+        START + times.into_iter().fold(0.0, f64::max)
+    }
+}
+
+/// Index of the variant for a dense product.
+pub fn choose_dense(
+    variants: &[Variant],
+    room: Room,
+    (n_tiles, n_groups, n_rows): (usize, usize, usize),
+) -> usize {
+    let time = |variant: &Variant| variant.dense_ns(room, n_tiles, n_groups, n_rows);
+    let best = variants
+        .iter()
+        .enumerate()
+        .min_by(|a, b| time(a.1).total_cmp(&time(b.1)));
+    best.map_or(0, |(index, _)| index)
+}
