@@ -15,6 +15,9 @@
 // i / GROUP, head i % GROUP; a warp has 16 of them as the M of mma.m16n8k16, 64 keys as its N.
 // A query that sees no key of a tile goes through it unchanged, bit for bit.
 //
+// Pages that several rows of a step share are read once for all of them: attention_shared_decode
+// goes through a work list that the host makes where a page table changes.
+//
 // Full layers read the cache alone. Sliding layers read positions of the running pass from qkv
 // (same bits) and older ones from the ring, which is written afterwards.
 //
@@ -27,7 +30,21 @@
 // 16 bytes more than a row holds, so that eight rows lie in different banks.
 #define STRIDE (HEAD_DIM + 8)
 #define DECODE_WARPS ((GROUP + 15) / 16)
+// Rows of a shared item, and the warps for their queries.
+#define SHARED_ROWS (GROUP > 64 ? 1 : GROUP > 8 ? 128 / GROUP : 16)
+#define SHARED_WARPS ((SHARED_ROWS * GROUP + 15) / 16)
 #define PREFILL_WARPS (DECODE_WARPS > 4 ? DECODE_WARPS : 4)
+
+// A run of pages and rows that all see it whole: SharedItem in src/engine/cuda/sharing.rs.
+struct SharedItem {
+    u32 sequence;
+    u32 first_split;
+    u32 n_splits;
+    // The splits are folded into the last one's place of `partial`.
+    u32 folded;
+    u32 n_rows;
+    u32 rows[16];
+};
 
 struct AttentionArgs {
     const u16* qkv;
@@ -39,6 +56,11 @@ struct AttentionArgs {
     const u16* cache;
     const u32* page_table;
     float* partial;
+    // Decode steps of rows that share pages, else NULL: items, their number; of each row how many
+    // splits are in items, and its first place of `partial`.
+    const SharedItem* items;
+    const u32* n_items;
+    const uint2* shared;
     u32 n_heads;
     u32 n_kv_heads;
     u32 layer;
@@ -77,13 +99,18 @@ __device__ __forceinline__ float finish_factor(State& state, float sink) {
     return fold(state, last).x;
 }
 
-template <bool SLIDING, bool PARTIAL, int WARPS>
-__device__ __forceinline__ void attend(const AttentionArgs& args) {
+// FULL and WINDOW: all keys of a block of rows. SPLITS: every so many splits of one row, beginning
+// behind those that are shared. SHARED: an item.
+enum Mode { FULL, WINDOW, SPLITS, SHARED };
+
+template <Mode MODE, int WARPS>
+__device__ __forceinline__ void attend(const AttentionArgs& args, const SharedItem* item) {
+    constexpr bool SLIDING = MODE == WINDOW;
     extern __shared__ __align__(16) u16 shared[];
-    follow_previous();
-    u32 row0 = args.blocks != 0 ? args.blocks[blockIdx.x].x : blockIdx.x;
-    int n_rows = args.blocks != 0 ? (int)args.blocks[blockIdx.x].y : 1;
+    u32 row0 = MODE == SHARED ? item->rows[0] : args.blocks != 0 ? args.blocks[blockIdx.x].x : blockIdx.x;
+    int n_rows = MODE == SHARED ? (int)item->n_rows : args.blocks != 0 ? (int)args.blocks[blockIdx.x].y : 1;
     Row first = args.rows[row0];
+    if (MODE == SHARED) first.sequence = item->sequence;
     if (first.sequence == NONE) return;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int g = lane / 4, t = lane % 4;
@@ -96,20 +123,27 @@ __device__ __forceinline__ void attend(const AttentionArgs& args) {
     int lowest = 0;
     if (SLIDING) lowest = position0 - (int)args.window + 1 > 0 ? position0 - (int)args.window + 1 : 0;
     int n_tiles = last / TILE + 1;
+    if (MODE == SHARED) {
+        n_tiles = (int)(item->first_split + item->n_splits) * SPLIT_TILES;
+        last = n_tiles * TILE - 1;
+    }
 
     // The lane's two queries.
     int low[2], high[2];
     u64 q_at[2];
+    u32 row_of[2];
     bool is_query[2];
     #pragma unroll
     for (int i = 0; i < 2; i++) {
         int query = warp * 16 + g + 8 * i;
         int row = query / GROUP;
         is_query[i] = row < n_rows;
+        row_of[i] = !is_query[i] ? row0 : MODE == SHARED ? item->rows[row] : row0 + row;
+        if (MODE == SHARED && is_query[i]) is_query[i] = args.rows[row_of[i]].sequence != NONE;
         int position = position0 + row;
         high[i] = is_query[i] ? position : -1;
         low[i] = SLIDING && position - (int)args.window + 1 > 0 ? position - (int)args.window + 1 : 0;
-        q_at[i] = (u64)(row0 + (is_query[i] ? row : 0)) * width + (kv_head * GROUP + query % GROUP) * HEAD_DIM;
+        q_at[i] = (u64)row_of[i] * width + (kv_head * GROUP + query % GROUP) * HEAD_DIM;
     }
     u32 q[HEAD_DIM / 16][4];
     #pragma unroll
@@ -155,119 +189,129 @@ __device__ __forceinline__ void attend(const AttentionArgs& args) {
         #pragma unroll
         for (int i = 0; i < 4; i++) o_folded[n][i] = 0.0f;
 
-    int split = PARTIAL ? (int)blockIdx.z : 0;
-    int n_splits = SLIDING ? 1 : (n_tiles + SPLIT_TILES - 1) / SPLIT_TILES;
-    int split_step = PARTIAL ? (int)gridDim.z : 1;
-    for (; split < n_splits; split += split_step) {
-        int tile = SLIDING ? lowest / TILE : split * SPLIT_TILES;
-        int end = SLIDING || n_tiles < (split + 1) * SPLIT_TILES ? n_tiles : (split + 1) * SPLIT_TILES;
-        State state[2] = {{NEG_INFINITY, 0.0f}, {NEG_INFINITY, 0.0f}};
-        float o[HEAD_DIM / 8][4];
+    // The warp's queries: their least position, and the greatest first key that one sees.
+    int warp_row = warp * 16 / GROUP, warp_end = (warp * 16 + 15) / GROUP;
+    int warp_last = position0 + (warp_end < n_rows ? warp_end : n_rows - 1);
+    int warp_position = position0 + warp_row, warp_low = 0;
+    if (SLIDING) warp_low = warp_last - (int)args.window + 1;
+
+    // The tile behind `tile` that this block goes on with.
+    int skipped = MODE == SPLITS ? ((int)gridDim.z - 1) * SPLIT_TILES : 0;
+    auto following = [&](int tile) { return MODE == SPLITS && tile % SPLIT_TILES == SPLIT_TILES - 1 ? tile + 1 + skipped : tile + 1; };
+    bool folds = MODE == FULL || MODE == WINDOW || (MODE == SHARED && item->folded != 0);
+
+    State state[2] = {{NEG_INFINITY, 0.0f}, {NEG_INFINITY, 0.0f}};
+    float o[HEAD_DIM / 8][4];
+    #pragma unroll
+    for (int n = 0; n < HEAD_DIM / 8; n++)
         #pragma unroll
-        for (int n = 0; n < HEAD_DIM / 8; n++)
-            #pragma unroll
-            for (int i = 0; i < 4; i++) o[n][i] = 0.0f;
-        int stage = 0;
-        load(tile, 0);
-        copy_async_commit();
-        for (; tile < end; tile++, stage ^= 1) {
-            if (tile + 1 < end) load(tile + 1, stage ^ 1);
-            copy_async_commit();
-            copy_async_wait<1>();
-            __syncthreads();
-            const u16* keys = shared + stage * 2 * TILE * STRIDE;
-            const u16* values = keys + TILE * STRIDE;
-            float s[TILE / 8][4];
-            #pragma unroll
-            for (int n = 0; n < TILE / 8; n++)
-                #pragma unroll
-                for (int i = 0; i < 4; i++) s[n][i] = 0.0f;
-            #pragma unroll
-            for (int step = 0; step < HEAD_DIM / 16; step++) {
-                #pragma unroll
-                for (int n = 0; n < TILE / 8; n += 2) {
-                    u32 k[4];
-                    load_matrix_x4(k, shared_address(keys + ((n + lane / 16) * 8 + lane % 8) * STRIDE + step * 16 + lane / 8 % 2 * 8));
-                    mma_bf16(s[n], q[step], k[0], k[1]);
-                    mma_bf16(s[n + 1], q[step], k[2], k[3]);
-                }
-            }
-            #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float max = NEG_INFINITY;
-                #pragma unroll
-                for (int n = 0; n < TILE / 8; n++) {
-                    #pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        int position = tile * TILE + n * 8 + 2 * t + j;
-                        bool seen = position >= low[i] && position <= high[i];
-                        float score = seen ? s[n][2 * i + j] * args.scale : NEG_INFINITY;
-                        s[n][2 * i + j] = score;
-                        max = score > max ? score : max;
-                    }
-                }
-                // The four lanes of a query.
-                #pragma unroll
-                for (int mask = 1; mask < 4; mask *= 2) {
-                    float other = __shfl_xor_sync(NONE, max, mask);
-                    max = other > max ? other : max;
-                }
-                max = state[i].max > max ? state[i].max : max;
-                // Without a key so far nothing may be subtracted from.
-                float base = max == NEG_INFINITY ? 0.0f : max;
-                float decay = exp_fast(state[i].max - base);
-                if (state[i].max == max) decay = 1.0f;
-                float sum = 0.0f;
-                #pragma unroll
-                for (int n = 0; n < TILE / 8; n++) {
-                    #pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        float p = exp_fast(s[n][2 * i + j] - base);
-                        s[n][2 * i + j] = p;
-                        sum += p;
-                    }
-                }
-                #pragma unroll
-                for (int mask = 1; mask < 4; mask *= 2) sum += __shfl_xor_sync(NONE, sum, mask);
-                state[i].sum = __fmaf_rn(state[i].sum, decay, sum);
-                state[i].max = max;
-                #pragma unroll
-                for (int n = 0; n < HEAD_DIM / 8; n++) {
-                    o[n][2 * i] *= decay;
-                    o[n][2 * i + 1] *= decay;
-                }
-            }
-            #pragma unroll
-            for (int step = 0; step < TILE / 16; step++) {
-                u32 p[4];
-                p[0] = f32x2_to_bf16x2(s[2 * step][0], s[2 * step][1]);
-                p[1] = f32x2_to_bf16x2(s[2 * step][2], s[2 * step][3]);
-                p[2] = f32x2_to_bf16x2(s[2 * step + 1][0], s[2 * step + 1][1]);
-                p[3] = f32x2_to_bf16x2(s[2 * step + 1][2], s[2 * step + 1][3]);
-                #pragma unroll
-                for (int n = 0; n < HEAD_DIM / 8; n += 2) {
-                    u32 v[4];
-                    load_matrix_x4_transposed(v, shared_address(values + (step * 16 + lane / 8 % 2 * 8 + lane % 8) * STRIDE + (n + lane / 16) * 8));
-                    mma_bf16(o[n], p, v[0], v[1]);
-                    mma_bf16(o[n + 1], p, v[2], v[3]);
-                }
-            }
-            __syncthreads();
-        }
+        for (int i = 0; i < 4; i++) o[n][i] = 0.0f;
+    int stage = 0;
+    int tile = SLIDING ? lowest / TILE : 0;
+    if (MODE == SPLITS) tile = (int)((args.shared != 0 ? args.shared[row0].x : 0) + blockIdx.z) * SPLIT_TILES;
+    if (MODE == SHARED) tile = (int)item->first_split * SPLIT_TILES;
+    if (tile < n_tiles) load(tile, 0);
+    copy_async_commit();
+    for (int next; tile < n_tiles; tile = next, stage ^= 1) {
+        next = following(tile);
         copy_async_wait<0>();
-        if (PARTIAL) {
+        // The tile is there, and all have left the other stage behind.
+        __syncthreads();
+        if (next < n_tiles) load(next, stage ^ 1);
+        copy_async_commit();
+        const u16* keys = shared + stage * 2 * TILE * STRIDE;
+        const u16* values = keys + TILE * STRIDE;
+        float s[TILE / 8][4];
+        #pragma unroll
+        for (int n = 0; n < TILE / 8; n++)
             #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                if (!is_query[i]) continue;
-                u64 head = kv_head * GROUP + (warp * 16 + g + 8 * i) % GROUP;
-                float* to = args.partial + (((u64)row0 * args.n_heads + head) * args.max_splits + split) * (HEAD_DIM + 2);
-                #pragma unroll
-                for (int n = 0; n < HEAD_DIM / 8; n++) {
-                    *(float2*)(to + n * 8 + 2 * t) = make_float2(o[n][2 * i], o[n][2 * i + 1]);
-                }
-                if (t == 0) *(float2*)(to + HEAD_DIM) = make_float2(state[i].max, state[i].sum);
+            for (int i = 0; i < 4; i++) s[n][i] = 0.0f;
+        #pragma unroll
+        for (int step = 0; step < HEAD_DIM / 16; step++) {
+            #pragma unroll
+            for (int n = 0; n < TILE / 8; n += 2) {
+                u32 k[4];
+                load_matrix_x4(k, shared_address(keys + ((n + lane / 16) * 8 + lane % 8) * STRIDE + step * 16 + lane / 8 % 2 * 8));
+                mma_bf16(s[n], q[step], k[0], k[1]);
+                mma_bf16(s[n + 1], q[step], k[2], k[3]);
             }
-        } else {
+        }
+        // Every query of the warp sees every key of the tile.
+        bool all_seen = MODE == SHARED || tile * TILE + TILE - 1 <= warp_position && (!SLIDING || tile * TILE >= warp_low);
+        #pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+            #pragma unroll
+            for (int i = 0; i < 4; i++) s[n][i] = s[n][i] * args.scale;
+        }
+        if (!all_seen) {
+            #pragma unroll
+            for (int n = 0; n < TILE / 8; n++) {
+                #pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int position = tile * TILE + n * 8 + 2 * t + i % 2;
+                    bool seen = position >= low[i / 2] && position <= high[i / 2];
+                    s[n][i] = seen ? s[n][i] : NEG_INFINITY;
+                }
+            }
+        }
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float max = NEG_INFINITY;
+            #pragma unroll
+            for (int n = 0; n < TILE / 8; n++) {
+                #pragma unroll
+                for (int j = 0; j < 2; j++) max = s[n][2 * i + j] > max ? s[n][2 * i + j] : max;
+            }
+            // The four lanes of a query.
+            #pragma unroll
+            for (int mask = 1; mask < 4; mask *= 2) {
+                float other = __shfl_xor_sync(NONE, max, mask);
+                max = other > max ? other : max;
+            }
+            max = state[i].max > max ? state[i].max : max;
+            // Without a key so far nothing may be subtracted from.
+            float base = max == NEG_INFINITY ? 0.0f : max;
+            float decay = exp_fast(state[i].max - base);
+            if (state[i].max == max) decay = 1.0f;
+            float sum = 0.0f;
+            #pragma unroll
+            for (int n = 0; n < TILE / 8; n++) {
+                #pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float p = exp_fast(s[n][2 * i + j] - base);
+                    s[n][2 * i + j] = p;
+                    sum += p;
+                }
+            }
+            #pragma unroll
+            for (int mask = 1; mask < 4; mask *= 2) sum += __shfl_xor_sync(NONE, sum, mask);
+            state[i].sum = __fmaf_rn(state[i].sum, decay, sum);
+            state[i].max = max;
+            #pragma unroll
+            for (int n = 0; n < HEAD_DIM / 8; n++) {
+                o[n][2 * i] *= decay;
+                o[n][2 * i + 1] *= decay;
+            }
+        }
+        #pragma unroll
+        for (int step = 0; step < TILE / 16; step++) {
+            u32 p[4];
+            p[0] = f32x2_to_bf16x2(s[2 * step][0], s[2 * step][1]);
+            p[1] = f32x2_to_bf16x2(s[2 * step][2], s[2 * step][3]);
+            p[2] = f32x2_to_bf16x2(s[2 * step + 1][0], s[2 * step + 1][1]);
+            p[3] = f32x2_to_bf16x2(s[2 * step + 1][2], s[2 * step + 1][3]);
+            #pragma unroll
+            for (int n = 0; n < HEAD_DIM / 8; n += 2) {
+                u32 v[4];
+                load_matrix_x4_transposed(v, shared_address(values + (step * 16 + lane / 8 % 2 * 8 + lane % 8) * STRIDE + (n + lane / 16) * 8));
+                mma_bf16(o[n], p, v[0], v[1]);
+                mma_bf16(o[n + 1], p, v[2], v[3]);
+            }
+        }
+        // A split ends.
+        bool ends = SLIDING ? next >= n_tiles : tile % SPLIT_TILES == SPLIT_TILES - 1 || tile + 1 == n_tiles;
+        if (!ends) continue;
+        if (folds) {
             #pragma unroll
             for (int i = 0; i < 2; i++) {
                 float2 factors = fold(folded[i], state[i]);
@@ -278,8 +322,31 @@ __device__ __forceinline__ void attend(const AttentionArgs& args) {
                 }
             }
         }
+        if ((MODE == SPLITS || MODE == SHARED) && (!folds || tile + 1 == n_tiles)) {
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if (!is_query[i]) continue;
+                u64 head = kv_head * GROUP + (warp * 16 + g + 8 * i) % GROUP;
+                float* to = args.partial + (((u64)row_of[i] * args.n_heads + head) * args.max_splits + tile / SPLIT_TILES) * (HEAD_DIM + 2);
+                #pragma unroll
+                for (int n = 0; n < HEAD_DIM / 8; n++) {
+                    float low_o = folds ? o_folded[n][2 * i] : o[n][2 * i];
+                    float high_o = folds ? o_folded[n][2 * i + 1] : o[n][2 * i + 1];
+                    *(float2*)(to + n * 8 + 2 * t) = make_float2(low_o, high_o);
+                }
+                float max = folds ? folded[i].max : state[i].max, sum = folds ? folded[i].sum : state[i].sum;
+                if (t == 0) *(float2*)(to + HEAD_DIM) = make_float2(max, sum);
+            }
+        }
+        #pragma unroll
+        for (int i = 0; i < 2; i++) state[i] = {NEG_INFINITY, 0.0f};
+        #pragma unroll
+        for (int n = 0; n < HEAD_DIM / 8; n++)
+            #pragma unroll
+            for (int i = 0; i < 4; i++) o[n][i] = 0.0f;
     }
-    if (PARTIAL) return;
+    copy_async_wait<0>();
+    if (MODE == SPLITS || MODE == SHARED) return;
     #pragma unroll
     for (int i = 0; i < 2; i++) {
         if (!is_query[i]) continue;
@@ -296,19 +363,34 @@ __device__ __forceinline__ void attend(const AttentionArgs& args) {
 }
 
 extern "C" __global__ void __launch_bounds__(32 * PREFILL_WARPS) attention_full(const AttentionArgs args) {
-    attend<false, false, PREFILL_WARPS>(args);
+    follow_previous();
+    attend<FULL, PREFILL_WARPS>(args, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * PREFILL_WARPS) attention_sliding(const AttentionArgs args) {
-    attend<true, false, PREFILL_WARPS>(args);
+    follow_previous();
+    attend<WINDOW, PREFILL_WARPS>(args, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, 1) attention_full_decode(const AttentionArgs args) {
-    attend<false, true, DECODE_WARPS>(args);
+    follow_previous();
+    attend<SPLITS, DECODE_WARPS>(args, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS) attention_sliding_decode(const AttentionArgs args) {
-    attend<true, false, DECODE_WARPS>(args);
+    follow_previous();
+    attend<WINDOW, DECODE_WARPS>(args, 0);
+}
+
+// Grid (any, n_kv_heads): a block goes through every so many items.
+extern "C" __global__ void __launch_bounds__(32 * SHARED_WARPS, 1) attention_shared_decode(const AttentionArgs args) {
+    follow_previous();
+    u32 n_items = *args.n_items;
+    for (u32 i = blockIdx.x; i < n_items; i += gridDim.x) {
+        attend<SHARED, SHARED_WARPS>(args, args.items + i);
+        // Shared memory is filled anew.
+        __syncthreads();
+    }
 }
 
 // Folds a row's splits in position order and adds the sink. Grid (n_rows, n_heads HEAD_DIM / 256
@@ -324,7 +406,9 @@ extern "C" __global__ void __launch_bounds__(256) attention_merge(const Attentio
     State folded = {NEG_INFINITY, 0.0f};
     float o = 0.0f;
     u32 n_splits = row.position / (TILE * SPLIT_TILES) + 1;
-    for (u32 split = 0; split < n_splits; split++, from += HEAD_DIM + 2) {
+    u32 split = args.shared != 0 ? args.shared[r].y : 0;
+    from += split * (HEAD_DIM + 2);
+    for (; split < n_splits; split++, from += HEAD_DIM + 2) {
         State next = {from[HEAD_DIM], from[HEAD_DIM + 1]};
         float2 factors = fold(folded, next);
         o = fold_output(o, from[dim], factors);

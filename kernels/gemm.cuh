@@ -65,18 +65,62 @@ __device__ __forceinline__ u32 scale_pair(u32 scales, int i) {
     return __byte_perm(scales, 0, (u32)((i << 12) | (4 << 8) | (i << 4) | 4)) >> 1;
 }
 
+// A packed tile as a lane reads it: what it keeps of the tile for all four k-steps, and the
+// fragment of each.
+template <Format FORMAT> struct Tile;
+
+template <> struct Tile<MXFP4> {
+    static constexpr int BYTES = 544;
+    uint4 codes;
+    u32 scales;
+
+    __device__ __forceinline__ void load(const u8* tile, int lane) {
+        codes = *(const uint4*)(tile + lane * 16);
+        scales = *(const u32*)(tile + 512 + lane / 4 * 4);
+    }
+    // `step` is known to the compiler.
+    __device__ __forceinline__ void fragment(const u8* tile, int lane, int step, u32 (&a)[4]) const {
+        u32 word = step == 0 ? codes.x : step == 1 ? codes.y : step == 2 ? codes.z : codes.w;
+        int block = step / 2 * 2;
+        unpack_mxfp4(word, scale_pair(scales, block), scale_pair(scales, block + 1), a);
+    }
+};
+
+template <> struct Tile<BF16> {
+    static constexpr int BYTES = 2048;
+
+    __device__ __forceinline__ void load(const u8* tile, int lane) {}
+    __device__ __forceinline__ void fragment(const u8* tile, int lane, int step, u32 (&a)[4]) const {
+        uint4 four = *(const uint4*)(tile + step * 512 + lane * 16);
+        a[0] = four.x;
+        a[1] = four.y;
+        a[2] = four.z;
+        a[3] = four.w;
+    }
+};
+
 template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm {
     static constexpr int THREADS = 32 * WM * WN;
     static constexpr int M_TILES = MT, N_TILES = NT;
     static constexpr int TILES = WM * MT;
     static constexpr int COLUMNS = WN * NT * 8;
-    static constexpr int TILE_BYTES = FORMAT == MXFP4 ? 544 : 2048;
+    static constexpr int TILE_BYTES = Tile<FORMAT>::BYTES;
     static constexpr int A_BYTES = TILES * TILE_BYTES;
     static constexpr int STAGE_BYTES = A_BYTES + COLUMNS * COLUMN_BYTES;
 
     // Which of the block's tiles accumulators [m] are, and which tokens [n].
     __device__ static __forceinline__ int tile(int m) { return (int)threadIdx.x / 32 % WM * MT + m; }
     __device__ static __forceinline__ int column(int n) { return ((int)threadIdx.x / 32 / WM * NT + n) * 8; }
+
+    // Brings the block's weights to L2.
+    __device__ static __forceinline__ void prefetch(const u8* matrix, int first_tile, int n_tiles, int n_groups) {
+        for (int i = threadIdx.x; i < TILES * n_groups; i += THREADS) {
+            int tile = first_tile + i / n_groups;
+            if (tile >= n_tiles) return;
+            u64 of_matrix = (u64)(tile / BLOCK_TILES * n_groups + i % n_groups) * BLOCK_TILES + tile % BLOCK_TILES;
+            prefetch_l2(matrix + of_matrix * TILE_BYTES, TILE_BYTES);
+        }
+    }
 
     // What a thread copies of each stage: its chunks' places in weights, tokens and the stage.
     // Computed once, so that a stage costs few instructions beside the copies themselves.
@@ -95,10 +139,7 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
         int k;
 
         // For tiles behind the matrix's n_tiles the last is copied.
-        // columns[c]: the row of x that is token c, negative for none; x has rows of x_stride.
-        __device__ __forceinline__ Copies(
-            u32 shared, int first_tile, int n_tiles, int n_groups, u32 x_stride, const int* columns
-        ) {
+        __device__ __forceinline__ Copies(u32 shared, int first_tile, int n_tiles, int n_groups) {
             int thread = (int)threadIdx.x;
             #pragma unroll
             for (int n = 0; n < N_WEIGHTS; n++) {
@@ -108,15 +149,20 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
                 int of_matrix = tile / BLOCK_TILES * n_groups * BLOCK_TILES + tile % BLOCK_TILES;
                 weights[n] = (u32)(of_matrix * TILE_CHUNKS + i % TILE_CHUNKS);
             }
+            k = thread % 8 * 8;
+            weights_at = shared + thread * 16;
+            tokens_at = shared + A_BYTES + thread / 8 * COLUMN_BYTES + thread % 8 * 16;
+        }
+
+        // columns[c]: the row of x that is token c, negative for none; x has rows of x_stride.
+        __device__ __forceinline__ void find_tokens(u32 x_stride, const int* columns) {
+            int thread = (int)threadIdx.x;
             #pragma unroll
             for (int n = 0; n < N_TOKENS; n++) {
                 int i = n * THREADS + thread;
                 int row = i < COLUMNS * 8 ? columns[i / 8] : -1;
                 tokens[n] = row >= 0 ? (u32)row * (x_stride / 8) + thread % 8 : NONE;
             }
-            k = thread % 8 * 8;
-            weights_at = shared + thread * 16;
-            tokens_at = shared + A_BYTES + thread / 8 * COLUMN_BYTES + thread % 8 * 16;
         }
 
         __device__ __forceinline__ void fill_weights(int stage, int group, const u8* matrix) const {
@@ -147,15 +193,9 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
         int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         const u8* tiles = stage + (warp % WM) * MT * TILE_BYTES;
         u32 tokens = shared_address(stage) + A_BYTES + (warp / WM) * NT * 8 * COLUMN_BYTES;
-        uint4 codes[MT];
-        u32 scales[MT];
-        if constexpr (FORMAT == MXFP4) {
-            #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                codes[m] = *(const uint4*)(tiles + m * TILE_BYTES + lane * 16);
-                scales[m] = *(const u32*)(tiles + m * TILE_BYTES + 512 + lane / 4 * 4);
-            }
-        }
+        Tile<FORMAT> packed[MT];
+        #pragma unroll
+        for (int m = 0; m < MT; m++) packed[m].load(tiles + m * TILE_BYTES, lane);
         u32 q[4];
         #pragma unroll
         for (int step = 0; step < 4; step++) {
@@ -181,40 +221,35 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
             #pragma unroll
             for (int m = 0; m < MT; m++) {
                 u32 a[4];
-                if constexpr (FORMAT == MXFP4) {
-                    u32 word = step == 0 ? codes[m].x : step == 1 ? codes[m].y : step == 2 ? codes[m].z : codes[m].w;
-                    int block = step / 2 * 2;
-                    unpack_mxfp4(word, scale_pair(scales[m], block), scale_pair(scales[m], block + 1), a);
-                } else {
-                    uint4 four = *(const uint4*)(tiles + m * TILE_BYTES + step * 512 + lane * 16);
-                    a[0] = four.x;
-                    a[1] = four.y;
-                    a[2] = four.z;
-                    a[3] = four.w;
-                }
+                packed[m].fragment(tiles + m * TILE_BYTES, lane, step, a);
                 #pragma unroll
                 for (int n = 0; n < NT; n++) mma_bf16(acc[m][n], a, b[n][0], b[n][1]);
             }
         }
     }
 
-    // The block's outputs: tiles first_tile.. of a matrix of n_tiles, tokens `columns` of x.
-    __device__ static __forceinline__ void run(
-        float (&acc)[MT][NT][4], u8* shared, const u8* matrix, int first_tile, int n_tiles, int n_groups,
-        const u16* x, u32 x_stride, int n_k, const int* columns
+    // The block's sums: tiles first_tile.. of a matrix of n_tiles, times the tokens of x that
+    // `columns` tells after it was prepared by `prepare`, which waits for the kernel before. What
+    // `outputs` does with them follows.
+    template <class Prepare, class Outputs> __device__ static __forceinline__ void run(
+        u8* shared, const u8* matrix, int first_tile, int n_tiles, int n_groups,
+        const u16* x, u32 x_stride, int n_k, const int* columns, Prepare prepare, Outputs outputs
     ) {
+        float acc[MT][NT][4];
         #pragma unroll
         for (int m = 0; m < MT; m++)
             #pragma unroll
             for (int n = 0; n < NT; n++)
                 #pragma unroll
                 for (int i = 0; i < 4; i++) acc[m][n][i] = 0.0f;
-        const Copies copies(shared_address(shared), first_tile, n_tiles, n_groups, x_stride, columns);
+        Copies copies(shared_address(shared), first_tile, n_tiles, n_groups);
         // Weights are there before the kernel that writes x is done.
         for (int stage = 0; stage < STAGES - 1; stage++) {
             if (stage < n_groups) copies.fill_weights(stage, stage, matrix);
         }
-        wait_for_previous();
+        prepare();
+        __syncthreads();
+        copies.find_tokens(x_stride, columns);
         for (int stage = 0; stage < STAGES - 1; stage++) {
             if (stage < n_groups) copies.fill_tokens(stage, stage, x, n_k);
             copy_async_commit();
@@ -235,5 +270,6 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
             to = to + 1 == STAGES ? 0 : to + 1;
         }
         copy_async_wait<0>();
+        outputs(acc);
     }
 };

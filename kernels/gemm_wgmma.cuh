@@ -88,7 +88,7 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupGe
     static constexpr int M_TILES = MT, N_TILES = NT;
     static constexpr int TILES = WGS * MT * BLOCK_TILES;
     static constexpr int COLUMNS = NT * 8;
-    static constexpr int TILE_BYTES = FORMAT == MXFP4 ? 544 : 2048;
+    static constexpr int TILE_BYTES = Tile<FORMAT>::BYTES;
     static constexpr int BLOCK_BYTES = BLOCK_TILES * TILE_BYTES;
     static constexpr int TOKEN_BYTES = COLUMNS * 128;
     static constexpr int WEIGHT_BYTES = WGS * MT * BLOCK_BYTES;
@@ -102,126 +102,110 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupGe
     }
     __device__ static __forceinline__ int column(int n) { return n * 8; }
 
+    // Brings the block's weights to L2.
+    __device__ static __forceinline__ void prefetch(const u8* matrix, int first_tile, int n_tiles, int n_groups) {
+        int first = first_tile / BLOCK_TILES, end = (n_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
+        for (int i = threadIdx.x; i < WGS * MT * n_groups; i += THREADS) {
+            if (first + i / n_groups >= end) return;
+            prefetch_l2(matrix + ((u64)first * n_groups + i) * BLOCK_BYTES, BLOCK_BYTES);
+        }
+    }
+
     // Address and strides of a token tile for the matrix units: rows of 128 bytes, swizzled, eight
     // of them 1024 bytes.
     __device__ static __forceinline__ u64 token_matrix(u32 address) {
         return (u64)(address >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
     }
 
-    // As Gemm::run; first_tile is a multiple of BLOCK_TILES.
-    __device__ static __forceinline__ void run(
-        float (&acc)[MT][NT][4], u8* dynamic, const u8* matrix, int first_tile, int n_tiles, int n_groups,
-        const u16* x, u32 x_stride, int n_k, const int* columns
-    ) {
-        __shared__ __align__(8) u64 barriers[STAGES];
-        u8* shared = dynamic + (0 - shared_address(dynamic) & 1023);
-        u32 tokens = shared_address(shared), full = shared_address(barriers);
-        int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32;
-        const u8* weights = matrix + (u64)(first_tile / BLOCK_TILES) * n_groups * BLOCK_BYTES;
-        int n_blocks = (n_tiles - first_tile + BLOCK_TILES - 1) / BLOCK_TILES;
-        if (n_blocks > WGS * MT) n_blocks = WGS * MT;
-        if (thread == 0) {
-            for (int stage = 0; stage < STAGES; stage++) barrier_init(full + 8 * stage, 1);
-            fence_matrix_units();
-        }
-        #pragma unroll
-        for (int m = 0; m < MT; m++)
-            #pragma unroll
-            for (int n = 0; n < NT; n++)
-                #pragma unroll
-                for (int i = 0; i < 4; i++) acc[m][n][i] = 0.0f;
-
+    // What a thread keeps of its block.
+    struct Block {
+        u8* shared;
+        u32 tokens, full;
+        const u8* weights;
+        const u16* x;
+        int n_blocks, n_groups, n_k;
+        static constexpr int N_TOKENS = (COLUMNS * 8 + THREADS - 1) / THREADS;
         // The same 16-byte chunk of every token is this thread's, for THREADS is a multiple of 64.
-        constexpr int N_TOKENS = (COLUMNS * 8 + THREADS - 1) / THREADS;
-        u32 token_chunks[N_TOKENS];
-        #pragma unroll
-        for (int n = 0; n < N_TOKENS; n++) {
-            int i = n * THREADS + thread;
-            int row = i < COLUMNS * 8 ? columns[i / 8] : -1;
-            token_chunks[n] = row >= 0 ? (u32)row * (x_stride / 8) + thread % 8 : NONE;
-        }
-        u32 tokens_at = tokens + thread / 8 * 128 + ((thread ^ (thread / 8)) & 7) * 16;
-        __syncthreads();
+        u32 chunks[N_TOKENS];
+        u32 tokens_at;
 
-        auto fill_weights = [&](int stage, int group) {
-            if (warp == 0 && lane < n_blocks) {
-                u32 barrier = full + 8 * stage;
-                if (lane == 0) barrier_expect(barrier, n_blocks * BLOCK_BYTES);
-                const u8* from = weights + ((u64)lane * n_groups + group) * BLOCK_BYTES;
-                copy_bulk(tokens + STAGES * TOKEN_BYTES + stage * WEIGHT_BYTES + lane * BLOCK_BYTES, from, BLOCK_BYTES, barrier);
+        __device__ __forceinline__ void fill_weights(int stage, int group) const {
+            int lane = (int)threadIdx.x;
+            if (lane >= n_blocks) return;
+            u32 barrier = full + 8 * stage;
+            if (lane == 0) barrier_expect(barrier, n_blocks * BLOCK_BYTES);
+            const u8* from = weights + ((u64)lane * n_groups + group) * BLOCK_BYTES;
+            copy_bulk(tokens + STAGES * TOKEN_BYTES + stage * WEIGHT_BYTES + lane * BLOCK_BYTES, from, BLOCK_BYTES, barrier);
+        }
+
+        __device__ __forceinline__ void find_tokens(u32 x_stride, const int* columns) {
+            int thread = (int)threadIdx.x;
+            #pragma unroll
+            for (int n = 0; n < N_TOKENS; n++) {
+                int i = n * THREADS + thread;
+                int row = i < COLUMNS * 8 ? columns[i / 8] : -1;
+                chunks[n] = row >= 0 ? (u32)row * (x_stride / 8) + thread % 8 : NONE;
             }
-        };
-        auto fill_tokens = [&](int stage, int group) {
+            tokens_at = tokens + thread / 8 * 128 + ((thread ^ (thread / 8)) & 7) * 16;
+        }
+
+        __device__ __forceinline__ void fill_tokens(int stage, int group) const {
+            int thread = (int)threadIdx.x;
             bool inside = group * GROUP_K + thread % 8 * 8 < n_k;
             #pragma unroll
             for (int n = 0; n < N_TOKENS; n++) {
                 if ((n + 1) * THREADS <= COLUMNS * 8 || n * THREADS + thread < COLUMNS * 8) {
-                    const u16* from = x + (u64)(token_chunks[n] + group * 8) * 8;
-                    copy_async16(tokens_at + stage * TOKEN_BYTES + n * (THREADS / 8) * 128, from, inside && token_chunks[n] != NONE);
+                    const u16* from = x + (u64)(chunks[n] + group * 8) * 8;
+                    copy_async16(tokens_at + stage * TOKEN_BYTES + n * (THREADS / 8) * 128, from, inside && chunks[n] != NONE);
                 }
             }
-        };
-        // Weights are there before the kernel that writes x is done.
-        for (int stage = 0; stage < STAGES - 2; stage++) {
-            if (stage < n_groups) fill_weights(stage, stage);
         }
-        wait_for_previous();
-        for (int stage = 0; stage < STAGES - 2; stage++) {
-            if (stage < n_groups) fill_tokens(stage, stage);
-            copy_async_commit();
-        }
-        u32 fragments[2][2][MT][4];
+    };
+
+    // All of K, for the first M blocks of each warpgroup.
+    template <int M> __device__ static __forceinline__ void multiply(const Block& block, float (&acc)[M][NT][4]) {
+        int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+        #pragma unroll
+        for (int m = 0; m < M; m++)
+            #pragma unroll
+            for (int n = 0; n < NT; n++)
+                #pragma unroll
+                for (int i = 0; i < 4; i++) acc[m][n][i] = 0.0f;
+        u32 fragments[2][2][M][4];
         int from = 0, to = STAGES - 2;
         u32 parity = 0;
-        for (int group = 0; group < n_groups; group++) {
+        for (int group = 0; group < block.n_groups; group++) {
             copy_async_wait<STAGES - 3>();
             fence_matrix_units();
-            barrier_wait(full + 8 * from, parity);
+            barrier_wait(block.full + 8 * from, parity);
             __syncthreads();
             int next = group + STAGES - 2;
-            if (next < n_groups) {
-                fill_weights(to, next);
-                fill_tokens(to, next);
+            if (next < block.n_groups) {
+                block.fill_weights(to, next);
+                block.fill_tokens(to, next);
             }
             copy_async_commit();
-            const u8* tiles = shared + STAGES * TOKEN_BYTES + from * WEIGHT_BYTES + warp * TILE_BYTES;
-            u64 b = token_matrix(tokens + from * TOKEN_BYTES);
-            uint4 codes[MT];
-            u32 scales[MT];
-            if constexpr (FORMAT == MXFP4) {
-                #pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    const u8* tile = tiles + m * WGS * BLOCK_BYTES;
-                    codes[m] = *(const uint4*)(tile + lane * 16);
-                    scales[m] = *(const u32*)(tile + 512 + lane / 4 * 4);
-                }
-            }
+            const u8* tiles = block.shared + STAGES * TOKEN_BYTES + from * WEIGHT_BYTES + warp * TILE_BYTES;
+            u64 b = token_matrix(block.tokens + from * TOKEN_BYTES);
+            Tile<FORMAT> packed[M];
+            #pragma unroll
+            for (int m = 0; m < M; m++) packed[m].load(tiles + m * WGS * BLOCK_BYTES, lane);
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 // The multiplications that read this half's fragments are over.
                 wgmma_wait<1>();
                 #pragma unroll
-                for (int m = 0; m < MT; m++) {
+                for (int m = 0; m < M; m++) {
                     #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        u32 (&a)[4] = fragments[half][i][m];
-                        if constexpr (FORMAT == MXFP4) {
-                            u32 word = half == 0 ? (i == 0 ? codes[m].x : codes[m].y) : (i == 0 ? codes[m].z : codes[m].w);
-                            unpack_mxfp4(word, scale_pair(scales[m], half * 2), scale_pair(scales[m], half * 2 + 1), a);
-                        } else {
-                            uint4 four = *(const uint4*)(tiles + m * WGS * BLOCK_BYTES + (half * 2 + i) * 512 + lane * 16);
-                            a[0] = four.x;
-                            a[1] = four.y;
-                            a[2] = four.z;
-                            a[3] = four.w;
-                        }
+                        packed[m].fragment(tiles + m * WGS * BLOCK_BYTES, lane, half * 2 + i, fragments[half][i][m]);
                     }
                 }
                 wgmma_fence();
                 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     #pragma unroll
-                    for (int m = 0; m < MT; m++) {
+                    for (int m = 0; m < M; m++) {
                         // A k-step is 32 bytes further in each row.
                         wgmma_bf16(acc[m], fragments[half][i][m], b + (half * 2 + i) * 2);
                     }
@@ -238,10 +222,54 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupGe
         copy_async_wait<0>();
         // Sums may be read from here on, not before.
         #pragma unroll
-        for (int m = 0; m < MT; m++)
+        for (int m = 0; m < M; m++)
             #pragma unroll
             for (int n = 0; n < NT; n++)
                 #pragma unroll
                 for (int i = 0; i < 4; i++) asm volatile("" : "+f"(acc[m][n][i]) :: "memory");
+    }
+
+    // As Gemm::run; first_tile is a multiple of BLOCK_TILES.
+    template <class Prepare, class Outputs> __device__ static __forceinline__ void run(
+        u8* dynamic, const u8* matrix, int first_tile, int n_tiles, int n_groups,
+        const u16* x, u32 x_stride, int n_k, const int* columns, Prepare prepare, Outputs outputs
+    ) {
+        __shared__ __align__(8) u64 barriers[STAGES];
+        Block block;
+        block.shared = dynamic + (0 - shared_address(dynamic) & 1023);
+        block.tokens = shared_address(block.shared);
+        block.full = shared_address(barriers);
+        block.weights = matrix + (u64)(first_tile / BLOCK_TILES) * n_groups * BLOCK_BYTES;
+        block.x = x;
+        block.n_groups = n_groups;
+        block.n_k = n_k;
+        int n_blocks = (n_tiles - first_tile + BLOCK_TILES - 1) / BLOCK_TILES;
+        block.n_blocks = n_blocks < WGS * MT ? n_blocks : WGS * MT;
+        if (threadIdx.x == 0) {
+            for (int stage = 0; stage < STAGES; stage++) barrier_init(block.full + 8 * stage, 1);
+            fence_matrix_units();
+        }
+        __syncthreads();
+        // Weights are there before the kernel that writes x is done.
+        for (int stage = 0; stage < STAGES - 2; stage++) {
+            if (stage < n_groups) block.fill_weights(stage, stage);
+        }
+        prepare();
+        __syncthreads();
+        block.find_tokens(x_stride, columns);
+        for (int stage = 0; stage < STAGES - 2; stage++) {
+            if (stage < n_groups) block.fill_tokens(stage, stage);
+            copy_async_commit();
+        }
+        if (MT > 1 && NT >= 8 && n_blocks <= WGS) {
+            // The matrix ends with half a block of rows.
+            float acc[1][NT][4];
+            multiply(block, acc);
+            outputs(acc);
+        } else {
+            float acc[MT][NT][4];
+            multiply(block, acc);
+            outputs(acc);
+        }
     }
 };

@@ -35,6 +35,10 @@ struct MatmulArgs {
     // Pages of a sequence's table; 0 when the cache is rings of `ring` positions.
     u32 max_pages;
     u32 ring;
+    // Grid (row blocks, tile blocks) in place of (tile blocks, row blocks).
+    u32 rows_first;
+    // Whether the weights are brought to L2 at once.
+    u32 prefetch;
 };
 
 // Where position `position` of a sequence's keys (then values) of a head lies.
@@ -64,11 +68,18 @@ struct Add {
         high_bias = has_high ? vector_at(args.bias, m + 8) : 0.0f;
         out = args.out + m;
     }
+    // What is added to is read for all tokens at once, before the first is written.
+    __device__ __forceinline__ void load(u32 row, float& low, float& high) const {
+        const float* from = out + (u64)row * n_out;
+        if (has_low) low = from[0] + (low + low_bias);
+        if (has_high) high = from[8] + (high + high_bias);
+    }
     __device__ __forceinline__ void store(const MatmulArgs& args, u32 row, Row at, float low, float high) const {
         float* to = out + (u64)row * n_out;
-        if (has_low) to[0] = to[0] + (low + low_bias);
-        if (has_high) to[8] = to[8] + (high + high_bias);
+        if (has_low) to[0] = low;
+        if (has_high) to[8] = high;
     }
+    static constexpr bool ADDS = true;
     static constexpr bool AT_ROWS = false;
 };
 
@@ -89,6 +100,8 @@ struct Logits {
         if (has_low) to[0] = low;
         if (has_high) to[8] = high;
     }
+    __device__ __forceinline__ void load(u32 row, float& low, float& high) const {}
+    static constexpr bool ADDS = false;
     static constexpr bool AT_ROWS = false;
 };
 
@@ -129,44 +142,67 @@ struct Qkv {
             to[dim + HEAD_DIM / 2] = high_bits;
         }
     }
+    __device__ __forceinline__ void load(u32 row, float& low, float& high) const {}
+    static constexpr bool ADDS = false;
     static constexpr bool AT_ROWS = true;
+};
+
+// What becomes of a thread's sums.
+template <class G, class Store> struct DenseOutputs {
+    const MatmulArgs& args;
+    const Row* rows;
+    u32 first_row;
+    int first_tile, n_tiles;
+
+    template <int M> __device__ __forceinline__ void operator()(float (&acc)[M][G::N_TILES][4]) const {
+        int lane = threadIdx.x % 32;
+        #pragma unroll
+        for (int m = 0; m < M; m++) {
+            int tile = first_tile + G::tile(m);
+            if (tile >= n_tiles) continue;
+            const Store to(args, tile, lane / 4);
+            if (Store::ADDS) {
+                #pragma unroll
+                for (int n = 0; n < G::N_TILES; n++) {
+                    u32 row = first_row + G::column(n) + lane % 4 * 2;
+                    float* c = acc[m][n];
+                    if (row < args.n_rows) to.load(row, c[0], c[2]);
+                    if (row + 1 < args.n_rows) to.load(row + 1, c[1], c[3]);
+                }
+            }
+            #pragma unroll
+            for (int n = 0; n < G::N_TILES; n++) {
+                u32 column = G::column(n) + lane % 4 * 2;
+                u32 row = first_row + column;
+                float* c = acc[m][n];
+                if (row < args.n_rows) to.store(args, row, rows[Store::AT_ROWS ? column : 0], c[0], c[2]);
+                if (row + 1 < args.n_rows) to.store(args, row + 1, rows[Store::AT_ROWS ? column + 1 : 0], c[1], c[3]);
+            }
+        }
+    }
 };
 
 template <class G, class Store> __device__ __forceinline__ void matmul(const MatmulArgs& args) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ int columns[G::COLUMNS];
-    let_next_start();
-    u32 first_row = blockIdx.y * G::COLUMNS;
-    for (int c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
-        columns[c] = first_row + c < args.n_rows ? (int)(first_row + c) : -1;
-    }
-    __syncthreads();
-    int first_tile = (int)(args.first_tile + blockIdx.x * G::TILES), n_tiles = (int)args.n_tiles;
-    int n_groups = (int)(args.n_k + GROUP_K - 1) / GROUP_K;
-    float acc[G::M_TILES][G::N_TILES][4];
-    G::run(acc, shared, args.weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns);
     __shared__ Row rows[Store::AT_ROWS ? G::COLUMNS : 1];
-    if (Store::AT_ROWS) {
-        for (u32 c = threadIdx.x; c < G::COLUMNS && first_row + c < args.n_rows; c += G::THREADS) {
-            rows[c] = args.rows[first_row + c];
+    // Few token tiles: they follow each other, so that a weight tile is read once from memory.
+    u32 m_block = args.rows_first ? blockIdx.y : blockIdx.x, row_block = args.rows_first ? blockIdx.x : blockIdx.y;
+    u32 first_row = row_block * G::COLUMNS;
+    int first_tile = (int)(args.first_tile + m_block * G::TILES), n_tiles = (int)args.n_tiles;
+    int n_groups = (int)(args.n_k + GROUP_K - 1) / GROUP_K;
+    // Weights that fit in L2 are on their way there before the kernel that writes x is done.
+    if (args.prefetch) G::prefetch(args.weights, first_tile, n_tiles, n_groups);
+    auto prepare = [&] {
+        follow_previous();
+        for (u32 c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
+            bool has = first_row + c < args.n_rows;
+            columns[c] = has ? (int)(first_row + c) : -1;
+            if (Store::AT_ROWS && has) rows[c] = args.rows[first_row + c];
         }
-        __syncthreads();
-    }
-    int lane = threadIdx.x % 32;
-    #pragma unroll
-    for (int m = 0; m < G::M_TILES; m++) {
-        int tile = first_tile + G::tile(m);
-        if (tile >= n_tiles) continue;
-        const Store to(args, tile, lane / 4);
-        #pragma unroll
-        for (int n = 0; n < G::N_TILES; n++) {
-            u32 column = G::column(n) + lane % 4 * 2;
-            u32 row = first_row + column;
-            float* c = acc[m][n];
-            if (row < args.n_rows) to.store(args, row, rows[Store::AT_ROWS ? column : 0], c[0], c[2]);
-            if (row + 1 < args.n_rows) to.store(args, row + 1, rows[Store::AT_ROWS ? column + 1 : 0], c[1], c[3]);
-        }
-    }
+    };
+    const DenseOutputs<G, Store> outputs = {args, rows, first_row, first_tile, n_tiles};
+    G::run(shared, args.weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns, prepare, outputs);
 }
 
 // Variants by how many rows there are; src/engine/cuda/launch.rs has the same numbers.

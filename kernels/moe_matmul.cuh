@@ -83,7 +83,52 @@ struct Down {
     static constexpr bool OF_ROWS = false;
 };
 
-template <class G, class Store> __device__ __forceinline__ void moe_matmul(const MoeArgs& args) {
+// What becomes of a thread's sums.
+template <class G, class Store> struct ExpertOutputs {
+    const MoeArgs& args;
+    const u32* entries;
+    u32 expert;
+    int first_tile, n_tiles;
+
+    template <int M> __device__ __forceinline__ void operator()(float (&acc)[M][G::N_TILES][4]) const {
+        int lane = threadIdx.x % 32;
+        #pragma unroll
+        for (int m = 0; m < M; m++) {
+            int tile = first_tile + G::tile(m);
+            if (tile >= n_tiles) continue;
+            const Store to(args, expert, tile, lane / 4);
+            #pragma unroll
+            for (int n = 0; n < G::N_TILES; n++) {
+                const u32* entry = entries + G::column(n) + lane % 4 * 2;
+                float* c = acc[m][n];
+                if (entry[0] != NONE) to.store(entry[0], c[0], c[2]);
+                if (entry[1] != NONE) to.store(entry[1], c[1], c[3]);
+            }
+        }
+    }
+};
+
+// Sums of tokens first..end of an expert, and what becomes of them.
+template <class G, class Store> __device__ __forceinline__ void expert_tile(
+    const MoeArgs& args, u8* shared, u32* entries, int* columns, u32 expert, u32 first, u32 end
+) {
+    int first_tile = (int)blockIdx.x * G::TILES, n_tiles = (int)args.n_tiles;
+    int n_groups = (int)(args.n_k + GROUP_K - 1) / GROUP_K;
+    u64 blocks = (args.n_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
+    const u8* weights = args.weights + expert * blocks * n_groups * BLOCK_TILES * G::TILE_BYTES;
+    auto prepare = [&] {
+        for (int c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
+            u32 entry = first + c < end ? args.entries[first + c] : NONE;
+            entries[c] = entry;
+            columns[c] = entry == NONE ? -1 : (int)(Store::OF_ROWS ? entry / args.k : entry);
+        }
+    };
+    const ExpertOutputs<G, Store> outputs = {args, entries, expert, first_tile, n_tiles};
+    G::run(shared, weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns, prepare, outputs);
+}
+
+// By blocks of G, those with few tokens by Narrow.
+template <class G, class Store, class Narrow = G> __device__ __forceinline__ void moe_matmul(const MoeArgs& args) {
     extern __shared__ __align__(16) u8 shared[];
     // Of each token: its entry, and its row of x.
     __shared__ u32 entries[G::COLUMNS];
@@ -122,31 +167,10 @@ template <class G, class Store> __device__ __forceinline__ void moe_matmul(const
     u32 expert = found[0];
     if (expert == NONE) return;
     u32 first = found[1], end = found[2];
-    for (int c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
-        u32 entry = first + c < end ? args.entries[first + c] : NONE;
-        entries[c] = entry;
-        columns[c] = entry == NONE ? -1 : (int)(Store::OF_ROWS ? entry / args.k : entry);
-    }
-    __syncthreads();
-    int first_tile = (int)blockIdx.x * G::TILES, n_tiles = (int)args.n_tiles;
-    int n_groups = (int)(args.n_k + GROUP_K - 1) / GROUP_K;
-    u64 blocks = (args.n_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
-    const u8* weights = args.weights + expert * blocks * n_groups * BLOCK_TILES * G::TILE_BYTES;
-    float acc[G::M_TILES][G::N_TILES][4];
-    G::run(acc, shared, weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns);
-    int lane = threadIdx.x % 32;
-    #pragma unroll
-    for (int m = 0; m < G::M_TILES; m++) {
-        int tile = first_tile + G::tile(m);
-        if (tile >= n_tiles) continue;
-        const Store to(args, expert, tile, lane / 4);
-        #pragma unroll
-        for (int n = 0; n < G::N_TILES; n++) {
-            const u32* entry = entries + G::column(n) + lane % 4 * 2;
-            float* c = acc[m][n];
-            if (entry[0] != NONE) to.store(entry[0], c[0], c[2]);
-            if (entry[1] != NONE) to.store(entry[1], c[1], c[3]);
-        }
+    if (Narrow::COLUMNS < G::COLUMNS && end - first <= Narrow::COLUMNS) {
+        expert_tile<Narrow, Store>(args, shared, entries, columns, expert, first, end);
+    } else {
+        expert_tile<G, Store>(args, shared, entries, columns, expert, first, end);
     }
 }
 
@@ -154,6 +178,10 @@ template <class G, class Store> __device__ __forceinline__ void moe_matmul(const
 // 192 rows divide 2880 and 5760.
 #define VARIANT(FORMAT, NAME, STORE, THREADS, BLOCKS, ...) \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MoeArgs args) { moe_matmul<__VA_ARGS__, STORE>(args); }
+#define VARIANT_OF_TWO(FORMAT, NAME, STORE, THREADS, BLOCKS, NARROW_NT, NT) \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MoeArgs args) { \
+        moe_matmul<WarpgroupGemm<FORMAT, 2, 2, NT, 1>, STORE, WarpgroupGemm<FORMAT, 2, 2, NARROW_NT, 1>>(args); \
+    }
 #define VARIANTS(FORMAT, NAME, STORE, SMALL, BIG) \
     VARIANT(FORMAT, NAME##_8, STORE, 128, 1, Gemm<FORMAT, 4, 1, 1, 1, SMALL>) \
     VARIANT(FORMAT, NAME##_16, STORE, 128, 1, Gemm<FORMAT, 4, 1, 1, 2, SMALL>) \
@@ -169,7 +197,7 @@ template <class G, class Store> __device__ __forceinline__ void moe_matmul(const
     VARIANT(FORMAT, NAME##_w32, STORE, 256, FEW, WarpgroupGemm<FORMAT, 2, 2, 4, FEW>) \
     VARIANT(FORMAT, NAME##_w48, STORE, 256, FEW, WarpgroupGemm<FORMAT, 2, 2, 6, FEW>) \
     VARIANT(FORMAT, NAME##_w64, STORE, 256, 1, WarpgroupGemm<FORMAT, 2, 2, 8, 1>) \
-    VARIANT(FORMAT, NAME##_w128, STORE, 256, 1, WarpgroupGemm<FORMAT, 2, 2, 16, 1>)
+    VARIANT_OF_TWO(FORMAT, NAME##_w128, STORE, 256, 1, 8, 16)
 #else
 #define WARPGROUP_VARIANTS(FORMAT, NAME, STORE, FEW, MANY)
 #endif

@@ -41,14 +41,22 @@ __device__ __forceinline__ void wait_for_previous() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// In this order, or kernels further on would take the room of those before them.
 __device__ __forceinline__ void follow_previous() {
-    let_next_start();
     wait_for_previous();
+    let_next_start();
 }
 
 // Asks for the 128 bytes at `global` to be brought to L2.
 __device__ __forceinline__ void prefetch_l2(const void* global) {
     asm volatile("prefetch.global.L2 [%0];" :: "l"(global));
+}
+
+// The same for a run of bytes, a multiple of 16.
+__device__ __forceinline__ void prefetch_l2(const void* global, u32 n_bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(global), "r"(n_bytes) : "memory");
+#endif
 }
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8

@@ -7,8 +7,9 @@
 //   experts  u32 [n_rows * k], NONE for padding rows;  gates f32 [n_rows * k]
 //   offsets  u32 [n_experts + 1];  entries u32 [n_rows * k]
 //
-// route: grid (n_rows), block 256, shared HIDDEN bf16 and n_experts floats. One warp an expert:
-// the lanes' sums over k = 8 lane.., then a butterfly: one order whatever the batch.
+// route: grid (n_rows) or, route_4, (n_rows / 4), block 256, shared HIDDEN bf16 and n_experts
+// floats a row. One warp an expert: the lanes' sums over k = 8 lane.., then a butterfly: one order
+// whatever the batch.
 // group: grid (n_experts), block 256.
 
 struct RouteArgs {
@@ -22,60 +23,13 @@ struct RouteArgs {
     float* gates;
     u32 n_experts;
     u32 k;
+    u32 n_rows;
     float eps;
 };
 
-extern "C" __global__ void __launch_bounds__(256) route(const RouteArgs args) {
-    extern __shared__ __align__(16) u16 normed[];
-    float* logits = (float*)(normed + HIDDEN);
-    __shared__ float scratch[8];
-    u64 row = blockIdx.x;
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    let_next_start();
-    // One block brings the weights to L2 while the kernel before runs.
-    if (row == 0) {
-        for (u32 i = threadIdx.x; i < args.n_experts * HIDDEN / 64; i += 256) prefetch_l2(args.weights + i * 64);
-    }
-    wait_for_previous();
-    RowValues values;
-    values.load(args.x + row * HIDDEN);
-    values.normalize(args.norm, args.eps, args.t + row * HIDDEN, normed, scratch);
-    __syncthreads();
-    // Four experts at a time, so that many loads are under way. Past the last expert the last one
-    // is read again.
-    for (u32 first = warp * 4; first < args.n_experts; first += 32) {
-        float dots[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        const u16* w[4];
-        #pragma unroll
-        for (u32 e = 0; e < 4; e++) {
-            u32 expert = first + e < args.n_experts ? first + e : args.n_experts - 1;
-            w[e] = args.weights + (u64)expert * HIDDEN;
-        }
-        auto add = [&](u32 i) {
-            uint4 b = *(const uint4*)(normed + i);
-            u32 tb[4] = {b.x, b.y, b.z, b.w};
-            #pragma unroll
-            for (u32 e = 0; e < 4; e++) {
-                uint4 a = *(const uint4*)(w[e] + i);
-                u32 wa[4] = {a.x, a.y, a.z, a.w};
-                #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    dots[e] = __fmaf_rn(__int_as_float((int)(wa[j] << 16)), __int_as_float((int)(tb[j] << 16)), dots[e]);
-                    dots[e] = __fmaf_rn(__int_as_float((int)(wa[j] & 0xFFFF0000u)), __int_as_float((int)(tb[j] & 0xFFFF0000u)), dots[e]);
-                }
-            }
-        };
-        #pragma unroll 4
-        for (u32 chunk = 0; chunk < HIDDEN / 256; chunk++) add(chunk * 256 + lane * 8);
-        if (HIDDEN % 256 != 0 && HIDDEN / 256 * 256 + lane * 8 < HIDDEN) add(HIDDEN / 256 * 256 + lane * 8);
-        #pragma unroll
-        for (u32 e = 0; e < 4; e++) {
-            float dot = warp_sum(dots[e]);
-            if (lane == 0 && first + e < args.n_experts) logits[first + e] = dot + vector_at(args.bias, first + e);
-        }
-    }
-    __syncthreads();
-    if (warp != 0) return;
+// The k greatest of a row's logits and their softmax, by one warp; `logits` is used up.
+__device__ __forceinline__ void choose_experts(const RouteArgs& args, u64 row, float* logits) {
+    u32 lane = threadIdx.x % 32;
     u32* experts = args.experts + row * args.k;
     float* gates = args.gates + row * args.k;
     bool padding = args.rows[row].sequence == NONE;
@@ -117,6 +71,79 @@ extern "C" __global__ void __launch_bounds__(256) route(const RouteArgs args) {
     }
     for (u32 rank = lane; rank < args.k; rank += 32) gates[rank] = gates[rank] / gate_sum;
 }
+
+template <int ROWS> __device__ __forceinline__ void route_rows(const RouteArgs& args) {
+    extern __shared__ __align__(16) u16 normed[];
+    float* logits = (float*)(normed + ROWS * HIDDEN);
+    __shared__ float scratch[8];
+    u64 first_row = (u64)blockIdx.x * ROWS;
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // One block brings the weights to L2 while the kernel before runs.
+    if (first_row == 0) {
+        for (u32 i = threadIdx.x; i < args.n_experts * HIDDEN / 64; i += 256) prefetch_l2(args.weights + i * 64);
+    }
+    follow_previous();
+    int n_rows = args.n_rows - first_row < ROWS ? (int)(args.n_rows - first_row) : ROWS;
+    for (int r = 0; r < n_rows; r++) {
+        RowValues values;
+        values.load(args.x + (first_row + r) * HIDDEN);
+        values.normalize(args.norm, args.eps, args.t + (first_row + r) * HIDDEN, normed + r * HIDDEN, scratch);
+    }
+    __syncthreads();
+    // Four experts at a time, so that many loads are under way. Past the last expert the last one
+    // is read again; rows past the last are not told.
+    for (u32 first = warp * 4; first < args.n_experts; first += 32) {
+        float dots[ROWS][4];
+        const u16* w[4];
+        #pragma unroll
+        for (u32 e = 0; e < 4; e++) {
+            u32 expert = first + e < args.n_experts ? first + e : args.n_experts - 1;
+            w[e] = args.weights + (u64)expert * HIDDEN;
+            #pragma unroll
+            for (int r = 0; r < ROWS; r++) dots[r][e] = 0.0f;
+        }
+        auto add = [&](u32 i) {
+            uint4 a[4];
+            #pragma unroll
+            for (u32 e = 0; e < 4; e++) a[e] = *(const uint4*)(w[e] + i);
+            #pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                uint4 b = *(const uint4*)(normed + r * HIDDEN + i);
+                u32 tb[4] = {b.x, b.y, b.z, b.w};
+                #pragma unroll
+                for (u32 e = 0; e < 4; e++) {
+                    u32 wa[4] = {a[e].x, a[e].y, a[e].z, a[e].w};
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        dots[r][e] = __fmaf_rn(__int_as_float((int)(wa[j] << 16)), __int_as_float((int)(tb[j] << 16)), dots[r][e]);
+                        dots[r][e] = __fmaf_rn(__int_as_float((int)(wa[j] & 0xFFFF0000u)), __int_as_float((int)(tb[j] & 0xFFFF0000u)), dots[r][e]);
+                    }
+                }
+            }
+        };
+        constexpr int AHEAD = ROWS == 1 ? 4 : 1;
+        #pragma unroll AHEAD
+        for (u32 chunk = 0; chunk < HIDDEN / 256; chunk++) add(chunk * 256 + lane * 8);
+        if (HIDDEN % 256 != 0 && HIDDEN / 256 * 256 + lane * 8 < HIDDEN) add(HIDDEN / 256 * 256 + lane * 8);
+        #pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            #pragma unroll
+            for (u32 e = 0; e < 4; e++) {
+                float dot = warp_sum(dots[r][e]);
+                if (lane == 0 && first + e < args.n_experts) {
+                    logits[r * args.n_experts + first + e] = dot + vector_at(args.bias, first + e);
+                }
+            }
+        }
+    }
+    __syncthreads();
+    if ((int)warp < n_rows) choose_experts(args, first_row + warp, logits + warp * args.n_experts);
+}
+
+extern "C" __global__ void __launch_bounds__(256) route(const RouteArgs args) { route_rows<1>(args); }
+
+// Many rows: the weights are read once for four of them.
+extern "C" __global__ void __launch_bounds__(256) route_4(const RouteArgs args) { route_rows<4>(args); }
 
 extern "C" __global__ void __launch_bounds__(256) group(
     const u32* experts, u32 n_entries, u32 n_experts, u32* offsets, u32* entries

@@ -119,11 +119,14 @@ impl<'a> Bench<'a> {
                         self.experts(&layer.gate_up, true),
                         self.experts(&layer.down, false),
                     );
-                    let timed = kernels.timed(|| {
-                        kernels.experts_variant(&args.0, &args.1, n_rows, index)
-                    })?;
+                    let timed = kernels
+                        .timed(|| kernels.experts_variant(&args.0, &args.1, n_rows, index))?;
                     for (name, _, ms) in timed {
-                        let sum = if name.starts_with("gate_up") { &mut up } else { &mut down };
+                        let sum = if name.starts_with("gate_up") {
+                            &mut up
+                        } else {
+                            &mut down
+                        };
                         *sum += ms;
                     }
                 }
@@ -137,7 +140,14 @@ impl<'a> Bench<'a> {
                 let flops = 2.0
                     * (n_rows * model.config.n_experts_per_token * experts.n_out * experts.n_k)
                         as f64;
-                self.tell(what, kernels.moe_name(index), n_rows, ms / layers.len() as f64, bytes, flops);
+                self.tell(
+                    what,
+                    kernels.moe_name(index),
+                    n_rows,
+                    ms / layers.len() as f64,
+                    bytes,
+                    flops,
+                );
             }
         }
         Ok(())
@@ -172,9 +182,20 @@ impl<'a> Bench<'a> {
             let projection = projections[0];
             let flops = 2.0 * (n_rows * projection.n_out * projection.n_k) as f64;
             let chosen = kernels.chosen_dense(&self.matmul(projection, n_rows)) == index;
-            let name = format!("{}{}", kernels.dense_name(index), if chosen { "*" } else { "" });
+            let name = format!(
+                "{}{}",
+                kernels.dense_name(index),
+                if chosen { "*" } else { "" }
+            );
             let bytes = projection.tiles.n_bytes() as f64;
-            self.tell(&format!("{which:?}").to_lowercase(), &name, n_rows, best, bytes, flops);
+            self.tell(
+                &format!("{which:?}").to_lowercase(),
+                &name,
+                n_rows,
+                best,
+                bytes,
+                flops,
+            );
         }
         Ok(())
     }
@@ -222,7 +243,11 @@ impl<'a> Bench<'a> {
             k: config.n_experts_per_token as u32,
             n_k: experts.n_k as u32,
             n_tiles: pack::n_tiles(experts.n_out) as u32,
-            n_out: if is_up { config.intermediate } else { experts.n_out } as u32,
+            n_out: if is_up {
+                config.intermediate
+            } else {
+                experts.n_out
+            } as u32,
             limit: config.swiglu_limit,
         }
     }

@@ -141,8 +141,8 @@ pub struct CudaBackend {
     /// Mappings of each page.
     page_users: Vec<u32>,
     batch: Batch,
-    /// Of each bucket that has been run: its captured step.
-    pub(super) graphs: HashMap<usize, Option<Graph>>,
+    /// Of each kind of step that has been run: its captured launches.
+    pub(super) graphs: HashMap<Rows, Option<Graph>>,
     pub(super) outstanding: Option<Outstanding>,
     pub(super) arrived: PinnedBuffer<StepEvent>,
     pub(super) arrival: Event,

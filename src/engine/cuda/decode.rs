@@ -9,6 +9,7 @@ use super::buffer::Plain;
 use super::forward::{Rows, Until};
 use super::launch::SampleArgs;
 use super::memory::bucket;
+use super::sharing::{LiveRow, Sharing};
 use crate::engine::{
     EngineError, PAGE_POSITIONS, SamplingParams, SequenceId, SlotStart, StopReason, TokenEvent,
 };
@@ -185,23 +186,19 @@ impl CudaBackend {
     }
 
     fn enqueue(&mut self, live: &[u32], n_steps: usize) -> Result<(), EngineError> {
-        let n_rows = bucket(live.len());
-        let mut slot_of = live.to_vec();
-        slot_of.resize(n_rows, NONE);
-        self.upload_page_table()?;
-        self.work.slot_of.upload(0, &slot_of)?;
-        self.work.step.fill(0, 1, 0)?;
+        let rows = self.prepare_rows(live)?;
+        let n_rows = rows.n_rows();
         for _ in 0..n_steps {
-            match self.graphs.get(&n_rows) {
+            match self.graphs.get(&rows) {
                 None => {
                     // The first one loads the kernels' code, which a capture may not.
-                    self.step(n_rows)?;
-                    self.graphs.insert(n_rows, None);
+                    self.step(rows)?;
+                    self.graphs.insert(rows, None);
                 }
                 Some(None) => {
-                    let graph = self.device.capture(|| self.step(n_rows))?;
+                    let graph = self.device.capture(|| self.step(rows))?;
                     graph.launch()?;
-                    self.graphs.insert(n_rows, Some(graph));
+                    self.graphs.insert(rows, Some(graph));
                 }
                 Some(Some(graph)) => graph.launch()?,
             }
@@ -214,10 +211,54 @@ impl CudaBackend {
         Ok(())
     }
 
-    /// One step of `n_rows` rows, of which padding does nothing.
-    fn step(&self, n_rows: usize) -> Result<(), EngineError> {
+    /// Uploads which slots a step has, and what they share.
+    fn prepare_rows(&mut self, live: &[u32]) -> Result<Rows, EngineError> {
+        let n_rows = bucket(live.len().max(1));
+        let mut slot_of = live.to_vec();
+        slot_of.resize(n_rows, NONE);
+        self.upload_page_table()?;
+        self.work.slot_of.upload(0, &slot_of)?;
+        self.work.step.fill(0, 1, 0)?;
+        let shares = self.upload_sharing(n_rows, live)?;
+        Ok(Rows::Step { n_rows, shares })
+    }
+
+    /// Uploads the work items of pages that live slots share; false for none.
+    fn upload_sharing(&self, n_rows: usize, live: &[u32]) -> Result<bool, EngineError> {
+        if self.geometry.n_full_layers == 0 {
+            return Ok(false);
+        }
+        let rows: Vec<LiveRow<'_>> = live
+            .iter()
+            .enumerate()
+            .map(|(row, &slot)| {
+                let whole = self.sequences[slot as usize].length / PAGE_POSITIONS;
+                LiveRow {
+                    row: row as u32,
+                    sequence: slot,
+                    pages: &self.pages_of(slot as usize)[..whole],
+                }
+            })
+            .collect();
+        let kernels = &self.loaded.kernels;
+        let n_items = kernels.whole_items(self.loaded.model.config.n_kv_heads);
+        let sharing = Sharing::new(n_rows, &rows, kernels.shared_rows(), n_items);
+        // More than there is room for is a very bushy tree: every row then reads for itself.
+        let n_items = sharing.items.len();
+        if n_items == 0 || n_items > self.work.items.len() {
+            return Ok(false);
+        }
+        self.work.items.upload(0, &sharing.items)?;
+        self.work.n_items.upload(0, &[n_items as u32])?;
+        self.work.shared.upload(0, &sharing.rows)?;
+        Ok(true)
+    }
+
+    /// One step of `rows`, of which padding does nothing.
+    fn step(&self, rows: Rows) -> Result<(), EngineError> {
         let pass = self.pass();
-        pass.forward(Rows::Step { n_rows }, Until::Normed)?;
+        let n_rows = rows.n_rows();
+        pass.forward(rows, Until::Normed)?;
         pass.lm_head(0, n_rows)?;
         let args = SampleArgs {
             logits: self.work.logits.at(0),
@@ -239,14 +280,8 @@ impl CudaBackend {
     /// The driver fails.
     pub fn time_step(&mut self) -> Result<Vec<(String, usize, f64)>, EngineError> {
         self.collect()?;
-        let live = self.live_slots();
-        let n_rows = bucket(live.len().max(1));
-        let mut slot_of = live;
-        slot_of.resize(n_rows, NONE);
-        self.upload_page_table()?;
-        self.work.slot_of.upload(0, &slot_of)?;
-        self.work.step.fill(0, 1, 0)?;
-        self.loaded.kernels.timed(|| self.step(n_rows))
+        let rows = self.prepare_rows(&self.live_slots())?;
+        self.loaded.kernels.timed(|| self.step(rows))
     }
 
     /// Whether enqueued steps are still under way.

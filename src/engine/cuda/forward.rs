@@ -20,19 +20,19 @@ pub enum Until {
 }
 
 /// Which rows a pass has.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Rows {
     /// Rows of sequences' consecutive positions, in this many attention blocks; tokens, rows and
     /// blocks are uploaded.
     Prefill { n_rows: usize, n_blocks: usize },
-    /// One row a slot, taken from the slots on the device.
-    Step { n_rows: usize },
+    /// One row a slot, taken from the slots on the device; some share pages or none does.
+    Step { n_rows: usize, shares: bool },
 }
 
 impl Rows {
-    fn n_rows(self) -> usize {
+    pub fn n_rows(self) -> usize {
         match self {
-            Self::Prefill { n_rows, .. } | Self::Step { n_rows } => n_rows,
+            Self::Prefill { n_rows, .. } | Self::Step { n_rows, .. } => n_rows,
         }
     }
 }
@@ -160,6 +160,9 @@ impl Pass<'_> {
                 cache,
                 page_table: work.page_table.at(0),
                 partial: work.partial.at(0),
+                items: 0,
+                n_items: 0,
+                shared: 0,
                 n_heads: config.n_heads as u32,
                 n_kv_heads: config.n_kv_heads as u32,
                 layer: layer.kind_index as u32,
@@ -171,7 +174,14 @@ impl Pass<'_> {
                 scale: 1.0 / (config.head_dim as f32).sqrt(),
             };
             match rows {
-                Rows::Step { n_rows } => kernels.attention_decode(sliding, &args, n_rows)?,
+                Rows::Step { n_rows, shares } => {
+                    if shares {
+                        args.items = work.items.at(0);
+                        args.n_items = work.n_items.at(0);
+                        args.shared = work.shared.at(0);
+                    }
+                    kernels.attention_decode(sliding, &args, n_rows)?;
+                }
                 Rows::Prefill { n_blocks, .. } => {
                     args.blocks = work.blocks.at(0);
                     kernels.attention(sliding, &args, n_blocks)?;
@@ -207,9 +217,10 @@ impl Pass<'_> {
             gates: work.gates.at(0),
             n_experts: config.n_experts as u32,
             k: k as u32,
+            n_rows: n_rows as u32,
             eps: config.rms_norm_eps,
         };
-        kernels.route(&route, n_rows)?;
+        kernels.route(&route)?;
         kernels.group_entries(
             work.experts.at(0),
             (n_rows * k) as u32,

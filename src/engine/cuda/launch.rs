@@ -45,6 +45,8 @@ pub struct MatmulArgs {
     pub n_layers: u32,
     pub max_pages: u32,
     pub ring: u32,
+    pub rows_first: u32,
+    pub prefetch: u32,
 }
 
 /// As `MoeArgs` in kernels/moe_matmul.cuh.
@@ -80,6 +82,7 @@ pub struct RouteArgs {
     pub gates: u64,
     pub n_experts: u32,
     pub k: u32,
+    pub n_rows: u32,
     pub eps: f32,
 }
 
@@ -95,6 +98,9 @@ pub struct AttentionArgs {
     pub cache: u64,
     pub page_table: u64,
     pub partial: u64,
+    pub items: u64,
+    pub n_items: u64,
+    pub shared: u64,
     pub n_heads: u32,
     pub n_kv_heads: u32,
     pub layer: u32,
@@ -145,11 +151,13 @@ pub struct Kernels {
     rmsnorm: Function,
     moe_combine: Function,
     route: Function,
+    route_4: Function,
     group_entries: Function,
     attention_full: Function,
     attention_sliding: Function,
     attention_full_decode: Function,
     attention_sliding_decode: Function,
+    attention_shared_decode: Function,
     attention_merge: Function,
     dense: [Vec<Function>; 3],
     gate_up: Vec<Function>,
@@ -166,6 +174,15 @@ pub struct Kernels {
     pub n_compiled: usize,
     _modules: Vec<Module>,
 }
+
+/// Rows of a block of `route_4`.
+const ROUTE_ROWS: usize = 4;
+
+/// Row blocks of a dense product up to which they follow each other.
+const ROW_BLOCKS_FIRST: usize = 8;
+
+/// Weights of a dense product that are brought to L2 before its inputs are there.
+const PREFETCH_BYTES: usize = 32 << 20;
 
 /// Blocks of a grid-stride loop.
 const STRIDE_BLOCKS: u32 = 2048;
@@ -219,6 +236,7 @@ impl Kernels {
             |name: &str| of_variants("moe_matmul", name, &moe_variants, tile_bytes(format));
         let attention = |name| function("attention", name, attention_shared(config.head_dim));
         let routing_shared = route_shared(config.hidden, config.n_experts);
+        let routing_shared_4 = ROUTE_ROWS * routing_shared;
         Ok(Self {
             format,
             room,
@@ -232,11 +250,13 @@ impl Kernels {
             rmsnorm: function("rmsnorm", "rmsnorm", 0)?,
             moe_combine: function("rmsnorm", "moe_combine", 0)?,
             route: function("topk_routing", "route", routing_shared)?,
+            route_4: function("topk_routing", "route_4", routing_shared_4)?,
             group_entries: function("topk_routing", "group", 0)?,
             attention_full: attention("attention_full")?,
             attention_sliding: attention("attention_sliding")?,
             attention_full_decode: attention("attention_full_decode")?,
             attention_sliding_decode: attention("attention_sliding_decode")?,
+            attention_shared_decode: attention("attention_shared_decode")?,
             attention_merge: function("attention", "attention_merge", 0)?,
             dense: [
                 dense_of("matmul_qkv")?,
@@ -393,19 +413,22 @@ impl Kernels {
     ) -> Result<(), CudaError> {
         let variant = self.dense_variants[index];
         let n_tiles = (args.n_tiles - args.first_tile) as usize;
-        let grid = [
-            n_tiles.div_ceil(variant.block_tiles()),
-            (args.n_rows as usize).div_ceil(variant.columns()),
-            1,
-        ];
+        let m_blocks = n_tiles.div_ceil(variant.block_tiles());
+        let row_blocks = (args.n_rows as usize).div_ceil(variant.columns());
+        let weights = n_tiles * pack::n_groups(args.n_k as usize) * pack::BF16_TILE_BYTES;
+        let args = MatmulArgs {
+            // Few row blocks share a weight tile while it is in L2.
+            rows_first: u32::from(row_blocks <= ROW_BLOCKS_FIRST),
+            prefetch: u32::from(row_blocks == 1 && weights <= PREFETCH_BYTES),
+            ..*args
+        };
+        let grid = match args.rows_first {
+            0 => [m_blocks, row_blocks, 1],
+            _ => [row_blocks, m_blocks, 1],
+        };
         let shared = variant.shared_bytes(pack::BF16_TILE_BYTES);
-        self.follow(
-            self.dense[which as usize][index],
-            grid,
-            variant.threads(),
-            shared,
-            &[arg(args)],
-        )
+        let function = self.dense[which as usize][index];
+        self.follow(function, grid, variant.threads(), shared, &[arg(&args)])
     }
 
     pub fn ring_append(&self, args: &MatmulArgs) -> Result<(), CudaError> {
@@ -418,9 +441,15 @@ impl Kernels {
         )
     }
 
-    pub fn route(&self, args: &RouteArgs, n_rows: usize) -> Result<(), CudaError> {
+    pub fn route(&self, args: &RouteArgs) -> Result<(), CudaError> {
         let shared = route_shared(self.hidden, self.n_experts);
-        self.follow(self.route, [n_rows, 1, 1], 256, shared, &[arg(args)])
+        let n_rows = args.n_rows as usize;
+        // From so many rows on every multiprocessor has some even when four share a block.
+        if n_rows < 2 * ROUTE_ROWS * self.room.n_multiprocessors {
+            return self.follow(self.route, [n_rows, 1, 1], 256, shared, &[arg(args)]);
+        }
+        let grid = [n_rows.div_ceil(ROUTE_ROWS), 1, 1];
+        self.follow(self.route_4, grid, 256, ROUTE_ROWS * shared, &[arg(args)])
     }
 
     pub fn group_entries(
@@ -508,7 +537,21 @@ impl Kernels {
         )
     }
 
-    /// Attention of a decode step: one row a sequence.
+    /// Rows of a shared item: as `SHARED_ROWS` in kernels/attention.cu.
+    pub fn shared_rows(&self) -> usize {
+        match self.group {
+            ..=8 => 16,
+            9..=64 => 128 / self.group,
+            _ => 1,
+        }
+    }
+
+    /// Items of one KV head from which a prefix need not be cut to keep the GPU busy.
+    pub fn whole_items(&self, n_kv_heads: usize) -> usize {
+        (self.room.n_multiprocessors / 2).div_ceil(n_kv_heads)
+    }
+
+    /// Attention of a decode step: one row a sequence. `args.items` are there or not.
     pub fn attention_decode(
         &self,
         sliding: bool,
@@ -527,6 +570,13 @@ impl Kernels {
                 shared,
                 &[arg(args)],
             );
+        }
+        if args.items != 0 {
+            let blocks = self.room.n_multiprocessors.div_ceil(n_kv_heads);
+            let threads = 32 * (self.shared_rows() * self.group).div_ceil(16);
+            let grid = [blocks, n_kv_heads, 1];
+            let function = self.attention_shared_decode;
+            self.follow(function, grid, threads, shared, &[arg(args)])?;
         }
         // About six blocks a multiprocessor; a block goes through every so many splits.
         let wanted = 6 * self.device.n_multiprocessors as usize;
@@ -623,7 +673,14 @@ impl Kernels {
         shared: usize,
         args: &[*mut c_void],
     ) -> Result<(), CudaError> {
-        self.enqueue(function, grid, threads, shared, args, self.device.major >= 9 && std::env::var_os("PODIUM_NO_OVERLAP").is_none())
+        self.enqueue(
+            function,
+            grid,
+            threads,
+            shared,
+            args,
+            self.device.major >= 9 && std::env::var_os("PODIUM_NO_OVERLAP").is_none(),
+        )
     }
 
     fn enqueue(

@@ -3,6 +3,7 @@
 
 use super::decode::{Event, MAX_STEPS, Slot};
 use super::model::CudaModel;
+use super::sharing::SharedItem;
 use crate::engine::checkpoint::WeightFormat;
 use crate::engine::config::{LayerKind, ModelConfig};
 use crate::engine::{BackendMemory, EngineShape, PAGE_POSITIONS, TILE_KEYS};
@@ -88,6 +89,8 @@ pub struct Lengths {
     pub page_table: usize,
     /// f32 `[step_rows, n_heads, max_splits, head_dim + 2]`.
     pub partial: usize,
+    /// Work items of shared pages.
+    pub items: usize,
     pub events: usize,
 }
 
@@ -117,6 +120,7 @@ impl Lengths {
             partial: (step_rows * config.n_heads)
                 .saturating_mul(max_splits)
                 .saturating_mul(config.head_dim + 2),
+            items: shape.n_slots + 16 * max_splits,
             events: step_rows * MAX_STEPS,
         }
     }
@@ -134,8 +138,8 @@ impl Lengths {
             self.partial,
             // Rows (4 words), tokens, blocks (2 words).
             self.max_rows.saturating_mul(7),
-            // The slots' map and the step counter.
-            self.step_rows + 1,
+            // The slots' map, the number of shared items, what rows share (2 words), the step counter.
+            3 * self.step_rows + 2,
         ];
         let two = [self.t, self.qkv, self.attended, self.act];
         let words = |lens: &[usize], width: u64| {
@@ -146,6 +150,7 @@ impl Lengths {
         words(&four, 4)
             .saturating_add(words(&two, 2))
             .saturating_add((n_slots * size_of::<Slot>()) as u64)
+            .saturating_add((self.items * size_of::<SharedItem>()) as u64)
             .saturating_add((self.events * size_of::<Event>()) as u64)
     }
 }

@@ -18,6 +18,7 @@ pub mod memory;
 pub mod model;
 pub mod nvrtc;
 pub mod pack;
+pub mod sharing;
 pub mod variants;
 mod workspace;
 

@@ -8,6 +8,7 @@ use super::decode::{Event as StepEvent, Slot};
 use super::device::Device;
 use super::error::CudaError;
 use super::memory::{KvGeometry, Lengths};
+use super::sharing::SharedItem;
 use crate::engine::EngineShape;
 use crate::engine::config::ModelConfig;
 
@@ -49,6 +50,9 @@ pub struct Workspace {
     pub blocks: DeviceBuffer<[u32; 2]>,
     pub slots: DeviceBuffer<Slot>,
     pub slot_of: DeviceBuffer<u32>,
+    pub items: DeviceBuffer<SharedItem>,
+    pub n_items: DeviceBuffer<u32>,
+    pub shared: DeviceBuffer<[u32; 2]>,
     pub step: DeviceBuffer<u32>,
     pub events: DeviceBuffer<StepEvent>,
 }
@@ -86,6 +90,9 @@ impl Workspace {
             blocks: device.alloc("attention blocks", lengths.max_rows)?,
             slots: device.alloc("slots", shape.n_slots)?,
             slot_of: device.alloc("slots", lengths.step_rows)?,
+            items: device.alloc("shared pages", lengths.items)?,
+            n_items: device.alloc("shared pages", 1)?,
+            shared: device.alloc("shared pages", lengths.step_rows)?,
             step: device.alloc("step counter", 1)?,
             events: device.alloc("events", lengths.events)?,
         };
@@ -122,6 +129,7 @@ impl Workspace {
             &self.page_table,
             &self.tokens,
             &self.slot_of,
+            &self.n_items,
             &self.step,
         ];
         two.iter().map(|buffer| buffer.n_bytes()).sum::<u64>()
@@ -130,6 +138,8 @@ impl Workspace {
             + self.rows.n_bytes()
             + self.blocks.n_bytes()
             + self.slots.n_bytes()
+            + self.items.n_bytes()
+            + self.shared.n_bytes()
             + self.events.n_bytes()
     }
 
