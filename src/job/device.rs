@@ -15,7 +15,7 @@ use crate::engine::cuda::kernels::Build;
 use crate::engine::cuda::memory::BUCKETS;
 use crate::engine::cuda::model::CudaModel;
 use crate::engine::cuda::nvrtc::Nvrtc;
-use crate::engine::cuda::{self, CudaBackend, CudaError, CudaOptions, Loaded};
+use crate::engine::cuda::{self, CudaBackend, CudaError, CudaOptions, Loaded, Staging};
 use crate::engine::plan::{self, BatchSize, Budget, LedgerEntry, MemoryPlan, PlanRequest};
 use crate::engine::{Backend, EngineError, EngineShape};
 
@@ -136,11 +136,32 @@ impl Engine {
         precision: Precision,
         n_threads: usize,
     ) -> Result<Held, JobError> {
+        let staging = Staging {
+            n_threads,
+            ..Staging::default()
+        };
+        self.load_within(checkpoint, precision, staging)
+    }
+
+    /// As [`Engine::load`], with what loading may take beside the weights of a GPU.
+    ///
+    /// # Errors
+    /// As [`Engine::load`].
+    pub fn load_within(
+        self,
+        checkpoint: &Checkpoint,
+        precision: Precision,
+        staging: Staging,
+    ) -> Result<Held, JobError> {
         Ok(match self {
             Self::Cpu => Held::Cpu(Arc::new(CpuBackend::load(
-                checkpoint, precision, n_threads,
+                checkpoint,
+                precision,
+                staging.n_threads,
             )?)),
-            Self::Cuda(index) => Held::Cuda(Arc::new(Loaded::open(checkpoint, precision, index)?)),
+            Self::Cuda(index) => Held::Cuda(Arc::new(Loaded::open_within(
+                checkpoint, precision, index, staging,
+            )?)),
         })
     }
 

@@ -20,6 +20,7 @@ use crate::engine::StopReason;
 use crate::engine::checkpoint::Precision;
 use crate::engine::cpu::CpuOptions;
 use crate::engine::cpu::path::CpuPath;
+use crate::engine::cuda::Staging;
 use crate::engine::generate::{GenerateOptions, Outcome as Generated, generate};
 use crate::engine::plan::{MemoryPlan, ledger_table};
 use crate::profile::{Profile, Source};
@@ -337,7 +338,7 @@ impl Run<'_> {
             return Ok((ran, None));
         }
 
-        let model = self.load(weights)?;
+        let model = self.load(weights, plan)?;
         memory.event(MemoryEvent::Load, None);
         let mut ledger = plan.ledger.clone();
         if let Held::Cpu(model) = &model {
@@ -417,7 +418,7 @@ impl Run<'_> {
         Ok((ran, error))
     }
 
-    fn load(&self, weights: &mut Weights) -> Result<Held, JobError> {
+    fn load(&self, weights: &mut Weights, plan: &MemoryPlan) -> Result<Held, JobError> {
         let precision = self.model.effective_precision(self.precision.value);
         if let Some((loaded, engine, held)) = weights
             && *loaded == precision
@@ -428,8 +429,9 @@ impl Run<'_> {
         // The other precision's weights go before these come.
         *weights = None;
         let checkpoint = &self.model.checkpoint;
-        let n_threads = self.options.n_threads;
-        let held = self.engine.load(checkpoint, precision, n_threads)?;
+        let host_memory = self.settings.host_memory.value;
+        let staging = Staging::within(&plan.memory, host_memory, self.options.n_threads);
+        let held = self.engine.load_within(checkpoint, precision, staging)?;
         *weights = Some((precision, self.engine, held.clone()));
         Ok(held)
     }
