@@ -283,78 +283,22 @@ impl Case {
     /// The tiles by the host's packers, and whether they are in the form for large scales; or
     /// what is wrong with the values.
     pub fn expected(&self, raw: &Raw) -> Result<(Vec<u8>, bool), String> {
-        let source = self.source(raw);
-        let block = |expert: usize, row: usize, block: usize| -> Result<StoredBlock, String> {
-            let (n_out, n_k) = (self.n_out, self.n_k);
-            let found = match &source {
-                Source::Rows(parts) => DenseBlocks { parts, n_k }.block(expert, row, block),
-                Source::Experts(tensors) => ExpertBlocks {
-                    tensors,
-                    n_out,
-                    n_k,
-                }
-                .block(expert, row, block),
-            };
-            let found = found.map_err(|error| error.to_string())?;
-            Ok(found.expect("the row is there"))
-        };
+        let matrix = self.matrix(raw, 0, 0, 0);
         // The first block that cannot be held is the one that is told.
         for i in 0..self.n_blocks() {
             let (line, k) = (i / (self.n_k / 32), i % (self.n_k / 32));
             let (expert, row) = (line / self.n_out, line % self.n_out);
-            let values = block(expert, row, k)?;
+            let block = block(&matrix, expert, row, k).map_err(|error| error.to_string())?;
             if self.held == MatrixFormat::Mxfp4
-                && values.to_mxfp4(&mut Deviation::default()).is_none()
+                && block.to_mxfp4(&mut Deviation::default()).is_none()
             {
-                return Err(self.not_finite(&source, expert, row, k).to_string());
+                let error = blocks(&matrix).not_finite(expert, row, k);
+                return Err(error.to_string());
             }
         }
-        let pack = |wide: bool| -> Result<Vec<u8>, NeedsWide> {
-            let mut tiles = vec![0; self.n_bytes()];
-            let n_bytes = self.n_bytes() / self.n_experts;
-            for (expert, tiles) in tiles.chunks_exact_mut(n_bytes).enumerate() {
-                let block = |row, k| block(expert, row, k).expect("all blocks were read before");
-                match self.held {
-                    MatrixFormat::Mxfp4 => pack::mxfp4::<NeedsWide>(
-                        tiles,
-                        self.n_out,
-                        self.n_k,
-                        self.order,
-                        wide,
-                        |row, k| {
-                            let block = block(row, k);
-                            Ok(block.to_mxfp4(&mut Deviation::default()).expect("finite"))
-                        },
-                    )?,
-                    _ => pack::bf16(tiles, self.n_out, self.n_k, self.order, |row, k| {
-                        block(row, k / 32).to_bf16()[k % 32]
-                    }),
-                }
-            }
-            Ok(tiles)
-        };
-        match pack(false) {
+        match packed(&matrix, false) {
             Ok(tiles) => Ok((tiles, false)),
-            Err(NeedsWide) => Ok((pack(true).expect("the wide form holds every scale"), true)),
-        }
-    }
-
-    fn not_finite(
-        &self,
-        source: &Source,
-        expert: usize,
-        row: usize,
-        block: usize,
-    ) -> CheckpointError {
-        let (n_out, n_k) = (self.n_out, self.n_k);
-        match source {
-            Source::Rows(parts) => DenseBlocks { parts, n_k }.not_finite(expert, row, block),
-            Source::Experts(tensors) => ExpertBlocks {
-                tensors,
-                n_out,
-                n_k,
-            }
-            .not_finite(expert, row, block),
+            Err(NeedsWide) => Ok((packed(&matrix, true).expect("it holds every scale"), true)),
         }
     }
 
@@ -362,6 +306,53 @@ impl Case {
     pub fn slot_sizes(&self, least: usize) -> [usize; 3] {
         [least, 3 * least, self.n_bytes() * 8 + least]
     }
+}
+
+fn blocks<'a>(matrix: &'a Matrix) -> Box<dyn Blocks + 'a> {
+    let (n_out, n_k) = (matrix.n_out, matrix.n_k);
+    match &matrix.source {
+        Source::Rows(parts) => Box::new(DenseBlocks { parts, n_k }),
+        Source::Experts(tensors) => Box::new(ExpertBlocks {
+            tensors,
+            n_out,
+            n_k,
+        }),
+    }
+}
+
+fn block(
+    matrix: &Matrix,
+    expert: usize,
+    row: usize,
+    k: usize,
+) -> Result<StoredBlock, CheckpointError> {
+    let block = blocks(matrix).block(expert, row, k)?;
+    Ok(block.expect("the row is there"))
+}
+
+/// A matrix's tiles by the host's packers; its values are such as can be held.
+pub fn packed(matrix: &Matrix, wide: bool) -> Result<Vec<u8>, NeedsWide> {
+    let (n_out, n_k, order) = (matrix.n_out, matrix.n_k, matrix.order);
+    let n_bytes = match matrix.held {
+        MatrixFormat::Mxfp4 => pack::mxfp4_bytes(n_out, n_k),
+        _ => pack::bf16_bytes(n_out, n_k),
+    };
+    let mut tiles = vec![0; matrix.n_experts * n_bytes];
+    for (expert, tiles) in tiles.chunks_exact_mut(n_bytes).enumerate() {
+        let block = |row, k| block(matrix, expert, row, k).expect("a block that can be held");
+        match matrix.held {
+            MatrixFormat::Mxfp4 => {
+                pack::mxfp4::<NeedsWide>(tiles, n_out, n_k, order, wide, |row, k| {
+                    let block = block(row, k).to_mxfp4(&mut Deviation::default());
+                    Ok(block.expect("finite values"))
+                })?;
+            }
+            _ => pack::bf16(tiles, n_out, n_k, order, |row, k| {
+                block(row, k / 32).to_bf16()[k % 32]
+            }),
+        }
+    }
+    Ok(tiles)
 }
 
 /// What is asked of a case: its tiles as they came out, whether they were widened, and the report.
