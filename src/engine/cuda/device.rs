@@ -21,6 +21,7 @@ use super::graph::{Event, Graph};
 /// An open GPU.
 pub struct Device {
     context: sys::CUcontext,
+    device: sys::CUdevice,
     pub(super) stream: sys::CUstream,
     pub name: String,
     /// Compute capability.
@@ -134,6 +135,7 @@ impl Device {
         check(retained, "a context")?;
         let mut opened = Self {
             context,
+            device,
             stream: ptr::null_mut(),
             name,
             major,
@@ -149,6 +151,18 @@ impl Device {
             "a stream",
         )?;
         Ok(Arc::new(opened))
+    }
+
+    /// Its slot, `0000:1B:00.0`: its name among programs that count GPUs otherwise.
+    pub fn pci_bus_id(&self) -> Option<String> {
+        let mut text = [0; 32];
+        // SAFETY: writes at most so many bytes, a zero among them.
+        let told =
+            unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr(), text.len() as i32, self.device) };
+        check(told, "a GPU's slot").ok()?;
+        // SAFETY: the driver ended it by zero.
+        let text = unsafe { CStr::from_ptr(text.as_ptr()) };
+        Some(text.to_string_lossy().into_owned())
     }
 
     /// Makes the context this thread's.

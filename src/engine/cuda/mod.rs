@@ -18,6 +18,7 @@ pub mod launch;
 pub mod load;
 pub mod memory;
 pub mod model;
+pub mod nvml;
 pub mod nvrtc;
 pub mod pack;
 pub mod pieces;
