@@ -37,6 +37,7 @@ use crate::submission::write::{
     Column, ColumnValue, SubmissionFormat, chosen_sample, first_sample, write_submission,
 };
 use crate::submission::{ResultRow, Results};
+use crate::telemetry::device::DeviceLoad;
 use crate::telemetry::memory::{MemoryEvent, MemoryLog, MemorySummary, SAMPLE_PERIOD};
 use crate::telemetry::throughput::{ThroughputLog, ThroughputTotals};
 use crate::tokenizer::Tokenizer;
@@ -158,6 +159,7 @@ impl Run<'_> {
         let mut environment = Environment::read(std::env::args());
         environment.cpu_path = CpuPath::choose().ok().map(|path| path.name().to_owned());
         environment.n_threads = Some(self.options.n_threads);
+        self.engine.describe(&mut environment);
         let dataset_path = self.prepared.dataset.path.to_string_lossy();
         RunManifest {
             schema: RUN_SCHEMA.to_owned(),
@@ -275,6 +277,9 @@ impl Run<'_> {
         let closed = folder.log.close();
         self.write_files(&path, &results, &mut manifest)?;
         manifest.end_session(ran.outcome, ran.totals, ran.memory, ran.kernel_calls);
+        if let Some(session) = manifest.sessions.last_mut() {
+            session.device_load = ran.device_load;
+        }
         manifest.write(&path)?;
         if let Some(error) = error {
             return Err(error);
@@ -297,10 +302,15 @@ impl Run<'_> {
         opening: &Opening,
         quiet: bool,
     ) -> Result<(Ran, Option<JobError>), JobError> {
-        // The log is of the host's memory; a GPU's is in the plan.
-        let of_host = self.engine == Engine::Cpu;
-        let planned = of_host.then_some(plan.memory);
-        let memory = MemoryLog::start(&folder.path, session, SAMPLE_PERIOD, planned);
+        let meter = self.engine.meter();
+        let (path, planned) = (&folder.path, Some(plan.memory));
+        let memory = match self.engine {
+            Engine::Cpu => MemoryLog::start(path, session, SAMPLE_PERIOD, planned),
+            Engine::Cuda(_) => {
+                let meter = meter.clone();
+                MemoryLog::start_on_device(path, session, SAMPLE_PERIOD, planned, meter)
+            }
+        };
         let mut jobs = Vec::new();
         let missing = self.missing(&folder.results);
         for &(row, sample) in &missing {
@@ -352,7 +362,7 @@ impl Run<'_> {
         manifest.write(&folder.path)?;
         let mut backend = AnyBackend::new(model, plan.shape, self.options)?;
         let allocated = backend.get().memory();
-        memory.event(MemoryEvent::Arena, of_host.then_some(allocated));
+        memory.event(MemoryEvent::Arena, Some(allocated));
         if allocated != plan.memory {
             return Err(JobError::Allocated {
                 planned: plan.memory,
@@ -364,6 +374,7 @@ impl Run<'_> {
         let n_done = folder.results.len();
         let progress = Progress::new(n_jobs, n_done, quiet);
         let mut throughput = ThroughputLog::open(&folder.path, session);
+        throughput.watch(meter.clone());
         let mut recorder = Recorder::new(
             &self.prepared,
             &self.model.tokenizer,
@@ -413,6 +424,7 @@ impl Run<'_> {
             outcome,
             totals,
             memory: Some(memory),
+            device_load: meter.and_then(|meter| meter.load()),
             kernel_calls: backend.kernel_calls(),
         };
         Ok((ran, error))
@@ -510,6 +522,7 @@ struct Ran {
     outcome: Outcome,
     totals: ThroughputTotals,
     memory: Option<MemorySummary>,
+    device_load: Option<DeviceLoad>,
     kernel_calls: BTreeMap<String, u64>,
 }
 
@@ -520,6 +533,7 @@ impl Ran {
             outcome: Outcome::Failed,
             totals: ThroughputTotals::default(),
             memory: None,
+            device_load: None,
             kernel_calls: BTreeMap::new(),
         }
     }
