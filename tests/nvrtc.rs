@@ -10,7 +10,7 @@ use std::process::Command;
 
 use podium::engine::checkpoint::{MatrixFormat, Precision, VectorFormat};
 use podium::engine::config::ModelConfig;
-use podium::engine::cuda::kernels::{Build, texts};
+use podium::engine::cuda::kernels::{Build, Kernel, common_options, repack_text, texts};
 use podium::engine::cuda::nvrtc::Nvrtc;
 use podium::engine::shapes;
 use support::{Scratch, root};
@@ -50,18 +50,10 @@ fn check(nvrtc: &Nvrtc, nvdisasm: &Path, config: &ModelConfig, build: &Build, sc
     for arch in ARCHITECTURES {
         let mut build = *build;
         build.small_shared = arch == "sm_120a";
-        let mut options = build.options(arch);
-        options.push("--ptxas-options=-v".to_owned());
+        let options = build.options(arch);
         for kernel in texts(build.format.experts) {
             let what = format!("{} for {arch}, head dim {}", kernel.name, config.head_dim);
-            let (cubin, log) = nvrtc
-                .compile(kernel.name, &kernel.text, arch, &options)
-                .unwrap_or_else(|error| panic!("{what}: {error}"));
-            assert!(
-                log.contains("bytes spill stores"),
-                "{what}: no report\n{log}"
-            );
-            assert!(spills(&log).is_empty(), "{what} spills: {:?}", spills(&log));
+            let cubin = compile(nvrtc, &kernel, arch, &options, &what);
             if kernel.uses_matrix_units {
                 let path = scratch.write("kernel.cubin", cubin);
                 let output = Command::new(nvdisasm).arg("-c").arg(path).output().unwrap();
@@ -70,6 +62,21 @@ fn check(nvrtc: &Nvrtc, nvdisasm: &Path, config: &ModelConfig, build: &Build, sc
             }
         }
     }
+}
+
+/// The cubin; what the compiler says of registers has been looked at.
+fn compile(nvrtc: &Nvrtc, kernel: &Kernel, arch: &str, options: &[String], what: &str) -> Vec<u8> {
+    let mut options = options.to_vec();
+    options.push("--ptxas-options=-v".to_owned());
+    let (cubin, log) = nvrtc
+        .compile(kernel.name, &kernel.text, arch, &options)
+        .unwrap_or_else(|error| panic!("{what}: {error}"));
+    assert!(
+        log.contains("bytes spill stores"),
+        "{what}: no report\n{log}"
+    );
+    assert!(spills(&log).is_empty(), "{what} spills: {:?}", spills(&log));
+    cubin
 }
 
 #[test]
@@ -88,5 +95,10 @@ fn independent_compiler_takes_every_kernel() {
         let mut build = Build::new(&config, format).unwrap();
         build.wide_scales = wide;
         check(&nvrtc, &nvdisasm, &config, &build, &scratch);
+    }
+    for arch in ARCHITECTURES {
+        let kernel = repack_text();
+        let what = format!("{} for {arch}", kernel.name);
+        compile(&nvrtc, &kernel, arch, &common_options(arch), &what);
     }
 }

@@ -124,7 +124,10 @@ impl CheckpointError {
 
 /// Where a file's bytes live.
 pub enum Bytes {
-    Mapped(Mmap),
+    Mapped {
+        map: Mmap,
+        file: File,
+    },
     /// Embedded in the binary.
     Static(&'static [u8]),
     Owned(Vec<u8>),
@@ -145,7 +148,7 @@ impl From<Vec<u8>> for Bytes {
 impl Bytes {
     fn get(&self) -> &[u8] {
         match self {
-            Self::Mapped(map) => map,
+            Self::Mapped { map, .. } => map,
             Self::Static(bytes) => bytes,
             Self::Owned(bytes) => bytes,
         }
@@ -173,6 +176,8 @@ pub struct Tensor<'a> {
     pub dtype: Dtype,
     pub shape: Vec<usize>,
     pub bytes: &'a [u8],
+    /// The file that `bytes` are mapped from, and where in it they begin.
+    pub file: Option<(&'a File, u64)>,
 }
 
 /// A checked checkpoint.
@@ -281,9 +286,14 @@ impl Checkpoint {
                 found: located.shape.clone(),
             });
         }
+        let file = match &shard.bytes {
+            Bytes::Mapped { file, .. } => Some((file, located.range.start as u64)),
+            _ => None,
+        };
         Ok(Tensor {
             name,
             path: &shard.path,
+            file,
             dtype: located.dtype,
             shape: located.shape.clone(),
             // The range was checked when the header was read.
@@ -295,7 +305,7 @@ impl Checkpoint {
     pub fn release(&self, tensor: &Tensor) {
         #[cfg(unix)]
         for shard in &self.shards {
-            let Bytes::Mapped(map) = &shard.bytes else {
+            let Bytes::Mapped { map, .. } = &shard.bytes else {
                 continue;
             };
             let (start, base) = (tensor.bytes.as_ptr() as usize, map.as_ptr() as usize);
@@ -325,6 +335,29 @@ impl Tensor<'_> {
             expected,
             found: format!("{:?}", self.dtype),
         }
+    }
+
+    /// Copies the bytes from `start` on to `out`. They are read from the file where there is one:
+    /// pages of a mapping would count as this process's memory, and are slower to come.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is shorter than when it was opened.
+    ///
+    /// # Panics
+    /// When they go past the tensor's end.
+    pub fn read(&self, start: usize, out: &mut [u8]) -> Result<(), EngineError> {
+        let bytes = &self.bytes[start..start + out.len()];
+        #[cfg(unix)]
+        if let Some((file, first)) = self.file {
+            use std::os::unix::fs::FileExt;
+            let read = file.read_exact_at(out, first + start as u64);
+            return read.map_err(|source| EngineError::Read {
+                path: self.path.to_owned(),
+                source,
+            });
+        }
+        out.copy_from_slice(bytes);
+        Ok(())
     }
 
     /// bf16 bits of element `i`.
@@ -456,7 +489,7 @@ fn map(path: &Path) -> Result<Bytes, EngineError> {
     // nobody truncating it meanwhile.
     #[allow(unsafe_code, reason = "see above")]
     let map = unsafe { Mmap::map(&file) }.map_err(read_error)?;
-    Ok(Bytes::Mapped(map))
+    Ok(Bytes::Mapped { map, file })
 }
 
 #[cfg(test)]

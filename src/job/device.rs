@@ -14,10 +14,13 @@ use crate::engine::cpu::{CpuBackend, CpuOptions};
 use crate::engine::cuda::kernels::Build;
 use crate::engine::cuda::memory::BUCKETS;
 use crate::engine::cuda::model::CudaModel;
+use crate::engine::cuda::nvml::Nvml;
 use crate::engine::cuda::nvrtc::Nvrtc;
-use crate::engine::cuda::{self, CudaBackend, CudaError, CudaOptions, Loaded};
+use crate::engine::cuda::{self, CudaBackend, CudaError, CudaOptions, Loaded, Staging};
 use crate::engine::plan::{self, BatchSize, Budget, LedgerEntry, MemoryPlan, PlanRequest};
 use crate::engine::{Backend, EngineError, EngineShape};
+use crate::submission::environment::Environment;
+use crate::telemetry::device::DeviceMeter;
 
 /// Rows of one prefill pass on a GPU, most first: the first that fits is taken.
 const PREFILL_ROWS: [usize; 3] = [8192, 2048, 512];
@@ -110,6 +113,27 @@ impl Engine {
         }
     }
 
+    /// The GPU's meter; nothing on a CPU, or where the driver's library of figures is missing.
+    pub fn meter(self) -> Option<DeviceMeter> {
+        let Self::Cuda(index) = self else {
+            return None;
+        };
+        let device = cuda::device::Device::open(index).ok()?;
+        Some(DeviceMeter::new(Nvml::of(&device)?))
+    }
+
+    /// Adds what a manifest says of a GPU.
+    pub fn describe(self, environment: &mut Environment) {
+        let Self::Cuda(index) = self else {
+            return;
+        };
+        environment.nvrtc = Nvrtc::load().ok().map(|nvrtc| nvrtc.version);
+        if let Ok(device) = cuda::device::Device::open(index) {
+            environment.gpu = Some(device.name.clone());
+            environment.driver = Nvml::of(&device).and_then(|nvml| nvml.driver.clone());
+        }
+    }
+
     /// What a run's bits depend on beside the model.
     ///
     /// # Errors
@@ -136,11 +160,32 @@ impl Engine {
         precision: Precision,
         n_threads: usize,
     ) -> Result<Held, JobError> {
+        let staging = Staging {
+            n_threads,
+            ..Staging::default()
+        };
+        self.load_within(checkpoint, precision, staging)
+    }
+
+    /// As [`Engine::load`], with what loading may take beside the weights of a GPU.
+    ///
+    /// # Errors
+    /// As [`Engine::load`].
+    pub fn load_within(
+        self,
+        checkpoint: &Checkpoint,
+        precision: Precision,
+        staging: Staging,
+    ) -> Result<Held, JobError> {
         Ok(match self {
             Self::Cpu => Held::Cpu(Arc::new(CpuBackend::load(
-                checkpoint, precision, n_threads,
+                checkpoint,
+                precision,
+                staging.n_threads,
             )?)),
-            Self::Cuda(index) => Held::Cuda(Arc::new(Loaded::open(checkpoint, precision, index)?)),
+            Self::Cuda(index) => Held::Cuda(Arc::new(Loaded::open_within(
+                checkpoint, precision, index, staging,
+            )?)),
         })
     }
 

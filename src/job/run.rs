@@ -20,6 +20,7 @@ use crate::engine::StopReason;
 use crate::engine::checkpoint::Precision;
 use crate::engine::cpu::CpuOptions;
 use crate::engine::cpu::path::CpuPath;
+use crate::engine::cuda::Staging;
 use crate::engine::generate::{GenerateOptions, Outcome as Generated, generate};
 use crate::engine::plan::{MemoryPlan, ledger_table};
 use crate::profile::{Profile, Source};
@@ -36,6 +37,7 @@ use crate::submission::write::{
     Column, ColumnValue, SubmissionFormat, chosen_sample, first_sample, write_submission,
 };
 use crate::submission::{ResultRow, Results};
+use crate::telemetry::device::DeviceLoad;
 use crate::telemetry::memory::{MemoryEvent, MemoryLog, MemorySummary, SAMPLE_PERIOD};
 use crate::telemetry::throughput::{ThroughputLog, ThroughputTotals};
 use crate::tokenizer::Tokenizer;
@@ -157,6 +159,7 @@ impl Run<'_> {
         let mut environment = Environment::read(std::env::args());
         environment.cpu_path = CpuPath::choose().ok().map(|path| path.name().to_owned());
         environment.n_threads = Some(self.options.n_threads);
+        self.engine.describe(&mut environment);
         let dataset_path = self.prepared.dataset.path.to_string_lossy();
         RunManifest {
             schema: RUN_SCHEMA.to_owned(),
@@ -274,6 +277,9 @@ impl Run<'_> {
         let closed = folder.log.close();
         self.write_files(&path, &results, &mut manifest)?;
         manifest.end_session(ran.outcome, ran.totals, ran.memory, ran.kernel_calls);
+        if let Some(session) = manifest.sessions.last_mut() {
+            session.device_load = ran.device_load;
+        }
         manifest.write(&path)?;
         if let Some(error) = error {
             return Err(error);
@@ -296,10 +302,15 @@ impl Run<'_> {
         opening: &Opening,
         quiet: bool,
     ) -> Result<(Ran, Option<JobError>), JobError> {
-        // The log is of the host's memory; a GPU's is in the plan.
-        let of_host = self.engine == Engine::Cpu;
-        let planned = of_host.then_some(plan.memory);
-        let memory = MemoryLog::start(&folder.path, session, SAMPLE_PERIOD, planned);
+        let meter = self.engine.meter();
+        let (path, planned) = (&folder.path, Some(plan.memory));
+        let memory = match self.engine {
+            Engine::Cpu => MemoryLog::start(path, session, SAMPLE_PERIOD, planned),
+            Engine::Cuda(_) => {
+                let meter = meter.clone();
+                MemoryLog::start_on_device(path, session, SAMPLE_PERIOD, planned, meter)
+            }
+        };
         let mut jobs = Vec::new();
         let missing = self.missing(&folder.results);
         for &(row, sample) in &missing {
@@ -337,7 +348,7 @@ impl Run<'_> {
             return Ok((ran, None));
         }
 
-        let model = self.load(weights)?;
+        let model = self.load(weights, plan)?;
         memory.event(MemoryEvent::Load, None);
         let mut ledger = plan.ledger.clone();
         if let Held::Cpu(model) = &model {
@@ -351,7 +362,7 @@ impl Run<'_> {
         manifest.write(&folder.path)?;
         let mut backend = AnyBackend::new(model, plan.shape, self.options)?;
         let allocated = backend.get().memory();
-        memory.event(MemoryEvent::Arena, of_host.then_some(allocated));
+        memory.event(MemoryEvent::Arena, Some(allocated));
         if allocated != plan.memory {
             return Err(JobError::Allocated {
                 planned: plan.memory,
@@ -363,6 +374,7 @@ impl Run<'_> {
         let n_done = folder.results.len();
         let progress = Progress::new(n_jobs, n_done, quiet);
         let mut throughput = ThroughputLog::open(&folder.path, session);
+        throughput.watch(meter.clone());
         let mut recorder = Recorder::new(
             &self.prepared,
             &self.model.tokenizer,
@@ -412,12 +424,13 @@ impl Run<'_> {
             outcome,
             totals,
             memory: Some(memory),
+            device_load: meter.and_then(|meter| meter.load()),
             kernel_calls: backend.kernel_calls(),
         };
         Ok((ran, error))
     }
 
-    fn load(&self, weights: &mut Weights) -> Result<Held, JobError> {
+    fn load(&self, weights: &mut Weights, plan: &MemoryPlan) -> Result<Held, JobError> {
         let precision = self.model.effective_precision(self.precision.value);
         if let Some((loaded, engine, held)) = weights
             && *loaded == precision
@@ -428,8 +441,9 @@ impl Run<'_> {
         // The other precision's weights go before these come.
         *weights = None;
         let checkpoint = &self.model.checkpoint;
-        let n_threads = self.options.n_threads;
-        let held = self.engine.load(checkpoint, precision, n_threads)?;
+        let host_memory = self.settings.host_memory.value;
+        let staging = Staging::within(&plan.memory, host_memory, self.options.n_threads);
+        let held = self.engine.load_within(checkpoint, precision, staging)?;
         *weights = Some((precision, self.engine, held.clone()));
         Ok(held)
     }
@@ -508,6 +522,7 @@ struct Ran {
     outcome: Outcome,
     totals: ThroughputTotals,
     memory: Option<MemorySummary>,
+    device_load: Option<DeviceLoad>,
     kernel_calls: BTreeMap<String, u64>,
 }
 
@@ -518,6 +533,7 @@ impl Ran {
             outcome: Outcome::Failed,
             totals: ThroughputTotals::default(),
             memory: None,
+            device_load: None,
             kernel_calls: BTreeMap::new(),
         }
     }

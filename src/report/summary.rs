@@ -8,6 +8,7 @@ use super::table::{Align, Table, bold, bytes, duration, grouped, percent, printa
 use crate::score::Status;
 use crate::submission::manifest::{Accuracy, Outcome, RunManifest, Tally};
 use crate::submission::write::status_name;
+use crate::telemetry::device::DeviceLoad;
 use crate::telemetry::memory::{MemorySummary, total_bytes};
 use crate::telemetry::throughput::ThroughputTotals;
 
@@ -45,6 +46,9 @@ pub struct Summary {
     /// Of the newest session that measured it.
     pub memory: Option<MemorySummary>,
     pub memory_excess_bytes: Option<u64>,
+    /// Of the newest session that sampled a device.
+    #[serde(default)]
+    pub device_load: Option<DeviceLoad>,
     /// What else the reader should know, a sentence each.
     pub notes: Vec<String>,
     /// Files written, by name in `run_dir`.
@@ -103,6 +107,11 @@ impl Summary {
             outside_engine_share: totals.outside_share(),
             memory_excess_bytes: memory.and_then(|memory| memory.excess_bytes()),
             memory,
+            device_load: manifest
+                .sessions
+                .iter()
+                .rev()
+                .find_map(|session| session.device_load),
             notes,
             files,
         }
@@ -205,11 +214,33 @@ impl Summary {
                 memory.allocated.map(|memory| bytes(total_bytes(&memory))),
                 "by the backend, counted",
             );
+            let host = match memory.on_device {
+                true => "host memory",
+                false => "memory measured",
+            };
+            if memory.on_device {
+                line(
+                    "memory measured",
+                    memory.peak_device_bytes.map(bytes),
+                    "of this process on the GPU at most, by its driver",
+                );
+            }
             line(
-                "memory measured",
+                host,
                 memory.growth_bytes.map(bytes),
                 "growth of the process from before loading",
             );
+        }
+        if let Some(load) = &self.device_load {
+            let clock = load
+                .sm_clock_mhz
+                .map(|mhz| format!(", {} MHz", grouped(mhz.round() as u64)));
+            let busy = load
+                .utilization
+                .map(|share| format!(", busy {} of the time", percent(share)));
+            let watts = load.power_watts.map(|watts| watts.round().to_string());
+            let rest = [clock, busy].map(Option::unwrap_or_default).concat();
+            line("GPU power", watts, &format!("W{rest}: means"));
         }
         line(
             "memory warning",
@@ -360,6 +391,7 @@ pub(crate) mod tests {
             peak_anonymous_bytes: Some(140 << 20),
             growth_bytes: Some(130 << 20),
             process_peak_bytes: Some(200 << 20),
+            ..MemorySummary::default()
         };
         let totals = ThroughputTotals {
             rows_finished: 5,
@@ -423,6 +455,32 @@ submission.csv scores.csv
 note: this is a demonstration model
 ";
         assert_eq!(text, expected);
+        assert!(text.lines().all(|line| line.chars().count() <= 80));
+    }
+
+    #[test]
+    fn a_gpu_has_its_own_lines() {
+        let mut summary = summary();
+        summary.memory = summary.memory.map(|memory| MemorySummary {
+            on_device: true,
+            peak_device_bytes: Some(124 << 20),
+            ..memory
+        });
+        summary.device_load = Some(DeviceLoad {
+            n_samples: 9,
+            power_watts: Some(511.6),
+            sm_clock_mhz: Some(1754.5),
+            memory_clock_mhz: None,
+            utilization: Some(0.97),
+        });
+        let text = summary.render(false);
+        for line in [
+            "memory measured     124.0 MiB  of this process on the GPU at most, by its driver",
+            "host memory         130.0 MiB  growth of the process from before loading",
+            "GPU power                 512  W, 1,755 MHz, busy 97.0 % of the time: means",
+        ] {
+            assert!(text.contains(line), "{text}");
+        }
         assert!(text.lines().all(|line| line.chars().count() <= 80));
     }
 

@@ -14,6 +14,7 @@ use serde_json::Value;
 use super::environment::Environment;
 use super::identity::{Difference, GenerationIdentity};
 use super::write::{SubmissionFormat, WriteError, replace};
+use crate::telemetry::device::DeviceLoad;
 use crate::telemetry::memory::MemorySummary;
 use crate::telemetry::throughput::{ThroughputTotals, read_totals};
 use crate::telemetry::utc_now;
@@ -79,6 +80,9 @@ pub struct Session {
     pub shard: Option<Shard>,
     pub throughput: ThroughputTotals,
     pub memory: Option<MemorySummary>,
+    /// Means of the device's samples while it generated.
+    #[serde(default)]
+    pub device_load: Option<DeviceLoad>,
     /// Matrix products by the kernel that did them, such as `moe_matmul_mxfp4`: what ran, counted
     /// where it ran.
     #[serde(default)]
@@ -98,6 +102,7 @@ impl Session {
             shard: None,
             throughput: ThroughputTotals::default(),
             memory: None,
+            device_load: None,
             kernel_calls: BTreeMap::new(),
         }
     }

@@ -3,8 +3,9 @@
 //!
 //! The kernel splits the process's resident memory into anonymous and file-backed; the backend
 //! counts what it allocated by class. Plan and measurement are compared at the end: growth of the
-//! anonymous part from before loading to its peak, against the planned bytes. A tick that shows
-//! nothing new is not written, so that a long run's log stays small.
+//! anonymous part from before loading to its peak, against the planned bytes. On a GPU the classes
+//! lie there, beside what its driver says that this process takes. A tick that shows nothing new
+//! is not written, so that a long run's log stays small.
 
 use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
@@ -12,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::device::{DeviceMeter, DeviceSample};
 use super::{JsonLines, TelemetryError, utc_now};
 use crate::engine::BackendMemory;
 
@@ -98,13 +100,15 @@ pub struct MemoryLine {
     pub weights_bytes: Option<u64>,
     pub kv_bytes: Option<u64>,
     pub workspace_bytes: Option<u64>,
-    /// Anonymous memory beyond the backend's classes.
+    /// Anonymous memory, or this process's on the device, beyond the backend's classes.
     pub other_bytes: Option<u64>,
     pub planned_weights_bytes: Option<u64>,
     pub planned_kv_bytes: Option<u64>,
     pub planned_workspace_bytes: Option<u64>,
-    /// Memory in use on the device; absent where the device is the host.
+    /// Memory in use on the device, by whomever; absent where the device is the host.
     pub device_used_bytes: Option<u64>,
+    /// Of it this process's, as the driver counts it.
+    pub device_process_bytes: Option<u64>,
 }
 
 /// Plan and measurement side by side, for the summary and `run.json`.
@@ -119,17 +123,36 @@ pub struct MemorySummary {
     pub growth_bytes: Option<u64>,
     /// Highest resident total, file-backed pages included, over the process's life.
     pub process_peak_bytes: Option<u64>,
+    /// Whether plan and allocation are of a device's memory, not the host's.
+    #[serde(default)]
+    pub on_device: bool,
+    /// Highest memory of this process on the device that was sampled.
+    #[serde(default)]
+    pub peak_device_bytes: Option<u64>,
 }
 
 impl MemorySummary {
     /// The bytes of growth beyond plan and slack; absent when all is well or nothing is known.
     pub fn excess_bytes(&self) -> Option<u64> {
+        if self.on_device {
+            return None;
+        }
         let planned = total_bytes(&self.planned?);
         let slack = SLACK_BYTES.max((planned as f64 * SLACK_SHARE) as u64);
         let allowed = planned.saturating_add(slack);
         self.growth_bytes?
             .checked_sub(allowed)
             .filter(|&bytes| bytes > 0)
+    }
+}
+
+impl MemorySummary {
+    /// What was measured where the plan is: growth of the host's memory, or the device's peak.
+    pub fn measured_bytes(&self) -> Option<u64> {
+        match self.on_device {
+            true => self.peak_device_bytes,
+            false => self.growth_bytes,
+        }
     }
 }
 
@@ -152,7 +175,9 @@ struct State {
     lines: JsonLines,
     session: usize,
     started: Instant,
-    last_line: Option<(Instant, u64)>,
+    /// When, anonymous and device bytes.
+    last_line: Option<(Instant, [u64; 2])>,
+    meter: Option<DeviceMeter>,
     baseline_bytes: Option<u64>,
     summary: MemorySummary,
 }
@@ -166,14 +191,39 @@ impl MemoryLog {
         period: Duration,
         planned: Option<BackendMemory>,
     ) -> Self {
+        Self::start_with(run_dir, session, period, planned, false, None)
+    }
+
+    /// As [`MemoryLog::start`], for a plan of a device's memory; the meter is sampled at every
+    /// tick.
+    pub fn start_on_device(
+        run_dir: &Path,
+        session: usize,
+        period: Duration,
+        planned: Option<BackendMemory>,
+        meter: Option<DeviceMeter>,
+    ) -> Self {
+        Self::start_with(run_dir, session, period, planned, true, meter)
+    }
+
+    fn start_with(
+        run_dir: &Path,
+        session: usize,
+        period: Duration,
+        planned: Option<BackendMemory>,
+        on_device: bool,
+        meter: Option<DeviceMeter>,
+    ) -> Self {
         let mut state = State {
             lines: JsonLines::open(run_dir.join(MEMORY_FILE)),
             session,
             started: Instant::now(),
             last_line: None,
+            meter,
             baseline_bytes: ProcessMemory::read().anonymous_bytes,
             summary: MemorySummary {
                 planned,
+                on_device,
                 ..MemorySummary::default()
             },
         };
@@ -239,35 +289,56 @@ fn lock(shared: &Mutex<State>) -> MutexGuard<'_, State> {
 
 impl State {
     fn tick(&mut self) {
-        let anonymous = self.sample().anonymous_bytes.unwrap_or(0);
-        let news = self.last_line.is_none_or(|(at, bytes)| {
-            at.elapsed() >= TICK_AT_LEAST || anonymous.abs_diff(bytes) >= TICK_MOVED_BYTES
+        let (process, device) = self.sample();
+        let now = moving_bytes(&process, &device);
+        let news = self.last_line.is_none_or(|(at, then)| {
+            let moved = now.iter().zip(then).map(|(now, then)| now.abs_diff(then));
+            at.elapsed() >= TICK_AT_LEAST || moved.max() >= Some(TICK_MOVED_BYTES)
         });
         if news {
-            self.write(None);
+            self.write_sample(None, process, device);
         }
     }
 
-    /// Reads the process and raises the peaks.
-    fn sample(&mut self) -> ProcessMemory {
+    /// Reads the process, asks the device, and raises the peaks.
+    fn sample(&mut self) -> (ProcessMemory, DeviceSample) {
         let process = ProcessMemory::read();
+        let meter = self.meter.as_ref();
+        let device = meter.map(DeviceMeter::sample).unwrap_or_default();
         let summary = &mut self.summary;
         summary.peak_anonymous_bytes = summary.peak_anonymous_bytes.max(process.anonymous_bytes);
         summary.process_peak_bytes = summary.process_peak_bytes.max(process.peak_bytes);
         if let (Some(peak), Some(baseline)) = (summary.peak_anonymous_bytes, self.baseline_bytes) {
             summary.growth_bytes = Some(peak.saturating_sub(baseline));
         }
-        process
+        summary.peak_device_bytes = summary.peak_device_bytes.max(device.process_bytes);
+        (process, device)
     }
 
     fn write(&mut self, event: Option<MemoryEvent>) {
-        let process = self.sample();
-        self.last_line = Some((Instant::now(), process.anonymous_bytes.unwrap_or(0)));
+        let (process, device) = self.sample();
+        self.write_sample(event, process, device);
+    }
+
+    fn write_sample(
+        &mut self,
+        event: Option<MemoryEvent>,
+        process: ProcessMemory,
+        device: DeviceSample,
+    ) {
+        self.last_line = Some((Instant::now(), moving_bytes(&process, &device)));
         let (allocated, planned) = (self.summary.allocated, self.summary.planned);
-        // The line of the peaks shows the highest anonymous memory, not the present one.
-        let anonymous_bytes = match event {
-            Some(MemoryEvent::Peak) => self.summary.peak_anonymous_bytes,
-            _ => process.anonymous_bytes,
+        // The line of the peaks shows the highest memory, not the present one.
+        let (anonymous_bytes, device_process_bytes) = match event {
+            Some(MemoryEvent::Peak) => (
+                self.summary.peak_anonymous_bytes,
+                self.summary.peak_device_bytes,
+            ),
+            _ => (process.anonymous_bytes, device.process_bytes),
+        };
+        let holder_bytes = match self.summary.on_device {
+            true => device_process_bytes,
+            false => anonymous_bytes,
         };
         self.lines.append(&MemoryLine {
             schema: MEMORY_SCHEMA.to_owned(),
@@ -282,18 +353,26 @@ impl State {
             kv_bytes: allocated.map(|memory| memory.kv_bytes),
             workspace_bytes: allocated.map(|memory| memory.workspace_bytes),
             other_bytes: allocated
-                .and_then(|memory| anonymous_bytes?.checked_sub(total_bytes(&memory))),
+                .and_then(|memory| holder_bytes?.checked_sub(total_bytes(&memory))),
             planned_weights_bytes: planned.map(|memory| memory.weights_bytes),
             planned_kv_bytes: planned.map(|memory| memory.kv_bytes),
             planned_workspace_bytes: planned.map(|memory| memory.workspace_bytes),
-            device_used_bytes: None,
+            device_used_bytes: device.used_bytes,
+            device_process_bytes,
         });
     }
+}
+
+/// What a tick is written for when it moves.
+fn moving_bytes(process: &ProcessMemory, device: &DeviceSample) -> [u64; 2] {
+    let device_bytes = device.process_bytes.or(device.used_bytes);
+    [process.anonymous_bytes, device_bytes].map(Option::unwrap_or_default)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::telemetry::device::tests::Scripted;
     use crate::telemetry::test_dir::TestDir;
 
     const STATUS: &str = "Name:\tpodium\nVmHWM:\t   20480 kB\nVmRSS:\t   16384 kB\n\
@@ -371,6 +450,46 @@ mod tests {
             lines.iter().any(|line| line.event.is_none()),
             "the free is a tick"
         );
+    }
+
+    #[test]
+    fn a_device_tells_its_own_memory() {
+        let dir = TestDir::new("memory-device");
+        let meter = DeviceMeter::new(Scripted::default());
+        let planned = BackendMemory {
+            weights_bytes: 90 << 20,
+            kv_bytes: 5 << 20,
+            workspace_bytes: 5 << 20,
+        };
+        let period = Duration::from_secs(9);
+        let log = MemoryLog::start_on_device(dir.path(), 0, period, Some(planned), Some(meter));
+        log.event(MemoryEvent::Arena, Some(planned));
+        let (summary, written) = log.finish();
+        written.expect("the test folder is writable");
+        assert_eq!(summary.measured_bytes(), Some(300 << 20));
+        assert_eq!(summary.excess_bytes(), None);
+
+        let text = std::fs::read_to_string(dir.path().join(MEMORY_FILE))
+            .expect("the log was just written");
+        let lines: Vec<MemoryLine> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("our own line"))
+            .collect();
+        let of = |line: usize| {
+            let line = &lines[line];
+            (
+                line.device_used_bytes,
+                line.device_process_bytes,
+                line.other_bytes,
+            )
+        };
+        assert_eq!(of(0), (Some(200 << 20), Some(100 << 20), None));
+        assert_eq!(
+            of(1),
+            (Some(400 << 20), Some(200 << 20), Some(100 << 20)),
+            "beyond the classes"
+        );
+        assert_eq!(lines[1].weights_bytes, Some(90 << 20));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! written never stops a run: the first failure is kept and told when the log is finished. What
 //! was not measured is absent (`null`), never 0.
 
+pub mod device;
 pub mod memory;
 pub mod throughput;
 

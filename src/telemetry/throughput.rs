@@ -9,6 +9,7 @@ use std::io::BufRead;
 use std::path::Path;
 use std::time::Instant;
 
+use super::device::{DeviceLoad, DeviceMeter};
 use super::{JsonLines, TelemetryError};
 
 pub const THROUGHPUT_SCHEMA: &str = "podium.throughput/1";
@@ -134,6 +135,12 @@ pub struct ThroughputLine {
     pub decode_tokens_per_s: Option<f64>,
     pub occupancy: Option<f64>,
     pub bytes_moved: Option<u64>,
+    /// Means of the device's samples since the last line.
+    pub device_power_watts: Option<f64>,
+    pub device_sm_clock_mhz: Option<f64>,
+    pub device_memory_clock_mhz: Option<f64>,
+    /// Share of the time in which some kernel ran.
+    pub device_utilization: Option<f64>,
     /// Sums over the session up to and with this batch.
     pub totals: ThroughputTotals,
 }
@@ -145,6 +152,7 @@ pub struct ThroughputLog {
     started: Instant,
     n_batches: u64,
     totals: ThroughputTotals,
+    meter: Option<DeviceMeter>,
 }
 
 impl ThroughputLog {
@@ -155,7 +163,16 @@ impl ThroughputLog {
             started: Instant::now(),
             n_batches: 0,
             totals: ThroughputTotals::default(),
+            meter: None,
         }
+    }
+
+    /// Puts a device's figures into the lines: those from now on.
+    pub fn watch(&mut self, meter: Option<DeviceMeter>) {
+        if let Some(meter) = &meter {
+            meter.begin();
+        }
+        self.meter = meter;
     }
 
     /// Writes a batch's line and adds it to the totals.
@@ -164,6 +181,8 @@ impl ThroughputLog {
         self.totals.wall_seconds = self.started.elapsed().as_secs_f64();
         let mut alone = ThroughputTotals::default();
         alone.add_batch(batch);
+        let meter = self.meter.as_ref();
+        let device: DeviceLoad = meter.map(DeviceMeter::take).unwrap_or_default();
         self.lines.append(&ThroughputLine {
             schema: THROUGHPUT_SCHEMA.to_owned(),
             session: self.session,
@@ -182,6 +201,10 @@ impl ThroughputLog {
             decode_tokens_per_s: alone.decode_tokens_per_s(),
             occupancy: alone.occupancy(),
             bytes_moved: batch.bytes_moved,
+            device_power_watts: device.power_watts,
+            device_sm_clock_mhz: device.sm_clock_mhz,
+            device_memory_clock_mhz: device.memory_clock_mhz,
+            device_utilization: device.utilization,
             totals: self.totals,
         });
         self.n_batches += 1;

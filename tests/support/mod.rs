@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test's failure is a panic")]
 
 pub mod checkpoint;
+pub mod raw;
 pub mod snapshot;
 
 use std::collections::BTreeMap;

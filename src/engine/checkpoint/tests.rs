@@ -51,6 +51,21 @@ fn every_golden_layout_opens() {
 }
 
 #[test]
+fn what_is_read_from_a_file_is_what_is_mapped() {
+    for name in ["original", "sharded"] {
+        let checkpoint = Checkpoint::open(&folder(name)).expect("it opens");
+        for tensor in [checkpoint.lm_head(), checkpoint.final_norm()] {
+            let tensor = tensor.expect("it is there");
+            assert!(tensor.file.is_some());
+            let (start, end) = (3, tensor.bytes.len() - 5);
+            let mut bytes = vec![0; end - start];
+            tensor.read(start, &mut bytes).expect("it is read");
+            assert!(bytes == tensor.bytes[start..end], "{name}: {}", tensor.name);
+        }
+    }
+}
+
+#[test]
 fn every_cut_is_refused() {
     let (config, tensors) = golden("plain");
     let header = u64::from_le_bytes(*tensors.first_chunk().expect("it is long")) as usize + 8;

@@ -10,9 +10,11 @@ use super::forward::{Pass, Rows, Until};
 use super::graph::{Event, Graph};
 use super::kernels::{self, Build};
 use super::launch::Kernels;
+use super::load::Staging;
 use super::memory::{self, KvGeometry};
 use super::model::CudaModel;
 use super::nvrtc::Nvrtc;
+use super::repack::Repack;
 use super::workspace::{Row, Workspace};
 use crate::engine::checkpoint::{Checkpoint, Precision, WeightFormat};
 use crate::engine::config::{ConfigError, LayerKind, ModelConfig};
@@ -49,13 +51,39 @@ impl Loaded {
         precision: Precision,
         index: u32,
     ) -> Result<Self, EngineError> {
+        Self::open_within(checkpoint, precision, index, Staging::default())
+    }
+
+    /// As [`Loaded::open`], with what loading may take beside the weights.
+    ///
+    /// # Errors
+    /// As [`Loaded::open`].
+    pub fn open_within(
+        checkpoint: &Checkpoint,
+        precision: Precision,
+        index: u32,
+        staging: Staging,
+    ) -> Result<Self, EngineError> {
         let nvrtc = Nvrtc::load()?;
         let device = Device::open(index)?;
         let format = checkpoint.weight_format(precision);
         let mut build = Build::new(checkpoint.config(), format)?;
-        let model = CudaModel::load(&device, checkpoint, precision)?;
-        build.wide_scales = model.wide_scales;
-        let kernels = Kernels::load(&device, &nvrtc, &model.config, build)?;
+        let (cubins, model) = std::thread::scope(|scope| {
+            let compiling = scope.spawn(|| Kernels::compile(&device, &nvrtc, build));
+            let model = Repack::load(&device, &nvrtc)
+                .map_err(EngineError::from)
+                .and_then(|repack| {
+                    CudaModel::load(&device, &repack, checkpoint, precision, staging)
+                });
+            let cubins = compiling.join().expect("compiling does not panic");
+            (cubins, model)
+        });
+        let (mut cubins, model) = (cubins?, model?);
+        if model.wide_scales {
+            build.wide_scales = true;
+            cubins = Kernels::compile(&device, &nvrtc, build)?;
+        }
+        let kernels = Kernels::of_cubins(&device, &model.config, build, &cubins)?;
         Ok(Self {
             numerics_id: name_numerics(&device, &nvrtc, &build),
             device,

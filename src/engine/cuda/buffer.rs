@@ -24,6 +24,8 @@ unsafe impl Plain for u16 {}
 // SAFETY: plain numbers.
 unsafe impl Plain for u32 {}
 // SAFETY: plain numbers.
+unsafe impl Plain for u64 {}
+// SAFETY: plain numbers.
 unsafe impl Plain for f32 {}
 // SAFETY: plain numbers.
 unsafe impl Plain for [u32; 2] {}
@@ -206,6 +208,12 @@ impl<T: Plain> PinnedBuffer<T> {
     pub fn values(&self) -> &[T] {
         // SAFETY: `len` values were written when it was made.
         unsafe { std::slice::from_raw_parts(self.at, self.len) }
+    }
+
+    /// The values, to write; an event has told that no copy is under way.
+    pub fn values_mut(&mut self) -> &mut [T] {
+        // SAFETY: as above, and nobody else has them.
+        unsafe { std::slice::from_raw_parts_mut(self.at, self.len) }
     }
 }
 

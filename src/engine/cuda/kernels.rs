@@ -67,6 +67,11 @@ pub fn texts(experts: MatrixFormat) -> Vec<Kernel> {
     ]
 }
 
+/// The text that loading uses, the same for every model.
+pub fn repack_text() -> Kernel {
+    kernel("repack", &[], include_str!("../../../kernels/repack.cu"))
+}
+
 /// What kernels are compiled for, beside the architecture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Build {
@@ -133,16 +138,13 @@ impl Build {
 
     /// Options for NVRTC.
     pub fn options(&self, arch: &str) -> Vec<String> {
-        let mut options = vec![
-            format!("--gpu-architecture={arch}"),
-            "--std=c++17".to_owned(),
-            // Sums and products stay as they are written: bits are promised.
-            "--fmad=false".to_owned(),
+        let mut options = common_options(arch);
+        options.extend([
             format!("-DHIDDEN={}", self.hidden),
             format!("-DTOP_K={}", self.top_k),
             format!("-DHEAD_DIM={}", self.head_dim),
             format!("-DGROUP={}", self.group),
-        ];
+        ]);
         if self.format.vectors == VectorFormat::F32 {
             options.push("-DVECTORS_F32".to_owned());
         }
@@ -191,49 +193,72 @@ pub struct Cubin {
     pub cached: bool,
 }
 
+/// Options for every text.
+pub fn common_options(arch: &str) -> Vec<String> {
+    vec![
+        format!("--gpu-architecture={arch}"),
+        "--std=c++17".to_owned(),
+        // Sums and products stay as they are written: bits are promised.
+        "--fmad=false".to_owned(),
+    ]
+}
+
 /// Compiles all kernels of a build, or takes them from the cache.
 ///
 /// # Errors
 /// The compiler's log.
 pub fn compile(nvrtc: &Nvrtc, arch: &str, build: &Build) -> Result<Vec<Cubin>, CudaError> {
     let options = build.options(arch);
-    let folder = cache_folder();
-    let compile_one = |kernel: &Kernel| -> Result<Cubin, CudaError> {
-        let mut hasher = Sha256::new();
-        for part in [&nvrtc.version, &options.join(" "), &kernel.text] {
-            hasher.update((part.len() as u64).to_le_bytes());
-            hasher.update(part);
-        }
-        let file = format!("{}-{arch}-{}.cubin", kernel.name, hex(hasher));
-        let path = folder.as_ref().map(|folder| folder.join(file));
-        if let Some(bytes) = path.as_ref().and_then(|path| std::fs::read(path).ok()) {
-            return Ok(Cubin {
-                name: kernel.name,
-                bytes,
-                cached: true,
-            });
-        }
-        let name = format!("{}.cu", kernel.name);
-        let (bytes, _) = nvrtc.compile(&name, &kernel.text, arch, &options)?;
-        if let Some(path) = &path {
-            store(path, &bytes);
-        }
-        Ok(Cubin {
-            name: kernel.name,
-            bytes,
-            cached: false,
-        })
-    };
     let kernels = texts(build.format.experts);
     std::thread::scope(|scope| {
         let threads: Vec<_> = kernels
             .iter()
-            .map(|kernel| scope.spawn(|| compile_one(kernel)))
+            .map(|kernel| scope.spawn(|| compile_one(nvrtc, arch, &options, kernel)))
             .collect();
         threads
             .into_iter()
             .map(|thread| thread.join().expect("compiling does not panic"))
             .collect()
+    })
+}
+
+/// The same for the text that loading uses.
+///
+/// # Errors
+/// The compiler's log.
+pub fn compile_repack(nvrtc: &Nvrtc, arch: &str) -> Result<Cubin, CudaError> {
+    compile_one(nvrtc, arch, &common_options(arch), &repack_text())
+}
+
+fn compile_one(
+    nvrtc: &Nvrtc,
+    arch: &str,
+    options: &[String],
+    kernel: &Kernel,
+) -> Result<Cubin, CudaError> {
+    let mut hasher = Sha256::new();
+    for part in [&nvrtc.version, &options.join(" "), &kernel.text] {
+        hasher.update((part.len() as u64).to_le_bytes());
+        hasher.update(part);
+    }
+    let file = format!("{}-{arch}-{}.cubin", kernel.name, hex(hasher));
+    let path = cache_folder().map(|folder| folder.join(file));
+    if let Some(bytes) = path.as_ref().and_then(|path| std::fs::read(path).ok()) {
+        return Ok(Cubin {
+            name: kernel.name,
+            bytes,
+            cached: true,
+        });
+    }
+    let name = format!("{}.cu", kernel.name);
+    let (bytes, _) = nvrtc.compile(&name, &kernel.text, arch, options)?;
+    if let Some(path) = &path {
+        store(path, &bytes);
+    }
+    Ok(Cubin {
+        name: kernel.name,
+        bytes,
+        cached: false,
     })
 }
 

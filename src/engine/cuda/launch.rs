@@ -14,7 +14,7 @@ use super::decode::Slot;
 use super::device::{Device, Function, Module, check};
 use super::error::CudaError;
 use super::graph::Event;
-use super::kernels::{self, Build};
+use super::kernels::{self, Build, Cubin};
 use super::nvrtc::Nvrtc;
 use super::pack;
 use super::variants::{self, Room, Variant};
@@ -196,20 +196,41 @@ impl Kernels {
         device: &Arc<Device>,
         nvrtc: &Nvrtc,
         config: &ModelConfig,
-        mut build: Build,
+        build: Build,
     ) -> Result<Self, CudaError> {
-        build.small_shared = device.shared_bytes < 130 << 10;
-        let arch = kernels::architecture(device.major, device.minor);
-        build.warpgroups &= arch == "sm_90a";
-        let room = Room {
-            warpgroups: build.warpgroups,
-            small_shared: build.small_shared,
-            n_multiprocessors: device.n_multiprocessors as usize,
-        };
-        let cubins = kernels::compile(nvrtc, &arch, &build)?;
+        let cubins = Self::compile(device, nvrtc, build)?;
+        Self::of_cubins(device, config, build, &cubins)
+    }
+
+    /// What [`Kernels::of_cubins`] takes: needs no weights, so it may run beside their loading.
+    ///
+    /// # Errors
+    /// The compiler's log.
+    pub fn compile(
+        device: &Device,
+        nvrtc: &Nvrtc,
+        mut build: Build,
+    ) -> Result<Vec<Cubin>, CudaError> {
+        let room = room(device, &build);
+        build.small_shared = room.small_shared;
+        build.warpgroups = room.warpgroups;
+        kernels::compile(nvrtc, &architecture(device), &build)
+    }
+
+    /// Loads what was compiled for a build.
+    ///
+    /// # Errors
+    /// Code that the driver refuses.
+    pub fn of_cubins(
+        device: &Arc<Device>,
+        config: &ModelConfig,
+        build: Build,
+        cubins: &[Cubin],
+    ) -> Result<Self, CudaError> {
+        let room = room(device, &build);
         let n_compiled = cubins.iter().filter(|cubin| !cubin.cached).count();
         let mut modules = Vec::new();
-        for cubin in &cubins {
+        for cubin in cubins {
             modules.push((cubin.name, device.load(&cubin.bytes, cubin.name)?));
         }
         let names = RefCell::new(Vec::new());
@@ -798,6 +819,18 @@ fn tile_bytes(format: MatrixFormat) -> usize {
     match format {
         MatrixFormat::Mxfp4 => pack::MXFP4_TILE_BYTES,
         _ => pack::BF16_TILE_BYTES,
+    }
+}
+
+fn architecture(device: &Device) -> String {
+    kernels::architecture(device.major, device.minor)
+}
+
+fn room(device: &Device, build: &Build) -> Room {
+    Room {
+        warpgroups: build.warpgroups && architecture(device) == "sm_90a",
+        small_shared: device.shared_bytes < 130 << 10,
+        n_multiprocessors: device.n_multiprocessors as usize,
     }
 }
 

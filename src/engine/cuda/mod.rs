@@ -1,8 +1,9 @@
 //! The CUDA backend: the whole model on one GPU, kernels compiled at run time for the device found.
 //!
 //! Driver and NVRTC are loaded when a GPU is asked for, so the binary starts where neither is.
-//! [`backend`] owns memory and sequences, [`forward`] puts the operations in order, [`launch`] is
-//! the only place that launches, `kernels/` at the root holds the texts. A row's bits depend on the
+//! [`load`] brings the weights, [`backend`] owns memory and sequences, [`forward`] puts the
+//! operations in order, [`launch`] is the only place that launches (for loading: [`repack`]),
+//! `kernels/` at the root holds the texts. A row's bits depend on the
 //! row alone: each output is one accumulator chain along ascending k, whatever variant computes it.
 
 pub mod backend;
@@ -14,14 +15,20 @@ pub mod forward;
 pub mod graph;
 pub mod kernels;
 pub mod launch;
+pub mod load;
 pub mod memory;
 pub mod model;
+pub mod nvml;
 pub mod nvrtc;
 pub mod pack;
+pub mod pieces;
+pub mod repack;
 pub mod sharing;
+pub mod stream;
 pub mod variants;
 mod workspace;
 
 pub use backend::{CudaBackend, CudaOptions, Loaded, numerics_id};
 pub use decode::{Event, Slot};
 pub use error::CudaError;
+pub use load::Staging;

@@ -1,20 +1,17 @@
-//! The weights of a model as the device holds them: packed on the host tensor by tensor, or made
-//! in place from a seed; counted as allocated.
+//! The weights of a model as the device holds them: loaded from a checkpoint ([`super::load`]) or
+//! made in place from a seed; counted as allocated.
 
 use std::sync::Arc;
 
 use super::buffer::DeviceBuffer;
 use super::device::Device;
 use super::launch::Kernels;
-use super::pack::{self, NeedsWide, RowOrder};
+use super::pack;
 use crate::engine::EngineError;
-use crate::engine::checkpoint::layers::Parts;
 use crate::engine::checkpoint::{
-    Checkpoint, CheckpointError, ClassBytes, ExpertTensors, MatrixFormat, Precision, Tensor,
-    VectorFormat, WeightFormat,
+    CheckpointError, ClassBytes, MatrixFormat, VectorFormat, WeightFormat,
 };
 use crate::engine::config::{LayerKind, ModelConfig};
-use crate::quant::{bf16, mxfp4};
 
 /// Bytes on the device.
 pub type Bytes = DeviceBuffer<u8>;
@@ -72,57 +69,8 @@ pub struct CudaModel {
     loaded: ClassBytes,
 }
 
-/// Why experts were not packed.
-enum PackError {
-    Engine(EngineError),
-    NeedsWide,
-}
-
-impl From<NeedsWide> for PackError {
-    fn from(_: NeedsWide) -> Self {
-        Self::NeedsWide
-    }
-}
-
-impl<E: Into<EngineError>> From<E> for PackError {
-    fn from(error: E) -> Self {
-        Self::Engine(error.into())
-    }
-}
-
 impl CudaModel {
-    /// Packs a checkpoint's weights, tensor by tensor; the file's pages are dropped behind.
-    ///
-    /// # Errors
-    /// A precision this version lacks, a scale byte or a value that cannot be held, out of
-    /// memory, or counts that differ from the plan.
-    pub fn load(
-        device: &Arc<Device>,
-        checkpoint: &Checkpoint,
-        precision: Precision,
-    ) -> Result<Self, EngineError> {
-        for wide_scales in [false, true] {
-            let loader = Loader {
-                device,
-                checkpoint,
-                config: checkpoint.config(),
-                format: checkpoint.weight_format(precision),
-                wide_scales,
-            };
-            match loader.load() {
-                Ok(model) => {
-                    device.synchronize()?;
-                    return model.checked();
-                }
-                // Once more, in the form for large scales.
-                Err(PackError::NeedsWide) => {}
-                Err(PackError::Engine(error)) => return Err(error),
-            }
-        }
-        unreachable!("the wide form holds every scale")
-    }
-
-    fn checked(self) -> Result<Self, EngineError> {
+    pub(super) fn checked(self) -> Result<Self, EngineError> {
         let planned = Self::planned_bytes(&self.config, self.format);
         for ((class, planned), (_, loaded)) in
             planned.classes().into_iter().zip(self.loaded.classes())
@@ -191,8 +139,16 @@ impl CudaModel {
     }
 }
 
+/// The format of the experts' tiles: bf16 where there is no other.
+pub(super) fn experts_format(format: WeightFormat) -> MatrixFormat {
+    match format.experts {
+        MatrixFormat::Mxfp4 => MatrixFormat::Mxfp4,
+        _ => MatrixFormat::Bf16,
+    }
+}
+
 /// Bytes of one expert's packed matrix.
-fn expert_bytes(format: WeightFormat, n_out: usize, n_k: usize) -> usize {
+pub(super) fn expert_bytes(format: WeightFormat, n_out: usize, n_k: usize) -> usize {
     match format.experts {
         MatrixFormat::Mxfp4 => pack::mxfp4_bytes(n_out, n_k),
         _ => pack::bf16_bytes(n_out, n_k),
@@ -200,7 +156,7 @@ fn expert_bytes(format: WeightFormat, n_out: usize, n_k: usize) -> usize {
 }
 
 /// Puts layers together in order and counts them.
-fn assemble(
+pub(super) fn assemble(
     config: &ModelConfig,
     format: WeightFormat,
     wide_scales: bool,
@@ -235,274 +191,11 @@ fn assemble(
 }
 
 /// Kind of each layer, and its index among those of its kind.
-fn kinds(config: &ModelConfig) -> impl Iterator<Item = (LayerKind, usize)> + '_ {
+pub(super) fn kinds(config: &ModelConfig) -> impl Iterator<Item = (LayerKind, usize)> + '_ {
     config.layers.iter().enumerate().map(|(i, &kind)| {
         let before = config.layers[..i].iter().filter(|&&k| k == kind).count();
         (kind, before)
     })
-}
-
-struct Loader<'a> {
-    device: &'a Arc<Device>,
-    checkpoint: &'a Checkpoint,
-    config: &'a ModelConfig,
-    format: WeightFormat,
-    wide_scales: bool,
-}
-
-impl Loader<'_> {
-    fn load(&self) -> Result<CudaModel, PackError> {
-        let embedding = self.as_stored(&self.checkpoint.embedding()?)?;
-        let mut layers = Vec::with_capacity(self.config.n_layers());
-        for (i, (kind, kind_index)) in kinds(self.config).enumerate() {
-            let tensors = self.checkpoint.layer(i)?;
-            let head_dim = self.config.head_dim;
-            let router = &tensors.router;
-            let mut router_bytes = Vec::new();
-            for tensor in &router.weights {
-                router_bytes.extend_from_slice(tensor.bytes);
-            }
-            layers.push(LayerWeights {
-                kind,
-                kind_index,
-                attention_norm: self.vector(std::slice::from_ref(&tensors.attention_norm))?,
-                qkv: self.projection(&tensors.qkv, RowOrder::Rotary { head_dim })?,
-                sinks: self.vector(std::slice::from_ref(&tensors.sinks))?,
-                out: self.projection(&tensors.out, RowOrder::Natural)?,
-                mlp_norm: self.vector(std::slice::from_ref(&tensors.mlp_norm))?,
-                router: self.upload("the router", &router_bytes)?,
-                router_bias: self.vector(&router.biases)?,
-                gate_up: self.experts(
-                    &tensors.gate_up,
-                    &tensors.gate_up_bias,
-                    (2 * self.config.intermediate, self.config.hidden),
-                    RowOrder::GateUp,
-                )?,
-                down: self.experts(
-                    &tensors.down,
-                    &tensors.down_bias,
-                    (self.config.hidden, self.config.intermediate),
-                    RowOrder::Natural,
-                )?,
-            });
-        }
-        let final_norm = self.vector(&[self.checkpoint.final_norm()?])?;
-        let parts = Parts {
-            weights: vec![self.checkpoint.lm_head()?],
-            biases: Vec::new(),
-        };
-        let lm_head = self.projection(&parts, RowOrder::Natural)?;
-        let ends = (embedding, final_norm, lm_head);
-        Ok(assemble(
-            self.config,
-            self.format,
-            self.wide_scales,
-            ends,
-            layers,
-        ))
-    }
-
-    fn upload(&self, what: &str, bytes: &[u8]) -> Result<Bytes, PackError> {
-        let buffer = self.device.alloc(what, bytes.len())?;
-        buffer.upload(0, bytes)?;
-        Ok(buffer)
-    }
-
-    fn as_stored(&self, tensor: &Tensor) -> Result<Bytes, PackError> {
-        let buffer = self.upload(&tensor.name, tensor.bytes)?;
-        self.checkpoint.release(tensor);
-        Ok(buffer)
-    }
-
-    /// Vectors that follow each other, in the format of all the checkpoint's vectors.
-    fn vector(&self, tensors: &[Tensor]) -> Result<Bytes, PackError> {
-        let mut bytes = Vec::new();
-        for tensor in tensors {
-            let is_f32 = tensor.dtype == safetensors::Dtype::F32;
-            match self.format.vectors {
-                VectorFormat::F32 if !is_f32 => {
-                    for i in 0..tensor.bytes.len() / 2 {
-                        bytes.extend(bf16::to_f32(tensor.bf16(i)).to_le_bytes());
-                    }
-                }
-                // bf16 is the format only where no vector is f32.
-                _ => bytes.extend_from_slice(tensor.bytes),
-            }
-        }
-        self.upload("a norm, bias or sink", &bytes)
-    }
-
-    fn projection(&self, parts: &Parts, order: RowOrder) -> Result<Projection, PackError> {
-        let n_k = parts.weights.first().map_or(0, |tensor| tensor.shape[1]);
-        let n_out = parts.weights.iter().map(|tensor| tensor.shape[0]).sum();
-        // First row of each part.
-        let mut starts = Vec::new();
-        let mut next = 0;
-        for tensor in &parts.weights {
-            starts.push(next);
-            next += tensor.shape[0];
-        }
-        let value = |row: usize, k: usize| {
-            let part = starts.partition_point(|&start| start <= row) - 1;
-            parts.weights[part].bf16((row - starts[part]) * n_k + k)
-        };
-        let mut bytes = vec![0; pack::bf16_bytes(n_out, n_k)];
-        pack::bf16(&mut bytes, n_out, n_k, order, value);
-        let tiles = self.upload("a projection", &bytes)?;
-        let bias = match parts.biases.is_empty() {
-            true => None,
-            false => Some(self.vector(&parts.biases)?),
-        };
-        for tensor in &parts.weights {
-            self.checkpoint.release(tensor);
-        }
-        Ok(Projection {
-            n_out,
-            n_k,
-            tiles,
-            bias,
-        })
-    }
-
-    fn experts(
-        &self,
-        tensors: &ExpertTensors,
-        bias: &Tensor,
-        (n_out, n_k): (usize, usize),
-        order: RowOrder,
-    ) -> Result<Experts, PackError> {
-        let n_bytes = expert_bytes(self.format, n_out, n_k);
-        let tiles: Bytes = self
-            .device
-            .alloc("experts", self.config.n_experts * n_bytes)?;
-        let mut bytes = vec![0; n_bytes];
-        for expert in 0..self.config.n_experts {
-            let source = Source {
-                tensors,
-                expert,
-                n_out,
-                n_k,
-            };
-            match self.format.experts {
-                MatrixFormat::Mxfp4 => {
-                    pack::mxfp4(
-                        &mut bytes,
-                        n_out,
-                        n_k,
-                        order,
-                        self.wide_scales,
-                        |row, block| source.mxfp4(row, block).map_err(PackError::from),
-                    )?;
-                }
-                _ => {
-                    source.check()?;
-                    pack::bf16(&mut bytes, n_out, n_k, order, |row, k| source.bf16(row, k));
-                }
-            }
-            tiles.upload(expert * n_bytes, &bytes)?;
-        }
-        match tensors {
-            ExpertTensors::Mxfp4 { codes, scales } => {
-                self.checkpoint.release(codes);
-                self.checkpoint.release(scales);
-            }
-            ExpertTensors::Bf16 { values, .. } => self.checkpoint.release(values),
-        }
-        Ok(Experts {
-            n_out,
-            n_k,
-            tiles,
-            bias: self.vector(std::slice::from_ref(bias))?,
-        })
-    }
-}
-
-/// One expert's matrix as stored.
-struct Source<'a> {
-    tensors: &'a ExpertTensors<'a>,
-    expert: usize,
-    n_out: usize,
-    n_k: usize,
-}
-
-impl Source<'_> {
-    /// Scale and codes of a block, quantized when the file holds bf16.
-    fn mxfp4(
-        &self,
-        row: usize,
-        block: usize,
-    ) -> Result<(u8, [u8; mxfp4::BLOCK_BYTES]), CheckpointError> {
-        match self.tensors {
-            ExpertTensors::Mxfp4 { codes, scales } => {
-                let n_blocks = self.n_k / mxfp4::BLOCK;
-                let index = (self.expert * self.n_out + row) * n_blocks + block;
-                let codes = codes.bytes.as_chunks().0[index];
-                let byte = scales.bytes[index];
-                if mxfp4::is_loadable(byte, &codes) {
-                    return Ok((byte, codes));
-                }
-                Err(CheckpointError::Scale {
-                    path: scales.path.to_owned(),
-                    tensor: scales.name.clone(),
-                    block: index,
-                    byte,
-                })
-            }
-            ExpertTensors::Bf16 { values, .. } => {
-                let first = block * mxfp4::BLOCK;
-                let of_block: [f32; mxfp4::BLOCK] = std::array::from_fn(|i| {
-                    bf16::to_f32(values.bf16(self.element(row, first + i)))
-                });
-                mxfp4::pack(&of_block).ok_or_else(|| CheckpointError::NotFinite {
-                    path: values.path.to_owned(),
-                    tensor: values.name.clone(),
-                    element: self.element(row, first),
-                })
-            }
-        }
-    }
-
-    /// Whether every block of MXFP4 may be widened; bf16 is taken as it is.
-    fn check(&self) -> Result<(), CheckpointError> {
-        if matches!(self.tensors, ExpertTensors::Mxfp4 { .. }) {
-            for row in 0..self.n_out {
-                for block in 0..self.n_k / mxfp4::BLOCK {
-                    self.mxfp4(row, block)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The bits of a value; exact for MXFP4 that passed [`Source::check`].
-    fn bf16(&self, row: usize, k: usize) -> u16 {
-        match self.tensors {
-            ExpertTensors::Mxfp4 { codes, scales } => {
-                let index =
-                    (self.expert * self.n_out + row) * (self.n_k / mxfp4::BLOCK) + k / mxfp4::BLOCK;
-                let byte = codes.bytes[index * mxfp4::BLOCK_BYTES + k % mxfp4::BLOCK / 2];
-                let code = byte >> (k % 2 * 4) & 15;
-                // A block of zeros may have any scale.
-                match code & 7 {
-                    0 => u16::from(code) << 12,
-                    _ => bf16::from_f32(
-                        mxfp4::VALUES[usize::from(code)] * mxfp4::scale(scales.bytes[index]),
-                    ),
-                }
-            }
-            ExpertTensors::Bf16 { values, .. } => values.bf16(self.element(row, k)),
-        }
-    }
-
-    fn element(&self, row: usize, k: usize) -> usize {
-        let (n_out, n_k) = (self.n_out, self.n_k);
-        match self.tensors {
-            ExpertTensors::Bf16 {
-                transposed: true, ..
-            } => (self.expert * n_k + k) * n_out + row,
-            _ => (self.expert * n_out + row) * n_k + k,
-        }
-    }
 }
 
 /// Makes weights from a seed.

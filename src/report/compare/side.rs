@@ -153,6 +153,6 @@ fn memory(run: &LoadedRun) -> MemoryUse {
         weights_bytes: loaded,
         planned_bytes: measured.and_then(|m| m.planned).map(|m| total_bytes(&m)),
         allocated_bytes: measured.and_then(|m| m.allocated).map(|m| total_bytes(&m)),
-        measured_bytes: measured.and_then(|m| m.growth_bytes),
+        measured_bytes: measured.and_then(|m| m.measured_bytes()),
     }
 }

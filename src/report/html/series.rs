@@ -81,7 +81,7 @@ impl MemorySeries {
         self.file_bytes
             .push(line.and_then(|line| line.process_file_bytes));
         self.device_bytes
-            .push(line.and_then(|line| line.device_used_bytes));
+            .push(line.and_then(|line| line.device_process_bytes.or(line.device_used_bytes)));
     }
 }
 

@@ -7,7 +7,8 @@ const OUTCOMES = { complete: "complete", stopped: "stopped, not complete", time_
   failed: "failed, not complete", killed: "killed, not complete" };
 
 function head() {
-  const tally = summary.tally;
+  const tally = summary.tally, memory = summary.memory || {}, load = summary.device_load || {};
+  const measured = memory.on_device ? memory.peak_device_bytes : memory.growth_bytes;
   return el("header.top", null,
     el("p.kind", null, "podium run"),
     el("h1", null, manifest.name),
@@ -22,7 +23,8 @@ function head() {
       has(summary.decode_tokens_per_s) ? figure("Decode", rate(summary.decode_tokens_per_s), `tokens/s · ${count(summary.totals.live_row_steps)} tokens`) : null,
       has(summary.prefill_tokens_per_s) ? figure("Prefill", rate(summary.prefill_tokens_per_s), `tokens/s · ${count(summary.totals.prefill_tokens)} + ${count(summary.totals.reused_prefix_tokens)} reused`) : null,
       has(summary.rows_per_s) ? figure("Rows", rate(summary.rows_per_s), `a second · ${duration(summary.totals.wall_seconds)}`) : null,
-      summary.memory && has(summary.memory.growth_bytes) ? figure("Memory", bytes(summary.memory.growth_bytes), `measured · ${summary.memory.planned ? `${bytes(MEMORY_PARTS.reduce((sum, [, field]) => sum + summary.memory.planned[field], 0))} planned` : ""}`) : null),
+      has(measured) ? figure("Memory", bytes(measured), `measured · ${memory.planned ? `${bytes(MEMORY_PARTS.reduce((sum, [, field]) => sum + memory.planned[field], 0))} planned` : ""}`) : null,
+      has(load.power_watts) ? figure("GPU power", `${Math.round(load.power_watts)} W`, `mean${has(load.utilization) ? ` · busy ${percent(load.utilization)}` : ""}`) : null),
     el("nav.contents", { "aria-label": "Contents" }, [["accuracy", "Accuracy"], ["statuses", "Statuses"], ["tokens", "Tokens"],
       ["over-time", "Over time"], ["memory", "Memory"], ["settings", "Settings"], ["rows", "Rows"]].map(([id, name]) =>
       el("button.link", { type: "button", onclick: () => document.getElementById(id).scrollIntoView() }, name))));

@@ -36,6 +36,7 @@ function planFacts(plan, memory) {
   return facts([
     ["Planned", has(plan.total_bytes) ? bytes(plan.total_bytes) : null],
     ["Allocated", memory && memory.allocated ? bytes(MEMORY_PARTS.reduce((sum, [, field]) => sum + memory.allocated[field], 0)) : null],
+    ["On the GPU, by its driver", memory && has(memory.peak_device_bytes) ? bytes(memory.peak_device_bytes) : null],
     ["Measured growth", memory ? bytes(memory.growth_bytes) : null],
     ["Budget", bytes(plan.budget_bytes)],
     ["Slots", has(shape.n_slots) ? `${count(shape.n_slots)} (batch ${typeof plan.batch === "string" ? plan.batch : "as asked"})` : null],
