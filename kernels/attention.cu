@@ -72,6 +72,9 @@ struct AttentionArgs {
     float scale;
 };
 
+// Scores are kept as exponents of 2: times log2(e).
+#define LOG2_E 1.44269504088896341f
+
 // Maximum and denominator of a query.
 struct State {
     float max;
@@ -83,7 +86,7 @@ struct State {
 __device__ __forceinline__ float2 fold(State& so_far, State next) {
     if (next.max == NEG_INFINITY) return make_float2(1.0f, 0.0f);
     float max = so_far.max > next.max ? so_far.max : next.max;
-    float2 factors = make_float2(exp_fast(so_far.max - max), exp_fast(next.max - max));
+    float2 factors = make_float2(exp2_approx(so_far.max - max), exp2_approx(next.max - max));
     so_far.sum = __fmaf_rn(next.sum, factors.y, so_far.sum * factors.x);
     so_far.max = max;
     return factors;
@@ -95,7 +98,7 @@ __device__ __forceinline__ float fold_output(float so_far, float next, float2 fa
 
 // The sink is a key of score `sink` without a value.
 __device__ __forceinline__ float finish_factor(State& state, float sink) {
-    State last = {sink, 1.0f};
+    State last = {sink * LOG2_E, 1.0f};
     return fold(state, last).x;
 }
 
@@ -154,31 +157,33 @@ __device__ __forceinline__ void attend(const AttentionArgs& args, const SharedIt
         }
     }
 
+    // Keys and values of this pass: those of the segment's first row.
+    const u16* of_pass = args.qkv + (u64)first.segment_row * width + (args.n_heads + kv_head) * HEAD_DIM;
     auto load = [&](int tile, int stage) {
+        constexpr int CHUNKS = HEAD_DIM / 8;
         u16* keys = shared + stage * 2 * TILE * STRIDE;
-        for (int i = threadIdx.x; i < 2 * TILE * (HEAD_DIM / 8); i += 32 * WARPS) {
-            int is_value = i / (TILE * (HEAD_DIM / 8));
-            int key = i / (HEAD_DIM / 8) % TILE;
-            int chunk = i % (HEAD_DIM / 8) * 8;
+        // A tile lies in one page, and in one run of a ring.
+        u32 n_positions = SLIDING ? args.ring : 256;
+        u64 holder = SLIDING ? first.sequence : args.page_table[(u64)first.sequence * args.max_pages + tile / SPLIT_TILES];
+        u64 of_head = (holder * args.n_layers + args.layer) * args.n_kv_heads + kv_head;
+        const u16* cached = args.cache + (of_head * 2 * n_positions + (u32)(tile * TILE) % n_positions) * HEAD_DIM;
+        u32 value_offset = n_positions * HEAD_DIM;
+        #pragma unroll 4
+        for (int i = threadIdx.x; i < TILE * CHUNKS; i += 32 * WARPS) {
+            int key = i / CHUNKS, chunk = i % CHUNKS * 8;
             int position = tile * TILE + key;
             // What no query of the block sees is zeros, whatever the cache holds there.
             bool seen = position >= lowest && position <= last;
-            const u16* from = args.qkv;
-            if (seen) {
-                if (SLIDING && position >= segment_position) {
-                    u64 row = first.segment_row + (u32)(position - segment_position);
-                    u32 head = args.n_heads + is_value * args.n_kv_heads + kv_head;
-                    from = args.qkv + row * width + head * HEAD_DIM;
-                } else {
-                    u64 holder = SLIDING ? first.sequence
-                        : args.page_table[(u64)first.sequence * args.max_pages + position / 256];
-                    u32 n_positions = SLIDING ? args.ring : 256;
-                    u64 of_head = (holder * args.n_layers + args.layer) * args.n_kv_heads + kv_head;
-                    from = args.cache + ((of_head * 2 + is_value) * n_positions + (u32)position % n_positions) * HEAD_DIM;
-                }
-                from += chunk;
+            u32 from_key = (u32)key * HEAD_DIM + chunk;
+            const u16* from = cached + from_key;
+            u32 to_value = value_offset;
+            if (SLIDING && position >= segment_position) {
+                from = of_pass + (u64)(u32)(position - segment_position) * width + chunk;
+                to_value = args.n_kv_heads * HEAD_DIM;
             }
-            copy_async16(shared_address(keys + (is_value * TILE + key) * STRIDE + chunk), from, seen);
+            u32 to = shared_address(keys + key * STRIDE + chunk);
+            copy_async16(to, from, seen);
+            copy_async16(to + TILE * STRIDE * 2, from + to_value, seen);
         }
     };
 
@@ -189,6 +194,7 @@ __device__ __forceinline__ void attend(const AttentionArgs& args, const SharedIt
         #pragma unroll
         for (int i = 0; i < 4; i++) o_folded[n][i] = 0.0f;
 
+    float scale = args.scale * LOG2_E;
     // The warp's queries: their least position, and the greatest first key that one sees.
     int warp_row = warp * 16 / GROUP, warp_end = (warp * 16 + 15) / GROUP;
     int warp_last = position0 + (warp_end < n_rows ? warp_end : n_rows - 1);
@@ -238,11 +244,6 @@ __device__ __forceinline__ void attend(const AttentionArgs& args, const SharedIt
         }
         // Every query of the warp sees every key of the tile.
         bool all_seen = MODE == SHARED || tile * TILE + TILE - 1 <= warp_position && (!SLIDING || tile * TILE >= warp_low);
-        #pragma unroll
-        for (int n = 0; n < TILE / 8; n++) {
-            #pragma unroll
-            for (int i = 0; i < 4; i++) s[n][i] = s[n][i] * args.scale;
-        }
         if (!all_seen) {
             #pragma unroll
             for (int n = 0; n < TILE / 8; n++) {
@@ -268,17 +269,19 @@ __device__ __forceinline__ void attend(const AttentionArgs& args, const SharedIt
                 float other = __shfl_xor_sync(NONE, max, mask);
                 max = other > max ? other : max;
             }
+            // The scale is positive: the greatest product is the greatest score.
+            max = max * scale;
             max = state[i].max > max ? state[i].max : max;
             // Without a key so far nothing may be subtracted from.
             float base = max == NEG_INFINITY ? 0.0f : max;
-            float decay = exp_fast(state[i].max - base);
+            float decay = exp2_approx(state[i].max - base);
             if (state[i].max == max) decay = 1.0f;
             float sum = 0.0f;
             #pragma unroll
             for (int n = 0; n < TILE / 8; n++) {
                 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    float p = exp_fast(s[n][2 * i + j] - base);
+                    float p = exp2_approx(__fmaf_rn(s[n][2 * i + j], scale, -base));
                     s[n][2 * i + j] = p;
                     sum += p;
                 }
@@ -287,10 +290,13 @@ __device__ __forceinline__ void attend(const AttentionArgs& args, const SharedIt
             for (int mask = 1; mask < 4; mask *= 2) sum += __shfl_xor_sync(NONE, sum, mask);
             state[i].sum = __fmaf_rn(state[i].sum, decay, sum);
             state[i].max = max;
-            #pragma unroll
-            for (int n = 0; n < HEAD_DIM / 8; n++) {
-                o[n][2 * i] *= decay;
-                o[n][2 * i + 1] *= decay;
+            // A factor of 1 changes no bit.
+            if (__any_sync(NONE, decay != 1.0f)) {
+                #pragma unroll
+                for (int n = 0; n < HEAD_DIM / 8; n++) {
+                    o[n][2 * i] *= decay;
+                    o[n][2 * i + 1] *= decay;
+                }
             }
         }
         #pragma unroll
@@ -377,7 +383,7 @@ extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, 1) attention_ful
     attend<SPLITS, DECODE_WARPS>(args, 0);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS) attention_sliding_decode(const AttentionArgs args) {
+extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, 1) attention_sliding_decode(const AttentionArgs args) {
     follow_previous();
     attend<WINDOW, DECODE_WARPS>(args, 0);
 }

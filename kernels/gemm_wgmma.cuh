@@ -18,64 +18,6 @@
 // A stage is filled when all have passed the barrier behind the one that follows it: STAGES - 2
 // stages are under way.
 
-// A warpgroup's product with a token tile of 8, 16, .. 128.
-#define R4(a, b, c, d) "%" #a ", %" #b ", %" #c ", %" #d
-#define R8 R4(0, 1, 2, 3) ", " R4(4, 5, 6, 7)
-#define R16 R8 ", " R4(8, 9, 10, 11) ", " R4(12, 13, 14, 15)
-#define R24 R16 ", " R4(16, 17, 18, 19) ", " R4(20, 21, 22, 23)
-#define R32 R24 ", " R4(24, 25, 26, 27) ", " R4(28, 29, 30, 31)
-#define R48 R32 ", " R4(32, 33, 34, 35) ", " R4(36, 37, 38, 39) ", " R4(40, 41, 42, 43) ", " R4(44, 45, 46, 47)
-#define R64 R48 ", " R4(48, 49, 50, 51) ", " R4(52, 53, 54, 55) ", " R4(56, 57, 58, 59) ", " R4(60, 61, 62, 63)
-#define C1(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
-#define C2(n) C1(n), C1(n + 1)
-#define C4(n) C2(n), C2(n + 2)
-#define C8(n) C4(n), C4(n + 4)
-#define WGMMA(N, D, A, B, ...) \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0;\n" \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" D "}, {" A "}, %" #B ", p, 1, 1, 0;}" \
-                 : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-
-// c += a b. The registers belong to the instruction until the group that holds it is waited for.
-template <int NT> __device__ __forceinline__ void wgmma_bf16(float (&c)[NT][4], const u32 (&a)[4], u64 b) {
-    if constexpr (NT == 1) WGMMA(8, R4(0, 1, 2, 3), R4(4, 5, 6, 7), 8, C1(0));
-    else if constexpr (NT == 2) WGMMA(16, R8, R4(8, 9, 10, 11), 12, C2(0));
-    else if constexpr (NT == 4) WGMMA(32, R16, R4(16, 17, 18, 19), 20, C4(0));
-    else if constexpr (NT == 6) WGMMA(48, R24, R4(24, 25, 26, 27), 28, C4(0), C2(4));
-    else if constexpr (NT == 8) WGMMA(64, R32, R4(32, 33, 34, 35), 36, C8(0));
-    else if constexpr (NT == 12) WGMMA(96, R48, R4(48, 49, 50, 51), 52, C8(0), C4(8));
-    else if constexpr (NT == 16) WGMMA(128, R64, R4(64, 65, 66, 67), 68, C8(0), C8(8));
-    else static_assert(NT == 1, "no such token tile");
-}
-
-// Orders registers written by the thread before the multiplications that follow.
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until at most `PENDING` of the warpgroup's latest groups are under way.
-template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
-}
-
-// Makes shared memory that this thread wrote visible to the matrix units.
-__device__ __forceinline__ void fence_matrix_units() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 n_arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(n_arrivals) : "memory");
-}
-// Arrives, and lets the phase wait for so many bytes of bulk copies.
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 n_bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(n_bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile("{.reg .pred done;\n"
-                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;}" :: "r"(barrier), "r"(parity) : "memory");
-}
-// Copies a run of bytes (a multiple of 16) to shared memory; the barrier counts them.
-__device__ __forceinline__ void copy_bulk(u32 shared, const void* global, u32 n_bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 :: "r"(shared), "l"(global), "r"(n_bytes), "r"(barrier) : "memory");
-}
-
 // Stages of the variants: what `BLOCKS` blocks a multiprocessor leave room for, 8 at most;
 // src/engine/cuda/launch.rs computes the same.
 __device__ constexpr int warpgroup_stages(int blocks, int stage_bytes) {
@@ -83,8 +25,9 @@ __device__ constexpr int warpgroup_stages(int blocks, int stage_bytes) {
     return room < 8 ? room : 8;
 }
 
-template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupGemm {
-    static constexpr int THREADS = 128 * WGS;
+// What both kinds of blocks have in common: WGS x MT blocks of 64 features, NT octets of tokens.
+template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupTiles {
+    static constexpr int WORKERS = 128 * WGS;
     static constexpr int M_TILES = MT, N_TILES = NT;
     static constexpr int TILES = WGS * MT * BLOCK_TILES;
     static constexpr int COLUMNS = NT * 8;
@@ -105,7 +48,7 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupGe
     // Brings the block's weights to L2.
     __device__ static __forceinline__ void prefetch(const u8* matrix, int first_tile, int n_tiles, int n_groups) {
         int first = first_tile / BLOCK_TILES, end = (n_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
-        for (int i = threadIdx.x; i < WGS * MT * n_groups; i += THREADS) {
+        for (int i = threadIdx.x; i < WGS * MT * n_groups; i += WORKERS) {
             if (first + i / n_groups >= end) return;
             prefetch_l2(matrix + ((u64)first * n_groups + i) * BLOCK_BYTES, BLOCK_BYTES);
         }
@@ -116,6 +59,13 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupGe
     __device__ static __forceinline__ u64 token_matrix(u32 address) {
         return (u64)(address >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
     }
+};
+
+template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS>
+struct WarpgroupGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
+    typedef WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> Tiles;
+    using Tiles::WORKERS, Tiles::COLUMNS, Tiles::TILE_BYTES, Tiles::BLOCK_BYTES, Tiles::TOKEN_BYTES, Tiles::WEIGHT_BYTES, Tiles::STAGES;
+    static constexpr int THREADS = WORKERS;
 
     // What a thread keeps of its block.
     struct Block {
@@ -165,12 +115,6 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupGe
     // All of K, for the first M blocks of each warpgroup.
     template <int M> __device__ static __forceinline__ void multiply(const Block& block, float (&acc)[M][NT][4]) {
         int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-        #pragma unroll
-        for (int m = 0; m < M; m++)
-            #pragma unroll
-            for (int n = 0; n < NT; n++)
-                #pragma unroll
-                for (int i = 0; i < 4; i++) acc[m][n][i] = 0.0f;
         u32 fragments[2][2][M][4];
         int from = 0, to = STAGES - 2;
         u32 parity = 0;
@@ -186,7 +130,7 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupGe
             }
             copy_async_commit();
             const u8* tiles = block.shared + STAGES * TOKEN_BYTES + from * WEIGHT_BYTES + warp * TILE_BYTES;
-            u64 b = token_matrix(block.tokens + from * TOKEN_BYTES);
+            u64 b = Tiles::token_matrix(block.tokens + from * TOKEN_BYTES);
             Tile<FORMAT> packed[M];
             #pragma unroll
             for (int m = 0; m < M; m++) packed[m].load(tiles + m * WGS * BLOCK_BYTES, lane);
@@ -206,8 +150,8 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupGe
                 for (int i = 0; i < 2; i++) {
                     #pragma unroll
                     for (int m = 0; m < M; m++) {
-                        // A k-step is 32 bytes further in each row.
-                        wgmma_bf16(acc[m], fragments[half][i][m], b + (half * 2 + i) * 2);
+                        // A k-step is 32 bytes further in each row. The first one of all begins the sums.
+                        wgmma_bf16(acc[m], fragments[half][i][m], b + (half * 2 + i) * 2, half + i > 0 ? 1 : group);
                     }
                 }
                 wgmma_commit();

@@ -216,13 +216,13 @@ template <class G, class Store> __device__ __forceinline__ void matmul(const Mat
     VARIANT(NAME##_128, STORE, 256, 1, Gemm<BF16, 4, 2, 2, 8, BIG_STAGES>)
 #ifdef WARPGROUPS
 #define WARPGROUP_VARIANTS(NAME, STORE) \
-    VARIANT(NAME##_w8, STORE, 128, 3, WarpgroupGemm<BF16, 1, 1, 1, 3>) \
     VARIANT(NAME##_w16, STORE, 128, 3, WarpgroupGemm<BF16, 1, 1, 2, 3>) \
     VARIANT(NAME##_w32, STORE, 128, 2, WarpgroupGemm<BF16, 1, 1, 4, 2>) \
     VARIANT(NAME##_w64, STORE, 128, 2, WarpgroupGemm<BF16, 1, 1, 8, 2>) \
     VARIANT(NAME##_w128x64, STORE, 256, 1, WarpgroupGemm<BF16, 2, 1, 8, 1>) \
     VARIANT(NAME##_w128x128, STORE, 256, 1, WarpgroupGemm<BF16, 2, 1, 16, 1>) \
-    VARIANT(NAME##_w256x128, STORE, 256, 1, WarpgroupGemm<BF16, 2, 2, 16, 1>)
+    VARIANT(NAME##_w256x128, STORE, 256, 1, WarpgroupGemm<BF16, 2, 2, 16, 1>) \
+    VARIANT(NAME##_s256x128, STORE, 384, 1, SplitGemm<BF16, 2, 16>)
 #else
 #define WARPGROUP_VARIANTS(NAME, STORE)
 #endif

@@ -180,7 +180,7 @@ template <class G, class Store, class Narrow = G> __device__ __forceinline__ voi
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MoeArgs args) { moe_matmul<__VA_ARGS__, STORE>(args); }
 #define VARIANT_OF_TWO(FORMAT, NAME, STORE, THREADS, BLOCKS, NARROW_NT, NT) \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MoeArgs args) { \
-        moe_matmul<WarpgroupGemm<FORMAT, 2, 2, NT, 1>, STORE, WarpgroupGemm<FORMAT, 2, 2, NARROW_NT, 1>>(args); \
+        moe_matmul<SplitGemm<FORMAT, 2, NT>, STORE, SplitGemm<FORMAT, 2, NARROW_NT>>(args); \
     }
 #define VARIANTS(FORMAT, NAME, STORE, SMALL, BIG) \
     VARIANT(FORMAT, NAME##_8, STORE, 128, 1, Gemm<FORMAT, 4, 1, 1, 1, SMALL>) \
@@ -197,7 +197,7 @@ template <class G, class Store, class Narrow = G> __device__ __forceinline__ voi
     VARIANT(FORMAT, NAME##_w32, STORE, 256, FEW, WarpgroupGemm<FORMAT, 2, 2, 4, FEW>) \
     VARIANT(FORMAT, NAME##_w48, STORE, 256, FEW, WarpgroupGemm<FORMAT, 2, 2, 6, FEW>) \
     VARIANT(FORMAT, NAME##_w64, STORE, 256, 1, WarpgroupGemm<FORMAT, 2, 2, 8, 1>) \
-    VARIANT_OF_TWO(FORMAT, NAME##_w128, STORE, 256, 1, 8, 16)
+    VARIANT_OF_TWO(FORMAT, NAME##_w128, STORE, 384, 1, 8, 16)
 #else
 #define WARPGROUP_VARIANTS(FORMAT, NAME, STORE, FEW, MANY)
 #endif

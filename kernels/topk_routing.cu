@@ -7,7 +7,7 @@
 //   experts  u32 [n_rows * k], NONE for padding rows;  gates f32 [n_rows * k]
 //   offsets  u32 [n_experts + 1];  entries u32 [n_rows * k]
 //
-// route: grid (n_rows) or, route_4, (n_rows / 4), block 256, shared HIDDEN bf16 and n_experts
+// route: grid (n_rows) or, route_8, (n_rows / 8), block 256, shared HIDDEN bf16 and n_experts
 // floats a row. One warp an expert: the lanes' sums over k = 8 lane.., then a butterfly: one order
 // whatever the batch.
 // group: grid (n_experts), block 256.
@@ -142,8 +142,8 @@ template <int ROWS> __device__ __forceinline__ void route_rows(const RouteArgs& 
 
 extern "C" __global__ void __launch_bounds__(256) route(const RouteArgs args) { route_rows<1>(args); }
 
-// Many rows: the weights are read once for four of them.
-extern "C" __global__ void __launch_bounds__(256) route_4(const RouteArgs args) { route_rows<4>(args); }
+// Many rows: the weights are read once for eight of them.
+extern "C" __global__ void __launch_bounds__(256) route_8(const RouteArgs args) { route_rows<8>(args); }
 
 extern "C" __global__ void __launch_bounds__(256) group(
     const u32* experts, u32 n_entries, u32 n_experts, u32* offsets, u32* entries
@@ -151,15 +151,24 @@ extern "C" __global__ void __launch_bounds__(256) group(
     __shared__ u32 sums[2][8];
     follow_previous();
     u32 expert = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    // A thread has consecutive entries, so that their order is kept.
-    u32 share = (n_entries + 255) / 256;
+    // A thread has consecutive entries, so that their order is kept; fours of them.
+    u32 share = (n_entries + 1023) / 1024 * 4;
     u32 first = threadIdx.x * share;
     u32 end = first + share < n_entries ? first + share : n_entries;
     u32 less = 0, equal = 0;
-    for (u32 i = first; i < end; i++) {
-        u32 e = experts[i];
-        less += e < expert;
-        equal += e == expert;
+    // What is behind the last entry is no expert.
+    auto four_at = [&](u32 i) {
+        if (i + 4 <= n_entries) return *(const uint4*)(experts + i);
+        uint4 four = {experts[i], NONE, NONE, NONE};
+        if (i + 1 < n_entries) four.y = experts[i + 1];
+        if (i + 2 < n_entries) four.z = experts[i + 2];
+        return four;
+    };
+    #pragma unroll 4
+    for (u32 i = first; i < end; i += 4) {
+        uint4 e = four_at(i);
+        less += (e.x < expert) + (e.y < expert) + (e.z < expert) + (e.w < expert);
+        equal += (e.x == expert) + (e.y == expert) + (e.z == expert) + (e.w == expert);
     }
     u32 equal_before = equal;
     for (int step = 1; step < 32; step *= 2) {
@@ -179,8 +188,13 @@ extern "C" __global__ void __launch_bounds__(256) group(
         if (w < warp) at += sums[1][w];
     }
     at += start;
-    for (u32 i = first; i < end; i++) {
-        if (experts[i] == expert) entries[at++] = i;
+    #pragma unroll 4
+    for (u32 i = first; i < end; i += 4) {
+        uint4 e = four_at(i);
+        if (e.x == expert) entries[at++] = i;
+        if (e.y == expert) entries[at++] = i + 1;
+        if (e.z == expert) entries[at++] = i + 2;
+        if (e.w == expert) entries[at++] = i + 3;
     }
     if (threadIdx.x == 0) {
         offsets[expert] = start;

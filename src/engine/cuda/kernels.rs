@@ -17,7 +17,9 @@ const PTX: &str = include_str!("../../../kernels/ptx.cuh");
 const COMMON: &str = include_str!("../../../kernels/common.cuh");
 const GEMM: &str = concat!(
     include_str!("../../../kernels/gemm.cuh"),
-    include_str!("../../../kernels/gemm_wgmma.cuh")
+    include_str!("../../../kernels/wgmma.cuh"),
+    include_str!("../../../kernels/gemm_wgmma.cuh"),
+    include_str!("../../../kernels/gemm_split.cuh")
 );
 const MOE: &str = include_str!("../../../kernels/moe_matmul.cuh");
 

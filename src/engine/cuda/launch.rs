@@ -151,7 +151,7 @@ pub struct Kernels {
     rmsnorm: Function,
     moe_combine: Function,
     route: Function,
-    route_4: Function,
+    route_8: Function,
     group_entries: Function,
     attention_full: Function,
     attention_sliding: Function,
@@ -175,8 +175,11 @@ pub struct Kernels {
     _modules: Vec<Module>,
 }
 
-/// Rows of a block of `route_4`.
-const ROUTE_ROWS: usize = 4;
+/// Blocks from which a kernel other than a dense product may start early.
+const OVERLAP_BLOCKS: usize = 64;
+
+/// Rows of a block of `route_8`.
+const ROUTE_ROWS: usize = 8;
 
 /// Row blocks of a dense product up to which they follow each other.
 const ROW_BLOCKS_FIRST: usize = 8;
@@ -257,7 +260,7 @@ impl Kernels {
             |name: &str| of_variants("moe_matmul", name, &moe_variants, tile_bytes(format));
         let attention = |name| function("attention", name, attention_shared(config.head_dim));
         let routing_shared = route_shared(config.hidden, config.n_experts);
-        let routing_shared_4 = ROUTE_ROWS * routing_shared;
+        let routing_shared_8 = ROUTE_ROWS * routing_shared;
         Ok(Self {
             format,
             room,
@@ -271,7 +274,7 @@ impl Kernels {
             rmsnorm: function("rmsnorm", "rmsnorm", 0)?,
             moe_combine: function("rmsnorm", "moe_combine", 0)?,
             route: function("topk_routing", "route", routing_shared)?,
-            route_4: function("topk_routing", "route_4", routing_shared_4)?,
+            route_8: function("topk_routing", "route_8", routing_shared_8)?,
             group_entries: function("topk_routing", "group", 0)?,
             attention_full: attention("attention_full")?,
             attention_sliding: attention("attention_sliding")?,
@@ -449,7 +452,14 @@ impl Kernels {
         };
         let shared = variant.shared_bytes(pack::BF16_TILE_BYTES);
         let function = self.dense[which as usize][index];
-        self.follow(function, grid, variant.threads(), shared, &[arg(&args)])
+        self.enqueue(
+            function,
+            grid,
+            variant.threads(),
+            shared,
+            &[arg(&args)],
+            true,
+        )
     }
 
     pub fn ring_append(&self, args: &MatmulArgs) -> Result<(), CudaError> {
@@ -465,12 +475,12 @@ impl Kernels {
     pub fn route(&self, args: &RouteArgs) -> Result<(), CudaError> {
         let shared = route_shared(self.hidden, self.n_experts);
         let n_rows = args.n_rows as usize;
-        // From so many rows on every multiprocessor has some even when four share a block.
+        // From so many rows on every multiprocessor has some even when eight share a block.
         if n_rows < 2 * ROUTE_ROWS * self.room.n_multiprocessors {
             return self.follow(self.route, [n_rows, 1, 1], 256, shared, &[arg(args)]);
         }
         let grid = [n_rows.div_ceil(ROUTE_ROWS), 1, 1];
-        self.follow(self.route_4, grid, 256, ROUTE_ROWS * shared, &[arg(args)])
+        self.follow(self.route_8, grid, 256, ROUTE_ROWS * shared, &[arg(args)])
     }
 
     pub fn group_entries(
@@ -694,14 +704,9 @@ impl Kernels {
         shared: usize,
         args: &[*mut c_void],
     ) -> Result<(), CudaError> {
-        self.enqueue(
-            function,
-            grid,
-            threads,
-            shared,
-            args,
-            self.device.major >= 9 && std::env::var_os("PODIUM_NO_OVERLAP").is_none(),
-        )
+        // A small kernel's start costs more this way than it saves (kernels/NOTES.md).
+        let overlaps = grid.iter().product::<usize>() >= OVERLAP_BLOCKS;
+        self.enqueue(function, grid, threads, shared, args, overlaps)
     }
 
     fn enqueue(
@@ -742,7 +747,7 @@ impl Kernels {
             hStream: self.device.stream(),
             attrs: &mut overlap,
             // A timed launch stands between two events.
-            numAttrs: u32::from(may_overlap && begun.is_none()),
+            numAttrs: u32::from(may_overlap && self.device.major >= 9 && begun.is_none()),
         };
         // SAFETY: the functions above pass the kernel's own arguments, in order, each living
         // until the driver has copied it, which it does before this returns; what they point to
