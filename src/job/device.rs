@@ -258,7 +258,7 @@ impl AnyBackend {
     pub fn kernel_calls(&self) -> BTreeMap<String, u64> {
         match self {
             Self::Cpu(backend) => backend.kernel_calls(),
-            Self::Cuda(_) => BTreeMap::new(),
+            Self::Cuda(backend) => backend.kernel_calls(),
         }
     }
 }

@@ -1,9 +1,10 @@
 //! The CUDA backend: what is loaded, the workspace, and the bookkeeping of sequences.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::buffer::PinnedBuffer;
+use super::counts::Recorded;
 use super::decode::{Decoding, Event as StepEvent, NONE, Outstanding, Slot};
 use super::device::Device;
 use super::forward::{Pass, Rows, Until};
@@ -170,7 +171,9 @@ pub struct CudaBackend {
     page_users: Vec<u32>,
     batch: Batch,
     /// Of each kind of step that has been run: its captured launches.
-    pub(super) graphs: HashMap<Rows, Option<Graph>>,
+    pub(super) graphs: HashMap<Rows, Option<(Graph, Recorded)>>,
+    /// Runs of each kernel before this backend's.
+    calls_before: Recorded,
     pub(super) outstanding: Option<Outstanding>,
     pub(super) arrived: PinnedBuffer<StepEvent>,
     pub(super) arrival: Event,
@@ -218,6 +221,7 @@ impl CudaBackend {
             page_users: vec![0; shape.n_pages],
             batch: Batch::default(),
             graphs: HashMap::new(),
+            calls_before: loaded.kernels.calls.read(),
             outstanding: None,
             arrived: device.alloc_pinned(work.lengths.events)?,
             arrival: device.event()?,
@@ -238,6 +242,11 @@ impl CudaBackend {
 
     pub fn loaded(&self) -> &Arc<Loaded> {
         &self.loaded
+    }
+
+    /// Runs of each kernel by name, those in replayed graphs among them.
+    pub fn kernel_calls(&self) -> BTreeMap<String, u64> {
+        self.loaded.kernels.calls_since(&self.calls_before)
     }
 
     pub(super) fn pass(&self) -> Pass<'_> {
