@@ -234,11 +234,11 @@ pub struct SelfcheckArgs {
 #[command(
     after_help = "Workloads (rows x shared+prompt/output tokens): single 1 x 128/256, b64 64 x 512/512, b256\n\
     256 x 512/512, prefill 64 x 2048/1, prefix 512 x 1024+64/128, prefix-long 256 x 8192+64/128,\n\
-    smoke 4 x 64/16. Rows have equal lengths, no token ends one.\n\n\
+    smoke 4 x 64/16; mixed 1024 x 100..1000/about 512, up to 4096, 256 at once. No token ends a row.\n\n\
     Example:\n  podium bench --model synthetic:gpt-oss-20b --workload b64,b256 --json"
 )]
 pub struct BenchArgs {
-    /// synthetic:gpt-oss-20b or synthetic:gpt-oss-120b, with :SEED
+    /// synthetic:SHAPE[:SEED] with gpt-oss-20b, gpt-oss-120b or a config.json
     #[arg(long, default_value = "synthetic:gpt-oss-20b")]
     pub model: String,
     /// cuda or cuda:N
@@ -262,6 +262,10 @@ pub struct BenchArgs {
     /// 0 is greedy
     #[arg(long, value_name = "T", default_value_t = 0.0)]
     pub temperature: f32,
+    /// Put rows of unequal lengths into an order that does not know their lengths, as where stop
+    /// tokens end them
+    #[arg(long)]
+    pub hide_lengths: bool,
     /// Also time each kernel
     #[arg(long)]
     pub kernels: bool,
