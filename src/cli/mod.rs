@@ -144,7 +144,7 @@ pub struct MergeArgs {
     podium quantize nano ./nano-bf16 --precision 16bit"
 )]
 pub struct QuantizeArgs {
-    /// Checkpoint folder, or `nano`
+    /// Checkpoint folder, `nano` or `synthetic:SHAPE[:SEED]`
     #[arg(value_name = "IN")]
     pub input: String,
     /// Folder to write; it must not exist yet or be empty
@@ -202,7 +202,7 @@ pub struct SynthArgs {
     Example:\n  podium logits ./gpt-oss-20b input.jsonl --exact > logits.jsonl"
 )]
 pub struct LogitsArgs {
-    /// Checkpoint folder, or `nano`
+    /// Checkpoint folder, `nano` or `synthetic:SHAPE[:SEED]`
     pub model: String,
     /// JSONL file of token sequences, or `-` for standard input
     pub input: PathBuf,
@@ -219,7 +219,7 @@ pub struct LogitsArgs {
 /// Arguments of `podium selfcheck`.
 #[derive(Debug, clap::Args)]
 pub struct SelfcheckArgs {
-    /// Checkpoint folder, or `nano`
+    /// Checkpoint folder, `nano` or `synthetic:SHAPE[:SEED]`
     #[arg(long, default_value = crate::job::nano::NANO)]
     pub model: String,
     /// Rows to run
@@ -238,7 +238,7 @@ pub struct SelfcheckArgs {
     Example:\n  podium bench --model synthetic:gpt-oss-20b --workload b64,b256 --json"
 )]
 pub struct BenchArgs {
-    /// synthetic:SHAPE[:SEED] with gpt-oss-20b, gpt-oss-120b or a config.json
+    /// `synthetic:SHAPE[:SEED]` with gpt-oss-20b, gpt-oss-120b or a config.json
     #[arg(long, default_value = "synthetic:gpt-oss-20b")]
     pub model: String,
     /// cuda or cuda:N

@@ -16,7 +16,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use super::JobError;
-use super::synthetic;
+use super::synthetic::{self, Synthetic};
 use crate::cli::{BenchArgs, print};
 use crate::engine::cuda::counts::Counts;
 use crate::engine::cuda::device::{self, Device};
@@ -132,7 +132,9 @@ impl Measurement {
 /// # Errors
 /// No GPU, no such model or workload, too little memory, or routing that is degenerate.
 pub fn bench(args: &BenchArgs) -> Result<u8, JobError> {
-    let (config, seed) = synthetic::parse(&args.model)?;
+    let model = Synthetic::named(&args.model)?;
+    model.check_in_place()?;
+    let Synthetic { config, seed, .. } = model;
     let mut workloads = Vec::new();
     for name in args.workload.split(',') {
         workloads.push(Workload::named(name).ok_or_else(|| JobError::Option {

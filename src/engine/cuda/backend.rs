@@ -42,7 +42,8 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// Opens a GPU, loads a checkpoint's weights and compiles the kernels for them.
+    /// Opens a GPU, loads a checkpoint's weights or makes them in place, and compiles the kernels
+    /// for them.
     ///
     /// # Errors
     /// No driver, GPU or NVRTC; a shape the kernels do not take; out of memory; as
@@ -65,9 +66,12 @@ impl Loaded {
         index: u32,
         staging: Staging,
     ) -> Result<Self, EngineError> {
+        let format = checkpoint.weight_format(precision);
+        if let Some(seed) = checkpoint.in_place() {
+            return Self::synthetic(checkpoint.config(), format, seed, index);
+        }
         let nvrtc = Nvrtc::load()?;
         let device = Device::open(index)?;
-        let format = checkpoint.weight_format(precision);
         let mut build = Build::new(checkpoint.config(), format)?;
         let (cubins, model) = std::thread::scope(|scope| {
             let compiling = scope.spawn(|| Kernels::compile(&device, &nvrtc, build));
