@@ -209,8 +209,6 @@ pub enum EngineError {
     #[error(transparent)]
     Checkpoint(#[from] checkpoint::CheckpointError),
     #[error(transparent)]
-    Plan(#[from] plan::PlanError),
-    #[error(transparent)]
     Cuda(#[from] cuda::CudaError),
     #[error("logits of slot {slot} at position {position} are not finite")]
     NotFinite { slot: u32, position: usize },
@@ -233,7 +231,6 @@ impl EngineError {
         match self {
             Self::Config(_) => "the model's config.json must describe a GPT-OSS model".to_owned(),
             Self::Checkpoint(error) => error.hint().to_owned(),
-            Self::Plan(error) => error.hint(),
             Self::Cuda(error) => error.hint(),
             Self::NotFinite { .. } => "the checkpoint's weights may be damaged".to_owned(),
             Self::OutOfMemory { .. } => {

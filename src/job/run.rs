@@ -10,7 +10,7 @@ use super::JobError;
 use super::device::{AnyBackend, Engine, Held};
 use super::folder::{Opening, RunFolder};
 use super::model::OpenModel;
-use super::plan::{PREFILL_ROWS, Wanted, host_budget, measured};
+use super::plan::{Wanted, host_budget, measured};
 use super::prepare::Prepared;
 use super::progress::Progress;
 use super::record::{Recorder, blank_row};
@@ -143,7 +143,6 @@ impl Run<'_> {
             n_jobs,
             prefix_reuse: self.settings.prefix_reuse.value,
             budget: host_budget(self.settings.host_memory.value),
-            prefill_rows: PREFILL_ROWS,
         };
         self.engine.plan(
             &self.model.checkpoint,
