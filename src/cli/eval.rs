@@ -48,6 +48,9 @@ pub struct EvalArgs {
     /// Fill memory that holds nothing with NaN first, so that a wrong read shows in the output
     #[arg(long, hide = true)]
     pub poison: bool,
+    /// Lose the device after so many calls of decode steps, once for each number
+    #[arg(long, hide = true, value_delimiter = ',', value_name = "N")]
+    pub lose_device: Vec<usize>,
 }
 
 /// Arguments of `podium inspect`.

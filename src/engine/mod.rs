@@ -226,6 +226,11 @@ pub enum EngineError {
 }
 
 impl EngineError {
+    /// Whether everything on the device is gone: fresh state may do.
+    pub fn is_lost_device(&self) -> bool {
+        matches!(self, Self::Cuda(cuda::CudaError::Lost { .. }))
+    }
+
     /// How to mend it.
     pub fn hint(&self) -> String {
         match self {

@@ -102,6 +102,17 @@ impl Engine {
         }
     }
 
+    /// Clears a device that was lost: nothing on it is held any more.
+    ///
+    /// # Errors
+    /// It cannot be cleared.
+    pub fn reset(self) -> Result<(), JobError> {
+        if let Self::Cuda(index) = self {
+            cuda::device::reset(index).map_err(EngineError::from)?;
+        }
+        Ok(())
+    }
+
     /// The GPU's meter; nothing on a CPU, or where the driver's library of figures is missing.
     pub fn meter(self) -> Option<DeviceMeter> {
         let Self::Cuda(index) = self else {

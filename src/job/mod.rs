@@ -11,6 +11,7 @@ pub mod datasets;
 pub mod device;
 pub mod divergence;
 pub mod eval;
+pub mod fault;
 pub mod folder;
 pub mod inspect;
 pub mod logits;

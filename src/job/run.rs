@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::JobError;
 use super::device::{AnyBackend, Engine, Held};
+use super::fault::Faulty;
 use super::folder::{Opening, RunFolder};
 use super::model::OpenModel;
 use super::plan::{Wanted, host_budget, measured};
@@ -21,7 +22,7 @@ use crate::engine::checkpoint::Precision;
 use crate::engine::cpu::CpuOptions;
 use crate::engine::cpu::path::CpuPath;
 use crate::engine::cuda::Staging;
-use crate::engine::generate::{GenerateOptions, Outcome as Generated, generate};
+use crate::engine::generate::{GenerateError, GenerateOptions, Outcome as Generated, generate};
 use crate::engine::plan::{MemoryPlan, ledger_table};
 use crate::profile::{Profile, Source};
 use crate::prompt::harmony;
@@ -53,6 +54,10 @@ pub struct Run<'a> {
     pub max_context: usize,
     pub options: CpuOptions,
     pub engine: Engine,
+    /// What the first token's time counts from.
+    pub begun: Instant,
+    /// Of each attempt: calls of steps after which the device is lost, for tests.
+    pub faults: Vec<usize>,
 }
 
 /// Weights kept between the runs of one command, so that each model is loaded once.
@@ -278,6 +283,8 @@ impl Run<'_> {
         manifest.end_session(ran.outcome, ran.totals, ran.memory, ran.kernel_calls);
         if let Some(session) = manifest.sessions.last_mut() {
             session.device_load = ran.device_load;
+            session.first_token_seconds = ran.first_token_seconds;
+            session.n_lost_devices = ran.n_lost_devices;
         }
         manifest.write(&path)?;
         if let Some(error) = error {
@@ -310,32 +317,8 @@ impl Run<'_> {
                 MemoryLog::start_on_device(path, session, SAMPLE_PERIOD, planned, meter)
             }
         };
-        let mut jobs = Vec::new();
-        let missing = self.missing(&folder.results);
-        for &(row, sample) in &missing {
-            let Some(record) = self.prepared.dataset.records.get(row) else {
-                continue;
-            };
-            let Some(prepared) = self.prepared.rows.get(row) else {
-                continue;
-            };
-            if let Some(error) = &prepared.error {
-                let verdict = score::without_answer(record, Status::Error);
-                let mut result = blank_row(record, sample, Status::Error);
-                result.correct = verdict.correct;
-                result.error = Some(error.clone());
-                folder.log.append(&result)?;
-                folder.results.insert(result);
-                continue;
-            }
-            jobs.push(Job {
-                row,
-                sample,
-                prompt: Arc::clone(&prepared.tokens),
-                max_new_tokens: self.settings.max_new_tokens.value,
-                row_hash: row_hash(&record.key),
-            });
-        }
+        self.log_errors(folder)?;
+        let mut jobs = self.jobs(&folder.results);
         let n_jobs = jobs.len();
         if n_jobs == 0 {
             let (memory, _) = memory.finish();
@@ -347,48 +330,13 @@ impl Run<'_> {
             return Ok((ran, None));
         }
 
-        let model = self.load(weights, plan)?;
-        memory.event(MemoryEvent::Load, None);
-        let mut ledger = plan.ledger.clone();
-        if let Held::Cpu(model) = &model {
-            measured(&mut ledger, &model.deviation());
-        }
-        if ledger != plan.ledger && !quiet {
-            let table = ledger_table(&ledger);
-            crate::cli::print::tell(&format!("\nmeasured while loading\n{table}"));
-        }
-        manifest.ledger = serde_json::to_value(&ledger).unwrap_or_default();
-        manifest.write(&folder.path)?;
-        let mut backend = AnyBackend::new(model, plan.shape, self.options)?;
-        let allocated = backend.get().memory();
-        memory.event(MemoryEvent::Arena, Some(allocated));
-        if allocated != plan.memory {
-            return Err(JobError::Allocated {
-                planned: plan.memory,
-                allocated,
-            });
-        }
+        let mut backend = self.open(plan, weights, manifest, &folder.path, &memory, quiet)?;
 
         let stop = AtomicBool::new(false);
         let n_done = folder.results.len();
         let progress = Progress::new(n_jobs, n_done, quiet);
         let mut throughput = ThroughputLog::open(&folder.path, session);
         throughput.watch(meter.clone());
-        let mut recorder = Recorder::new(
-            &self.prepared,
-            &self.model.tokenizer,
-            &mut folder.log,
-            &mut folder.results,
-            &mut throughput,
-            &memory,
-            &progress,
-            &stop,
-            plan.shape.n_slots,
-            n_jobs,
-        );
-        if opening.allow_mixed {
-            recorder.numerics_id = Some(opening.identity.numerics.clone());
-        }
         let options = GenerateOptions {
             refill: self.settings.refill.value,
             prefix_reuse: self.settings.prefix_reuse.value,
@@ -400,9 +348,55 @@ impl Run<'_> {
                 Arc::clone(&self.model.stop_tokens),
             )
         };
-        let generated = generate(backend.get(), jobs, &options, &stop, &mut recorder);
-        recorder.flush();
-        let failure = recorder.failure.take();
+        let mut kernel_calls = BTreeMap::new();
+        let mut first_token = None;
+        let mut n_lost_devices = 0;
+        let (failure, generated) = loop {
+            let mut recorder = Recorder::new(
+                &self.prepared,
+                &self.model.tokenizer,
+                &mut folder.log,
+                &mut folder.results,
+                &mut throughput,
+                &memory,
+                &progress,
+                &stop,
+                plan.shape.n_slots,
+                jobs.len(),
+            );
+            if opening.allow_mixed {
+                recorder.numerics_id = Some(opening.identity.numerics.clone());
+            }
+            let fault = self.faults.get(n_lost_devices as usize).copied();
+            let mut faulty = Faulty::new(backend.get(), fault);
+            let generated = generate(&mut faulty, jobs, &options, &stop, &mut recorder);
+            recorder.flush();
+            first_token = first_token.or(recorder.first_token);
+            let failure = recorder.failure.take();
+            for (kernel, n) in backend.kernel_calls() {
+                *kernel_calls.entry(kernel).or_default() += n;
+            }
+            match &generated {
+                Err(GenerateError::Engine(error))
+                    if error.is_lost_device() && n_lost_devices == 0 && failure.is_none() =>
+                {
+                    n_lost_devices += 1;
+                    progress.tell(&format!(
+                        "warning: {error}\nwhat was in flight begins anew on fresh state, once"
+                    ));
+                }
+                _ => break (failure, generated),
+            }
+            // All that lived on the device goes before it is opened again.
+            drop(backend);
+            *weights = None;
+            let path = folder.path.clone();
+            backend = self
+                .engine
+                .reset()
+                .and_then(|()| self.open(plan, weights, manifest, &path, &memory, quiet))?;
+            jobs = self.jobs(&folder.results);
+        };
         progress.clear();
         let (totals, throughput_written) = throughput.finish();
         let (memory, memory_written) = memory.finish();
@@ -424,9 +418,80 @@ impl Run<'_> {
             totals,
             memory: Some(memory),
             device_load: meter.and_then(|meter| meter.load()),
-            kernel_calls: backend.kernel_calls(),
+            kernel_calls,
+            first_token_seconds: first_token.map(|at| (at - self.begun).as_secs_f64()),
+            n_lost_devices,
         };
         Ok((ran, error))
+    }
+
+    /// Rows that cannot run go into the log.
+    fn log_errors(&self, folder: &mut RunFolder) -> Result<(), JobError> {
+        for (row, sample) in self.missing(&folder.results) {
+            let (record, prepared) = (&self.prepared.dataset.records, &self.prepared.rows);
+            let (Some(record), Some(prepared)) = (record.get(row), prepared.get(row)) else {
+                continue;
+            };
+            if let Some(error) = &prepared.error {
+                let verdict = score::without_answer(record, Status::Error);
+                let mut result = blank_row(record, sample, Status::Error);
+                result.correct = verdict.correct;
+                result.error = Some(error.clone());
+                folder.log.append(&result)?;
+                folder.results.insert(result);
+            }
+        }
+        Ok(())
+    }
+
+    /// The samples that are missing and can run.
+    fn jobs(&self, results: &Results) -> Vec<Job> {
+        let job = |(row, sample): (usize, u32)| {
+            let record = self.prepared.dataset.records.get(row)?;
+            let prepared = self.prepared.rows.get(row)?;
+            prepared.error.is_none().then(|| Job {
+                row,
+                sample,
+                prompt: Arc::clone(&prepared.tokens),
+                max_new_tokens: self.settings.max_new_tokens.value,
+                row_hash: row_hash(&record.key),
+            })
+        };
+        self.missing(results).into_iter().filter_map(job).collect()
+    }
+
+    /// Loads the weights where they are not loaded yet and allocates the rest.
+    fn open(
+        &self,
+        plan: &MemoryPlan,
+        weights: &mut Weights,
+        manifest: &mut RunManifest,
+        path: &Path,
+        memory: &MemoryLog,
+        quiet: bool,
+    ) -> Result<AnyBackend, JobError> {
+        let model = self.load(weights, plan)?;
+        memory.event(MemoryEvent::Load, None);
+        let mut ledger = plan.ledger.clone();
+        if let Held::Cpu(model) = &model {
+            measured(&mut ledger, &model.deviation());
+        }
+        if ledger != plan.ledger && !quiet {
+            let table = ledger_table(&ledger);
+            crate::cli::print::tell(&format!("\nmeasured while loading\n{table}"));
+        }
+        manifest.ledger = serde_json::to_value(&ledger).unwrap_or_default();
+        manifest.write(path)?;
+        let mut backend = AnyBackend::new(model, plan.shape, self.options)?;
+        let allocated = backend.get().memory();
+        memory.event(MemoryEvent::Arena, Some(allocated));
+        if allocated != plan.memory {
+            return Err(JobError::Allocated {
+                planned: plan.memory,
+                allocated,
+            });
+        }
+        Ok(backend)
     }
 
     fn load(&self, weights: &mut Weights, plan: &MemoryPlan) -> Result<Held, JobError> {
@@ -523,6 +588,8 @@ struct Ran {
     memory: Option<MemorySummary>,
     device_load: Option<DeviceLoad>,
     kernel_calls: BTreeMap<String, u64>,
+    first_token_seconds: Option<f64>,
+    n_lost_devices: u32,
 }
 
 impl Ran {
@@ -534,6 +601,8 @@ impl Ran {
             memory: None,
             device_load: None,
             kernel_calls: BTreeMap::new(),
+            first_token_seconds: None,
+            n_lost_devices: 0,
         }
     }
 }

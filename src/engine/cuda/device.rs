@@ -59,11 +59,56 @@ fn reason(result: CUresult) -> String {
 pub(super) fn check(result: CUresult, what: &str) -> Result<(), CudaError> {
     match result {
         CUresult::CUDA_SUCCESS => Ok(()),
+        other if is_loss(other) => Err(CudaError::Lost {
+            what: what.to_owned(),
+            reason: reason(other),
+        }),
         other => Err(CudaError::Driver {
             what: what.to_owned(),
             reason: reason(other),
         }),
     }
+}
+
+/// Answers after which every call fails: the context is of no more use.
+fn is_loss(result: CUresult) -> bool {
+    matches!(
+        result,
+        CUresult::CUDA_ERROR_ILLEGAL_ADDRESS
+            | CUresult::CUDA_ERROR_MISALIGNED_ADDRESS
+            | CUresult::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | CUresult::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | CUresult::CUDA_ERROR_INVALID_PC
+            | CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | CUresult::CUDA_ERROR_LAUNCH_FAILED
+            | CUresult::CUDA_ERROR_LAUNCH_TIMEOUT
+            | CUresult::CUDA_ERROR_ASSERT
+            | CUresult::CUDA_ERROR_ECC_UNCORRECTABLE
+            | CUresult::CUDA_ERROR_NVLINK_UNCORRECTABLE
+            | CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED
+            | CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE
+            | CUresult::CUDA_ERROR_UNKNOWN
+    )
+}
+
+/// Throws away all that this process has on a GPU, so that it may be opened anew after it was lost;
+/// nothing of it is used any more.
+///
+/// # Errors
+/// The driver fails.
+pub fn reset(index: u32) -> Result<(), CudaError> {
+    count()?;
+    let mut device = 0;
+    check(
+        // SAFETY: writes one handle.
+        unsafe { sys::cuDeviceGet(&mut device, index as i32) },
+        "a GPU",
+    )?;
+    check(
+        // SAFETY: the caller holds nothing that lives in the context.
+        unsafe { sys::cuDevicePrimaryCtxReset_v2(device) },
+        "a fresh context",
+    )
 }
 
 /// GPUs that the driver has.
