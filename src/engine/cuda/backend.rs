@@ -248,6 +248,22 @@ impl CudaBackend {
         &self.loaded
     }
 
+    /// Fills a sequence's window and pages with NaN, so that its next logits are not finite: for
+    /// tests of what is done then.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn damage(&mut self, sequence: SequenceId) -> Result<(), EngineError> {
+        self.collect()?;
+        let (ring, page) = (self.geometry.ring_len, self.geometry.page_len);
+        let sequence = sequence.0 as usize;
+        self.work.rings.fill(sequence * ring, ring, 0xFF)?;
+        for &mapped in self.pages_of(sequence).iter().filter(|&&page| page != NONE) {
+            self.work.pages.fill(mapped as usize * page, page, 0xFF)?;
+        }
+        Ok(())
+    }
+
     /// Runs of each kernel by name, those in replayed graphs among them.
     pub fn kernel_calls(&self) -> BTreeMap<String, u64> {
         self.loaded.kernels.calls_since(&self.calls_before)
