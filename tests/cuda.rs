@@ -32,7 +32,8 @@ use safetensors::SafeTensors;
 
 /// Sums of bf16 products in f32, in another order than the reference's.
 const PRODUCT: f32 = 1e-4;
-/// How much further than the CPU's bf16 run the GPU's may be from float32.
+/// How much further from float32 than another bf16 run the GPU's may be: than transformers' on the
+/// same golden, and than the CPU's.
 const BF16_SHARE: f32 = 1.5;
 /// What a bf16 run of a tiny model may differ by where the CPU's happens to be exact.
 const BF16_FLOOR: f32 = 4e-3;
@@ -437,7 +438,16 @@ struct Prompt {
 struct Case {
     folder: PathBuf,
     prompts: Vec<Prompt>,
+    /// Distances of transformers' own bf16 run from float32, by [`QUANTILES`].
+    of_transformers: [f64; 3],
 }
+
+/// Distances of a case's positions: the largest are those where rounding chose other experts.
+const QUANTILES: [(&str, f64); 3] = [
+    ("median", 0.5),
+    ("upper_quartile", 0.75),
+    ("upper_decile", 0.9),
+];
 
 fn words(bytes: &[u8]) -> impl Iterator<Item = [u8; 4]> + '_ {
     bytes.as_chunks::<4>().0.iter().copied()
@@ -457,6 +467,7 @@ fn cases() -> Vec<Case> {
     folders.sort();
     let read_case = |folder: PathBuf| {
         let read = |name: &str| std::fs::read(folder.join(name)).unwrap();
+        let of_bf16: serde_json::Value = serde_json::from_slice(&read("bf16.json")).unwrap();
         let expected = read("expected.safetensors");
         let expected = SafeTensors::deserialize(&expected).unwrap();
         let data = |name: String| expected.tensor(&name).unwrap().data();
@@ -481,6 +492,7 @@ fn cases() -> Vec<Case> {
         });
         Case {
             prompts: prompts.collect(),
+            of_transformers: QUANTILES.map(|(which, _)| of_bf16[which].as_f64().unwrap()),
             folder: folder.clone(),
         }
     };
@@ -544,8 +556,9 @@ fn start(slot: usize, prompt: &Prompt, max_new_tokens: usize) -> SlotStart {
     }
 }
 
-/// Largest distance of a prompt's logits to the golden ones.
-fn error(backend: &mut dyn Backend, prompt: &Prompt, what: &str) -> f32 {
+/// Largest distance of a prompt's logits to the golden ones; of each position the root mean square
+/// goes to `by_position`.
+fn distance(backend: &mut dyn Backend, prompt: &Prompt, by_position: &mut Vec<f64>) -> f32 {
     let n_vocab = backend.info().n_vocab;
     let mut tokens = prompt.tokens.clone();
     tokens.extend(&prompt.greedy[..prompt.greedy.len() - 1]);
@@ -553,12 +566,17 @@ fn error(backend: &mut dyn Backend, prompt: &Prompt, what: &str) -> f32 {
     let mut most = 0.0f32;
     let mut n_rows = 0;
     let visit = &mut |position: usize, logits: &[f32]| {
+        let mut squares = 0.0;
         for (got, expected) in logits.iter().zip(&prompt.logits[position * n_vocab..]) {
             most = most.max((got - expected).abs());
+            squares += f64::from(got - expected).powi(2);
         }
+        by_position.push((squares / n_vocab as f64).sqrt());
         n_rows += 1;
     };
-    backend.score(&span(0, 0, &tokens), visit).expect(what);
+    backend
+        .score(&span(0, 0, &tokens), visit)
+        .expect("it scores");
     assert_eq!(n_rows * n_vocab, prompt.logits.len());
     backend.clear(&[SequenceId(0)]);
     most
@@ -566,7 +584,7 @@ fn error(backend: &mut dyn Backend, prompt: &Prompt, what: &str) -> f32 {
 
 #[test]
 #[ignore = "needs a GPU"]
-fn logits_are_as_near_to_float32_as_the_cpus_bf16() {
+fn logits_are_as_near_to_float32_as_other_bf16_runs() {
     for case in cases() {
         let checkpoint = Checkpoint::open(&case.folder).unwrap();
         let options = CpuOptions {
@@ -580,17 +598,26 @@ fn logits_are_as_near_to_float32_as_the_cpus_bf16() {
         let loaded = load(&case);
         for prefill_rows in [64, 7] {
             let mut gpu = open(&loaded, 3, prefill_rows);
+            let mut by_position = Vec::new();
             for prompt in &case.prompts {
                 let what = format!("{} {}", case.folder.display(), prompt.name);
-                let (ours, theirs) = (
-                    error(&mut gpu, prompt, &what),
-                    error(&mut cpu, prompt, &what),
-                );
+                let ours = distance(&mut gpu, prompt, &mut by_position);
+                let theirs = distance(&mut cpu, prompt, &mut Vec::new());
                 println!("{what}: GPU {ours:.2e}, CPU {theirs:.2e}");
                 assert!(
                     ours <= theirs * BF16_SHARE + BF16_FLOOR,
                     "{what}: the GPU is {ours} from float32, the CPU {theirs}"
                 );
+            }
+            by_position.sort_by(f64::total_cmp);
+            for ((which, share), theirs) in QUANTILES.into_iter().zip(case.of_transformers) {
+                let ours = by_position[(share * (by_position.len() - 1) as f64) as usize];
+                let what = format!(
+                    "{}: {which} distance {ours:.2e}, transformers' {theirs:.2e}",
+                    case.folder.display()
+                );
+                println!("{what}");
+                assert!(ours <= theirs * f64::from(BF16_SHARE), "{what}");
             }
         }
     }
