@@ -15,7 +15,7 @@ use podium::engine::cpu::{CpuBackend, CpuOptions};
 use podium::engine::cuda::buffer::{DeviceBuffer, Plain};
 use podium::engine::cuda::device::Device;
 use podium::engine::cuda::kernels::Build;
-use podium::engine::cuda::launch::{Dense, Kernels, MatmulArgs, MoeArgs, SampleArgs};
+use podium::engine::cuda::launch::{Dense, Kernels, MatmulArgs, MoeArgs, RouteArgs, SampleArgs};
 use podium::engine::cuda::nvrtc::Nvrtc;
 use podium::engine::cuda::pack::{self, NeedsWide, RowOrder};
 use podium::engine::cuda::{CudaBackend, CudaOptions, Event, Loaded, Slot};
@@ -121,7 +121,22 @@ fn dense_products_have_one_order_of_sums() {
     let device = device();
     let kernels = kernels(&device, MatrixFormat::Mxfp4, 4, false);
     let mut random = Random(1);
-    for (n_out, n_k, n_rows) in [(64, 64, 1), (68, 96, 9), (200, 160, 65), (512, 2880, 130)] {
+    // A row, a tile of them and one more, for every width of a tile; outputs and k that end within
+    // a tile.
+    for (n_out, n_k, n_rows) in [
+        (64, 64, 1),
+        (64, 64, 8),
+        (68, 96, 9),
+        (72, 128, 16),
+        (68, 96, 33),
+        (200, 160, 64),
+        (200, 160, 65),
+        (136, 96, 128),
+        (136, 96, 129),
+        (128, 64, 256),
+        (68, 160, 257),
+        (512, 2880, 130),
+    ] {
         let weights = random.bits(n_out * n_k);
         let x = random.bits(n_rows * n_k);
         let mut tiles = vec![0; pack::bf16_bytes(n_out, n_k)];
@@ -165,17 +180,35 @@ fn dense_products_have_one_order_of_sums() {
     }
 }
 
-/// Experts' products by every variant against sums in f64: an expert without tokens, one with
-/// nearly all.
+/// How rows choose their two experts of five.
+type Choice = fn(usize) -> [u32; 2];
+
+/// Expert 3 has no token, expert 1 one of every row.
+const UNEVEN: Choice = |row| [1, [0, 2, 4][row % 3]];
+
+/// All tokens are on the same experts, the others have none.
+const ALL_ON_ONE: Choice = |_| [4, 1];
+
+/// Experts' products by every variant against sums in f64.
 fn check_experts(format: MatrixFormat, wide: bool) {
     let device = device();
     let n_experts = 5;
     let kernels = kernels(&device, format, n_experts, wide);
     let mut random = Random(2);
     let (hidden, width, k) = (160, 192, 2);
-    for n_rows in [1usize, 7, 40, 150] {
-        // Expert 3 has no token, expert 1 one of every row.
-        let choice = |row: usize| [1u32, [0, 2, 4][row % 3]];
+    for (n_rows, choice) in [
+        (1usize, UNEVEN),
+        (7, UNEVEN),
+        (40, UNEVEN),
+        (150, UNEVEN),
+        (1, ALL_ON_ONE),
+        (8, ALL_ON_ONE),
+        (9, ALL_ON_ONE),
+        (64, ALL_ON_ONE),
+        (65, ALL_ON_ONE),
+        (128, ALL_ON_ONE),
+        (129, ALL_ON_ONE),
+    ] {
         let mut lists = vec![Vec::new(); n_experts];
         for row in 0..n_rows {
             for (rank, expert) in choice(row).into_iter().enumerate() {
@@ -274,7 +307,7 @@ fn check_experts(format: MatrixFormat, wide: bool) {
                 .experts_variant(&gate_up, &down_args, n_rows, variant)
                 .unwrap();
             let (act, y) = (download(&act), download(&y));
-            let what = format!("{format:?}, {n_rows} rows, variant {variant}");
+            let what = format!("{format:?}, {n_rows} rows on {offsets:?}, variant {variant}");
             if let Some((first_act, first_y)) = &first {
                 assert_eq!(*first_act, act, "{what}: gate_up");
                 same_bits(first_y, &y, &what);
@@ -331,6 +364,144 @@ fn mxfp4_experts_of_large_scales() {
 #[ignore = "needs a GPU"]
 fn bf16_experts() {
     check_experts(MatrixFormat::Bf16, false);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn routing_takes_the_greatest_logits_in_any_number_of_rows() {
+    let device = device();
+    let (n_experts, hidden, k, eps) = (5usize, 96usize, 2usize, 1e-5f32);
+    let kernels = kernels(&device, MatrixFormat::Mxfp4, n_experts, false);
+    let mut random = Random(4);
+    let (norm, weights) = (random.bits(hidden), random.bits(n_experts * hidden));
+    let bias = random.bits(n_experts);
+    let to_f64 = |bits: &u16| f64::from(bf16::to_f32(*bits));
+    // Rows of other sizes; the second has nothing but its experts' biases.
+    const N_KINDS: usize = 7;
+    let mut kinds: Vec<Vec<f32>> = (0..N_KINDS)
+        .map(|kind| {
+            let size = (kind as f32 + 0.5) * 2.0;
+            (0..hidden).map(|_| size * random.value()).collect()
+        })
+        .collect();
+    kinds[1].fill(0.0);
+    let norm_device = upload(&device, &norm);
+    let weights_device = upload(&device, &weights);
+    // Experts, bits of their gates, the normed row.
+    type Routed = (Vec<u32>, Vec<u32>, Vec<u16>);
+    let mut first: Vec<Option<Routed>> = vec![None; N_KINDS];
+    for bias in [bias, vec![bf16::from_f32(0.5); n_experts]] {
+        let bias_device = upload(&device, &bias);
+        first.fill(None);
+        // From about 1,056 rows on four share a block.
+        for n_rows in [1usize, 2, 9, 1055, 1056, 1057, 4099] {
+            let x: Vec<f32> = (0..n_rows)
+                .flat_map(|row| kinds[row % N_KINDS].clone())
+                .collect();
+            // The last of several rows is padding.
+            let padding = (n_rows > 1).then_some(n_rows - 1);
+            // Sequence, position and segment, of which the first counts here.
+            let rows: Vec<u32> = (0..n_rows)
+                .flat_map(|row| {
+                    let is_padding = padding == Some(row);
+                    [if is_padding { u32::MAX } else { row as u32 }, 0, 0, 0]
+                })
+                .collect();
+            let (x_device, rows) = (upload(&device, &x), upload(&device, &rows));
+            let t: DeviceBuffer<u16> = device.alloc("t", n_rows * hidden).unwrap();
+            let experts: DeviceBuffer<u32> = device.alloc("experts", n_rows * k).unwrap();
+            let gates: DeviceBuffer<f32> = device.alloc("gates", n_rows * k).unwrap();
+            gates.fill(0, gates.len(), 0xFF).unwrap();
+            let args = RouteArgs {
+                x: x_device.at(0),
+                norm: norm_device.at(0),
+                t: t.at(0),
+                weights: weights_device.at(0),
+                bias: bias_device.at(0),
+                rows: rows.at(0),
+                experts: experts.at(0),
+                gates: gates.at(0),
+                n_experts: n_experts as u32,
+                k: k as u32,
+                n_rows: n_rows as u32,
+                eps,
+            };
+            kernels.route(&args).unwrap();
+            let offsets: DeviceBuffer<u32> = device.alloc("offsets", n_experts + 1).unwrap();
+            let entries: DeviceBuffer<u32> = device.alloc("entries", n_rows * k).unwrap();
+            kernels
+                .group_entries(
+                    experts.at(0),
+                    (n_rows * k) as u32,
+                    offsets.at(0),
+                    entries.at(0),
+                )
+                .unwrap();
+            let (t, experts, gates) = (download(&t), download(&experts), download(&gates));
+            for row in 0..n_rows {
+                let what = format!("row {row} of {n_rows}");
+                let chosen = experts[row * k..][..k].to_vec();
+                if padding == Some(row) {
+                    assert_eq!(chosen, [u32::MAX; 2], "{what}");
+                    continue;
+                }
+                let t = &t[row * hidden..][..hidden];
+                let bits: Vec<u32> = gates[row * k..][..k].iter().map(|g| g.to_bits()).collect();
+                let found = (chosen.clone(), bits, t.to_vec());
+                let kind = row % N_KINDS;
+                let of_kind = first[kind].get_or_insert_with(|| found.clone());
+                assert_eq!(*of_kind, found, "{what}: not as alone");
+                if n_rows > 9 {
+                    continue;
+                }
+                let x = &kinds[kind];
+                let squares = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
+                let scale = 1.0 / (squares / hidden as f64 + f64::from(eps)).sqrt();
+                let normed: Vec<f64> = x
+                    .iter()
+                    .zip(&norm)
+                    .map(|(x, norm)| f64::from(*x) * scale * to_f64(norm))
+                    .collect();
+                let got: Vec<f32> = t.iter().map(|bits| bf16::to_f32(*bits)).collect();
+                assert_close(&got, &normed, 8e-3, &what);
+                let logits: Vec<f64> = (0..n_experts)
+                    .map(|expert| {
+                        let weights = &weights[expert * hidden..][..hidden];
+                        let products = t.iter().zip(weights).map(|(t, w)| to_f64(t) * to_f64(w));
+                        products.sum::<f64>() + to_f64(&bias[expert])
+                    })
+                    .collect();
+                let mut order: Vec<u32> = (0..n_experts as u32).collect();
+                // Stable: the lower expert among equals.
+                order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
+                assert_eq!(chosen, order[..k], "{what}: {logits:?}");
+                let best = logits[order[0] as usize];
+                let shares: Vec<f64> = order[..k]
+                    .iter()
+                    .map(|&e| (logits[e as usize] - best).exp())
+                    .collect();
+                let sum: f64 = shares.iter().sum();
+                let shares: Vec<f64> = shares.iter().map(|share| share / sum).collect();
+                assert_close(&gates[row * k..][..k], &shares, PRODUCT, &what);
+            }
+            // Every entry once, under its expert, in order.
+            let (offsets, entries) = (download(&offsets), download(&entries));
+            let mut sorted: Vec<u32> = (0..(n_rows * k) as u32)
+                .filter(|&entry| experts[entry as usize] != u32::MAX)
+                .collect();
+            sorted.sort_by_key(|&entry| (experts[entry as usize], entry));
+            assert_eq!(entries[..sorted.len()], sorted, "{n_rows} rows");
+            let ends: Vec<u32> = (0..=n_experts as u32)
+                .map(|end| {
+                    sorted
+                        .iter()
+                        .filter(|&&e| experts[e as usize] < end)
+                        .count() as u32
+                })
+                .collect();
+            assert_eq!(offsets, ends, "{n_rows} rows");
+        }
+    }
 }
 
 #[test]
