@@ -18,7 +18,7 @@ use super::record::{Recorder, blank_row};
 use super::settings::{Effective, Settings};
 use crate::batch::Job;
 use crate::engine::StopReason;
-use crate::engine::checkpoint::Precision;
+use crate::engine::checkpoint::{ByClass, Deviation, Precision};
 use crate::engine::cpu::CpuOptions;
 use crate::engine::cpu::path::CpuPath;
 use crate::engine::cuda::Staging;
@@ -61,7 +61,15 @@ pub struct Run<'a> {
 }
 
 /// Weights kept between the runs of one command, so that each model is loaded once.
-pub type Weights = Option<(Precision, Engine, Held)>;
+pub type Weights = Option<LoadedWeights>;
+
+/// Weights, how they were asked for, and what that did to their values.
+pub struct LoadedWeights {
+    precision: Precision,
+    engine: Engine,
+    held: Held,
+    deviation: ByClass<Deviation>,
+}
 
 impl Run<'_> {
     fn n_samples(&self) -> u32 {
@@ -470,12 +478,10 @@ impl Run<'_> {
         memory: &MemoryLog,
         quiet: bool,
     ) -> Result<AnyBackend, JobError> {
-        let model = self.load(weights, plan)?;
+        let (model, deviation) = self.load(weights, plan)?;
         memory.event(MemoryEvent::Load, None);
         let mut ledger = plan.ledger.clone();
-        if let Held::Cpu(model) = &model {
-            measured(&mut ledger, &model.deviation());
-        }
+        measured(&mut ledger, &deviation);
         if ledger != plan.ledger && !quiet {
             let table = ledger_table(&ledger);
             crate::cli::print::tell(&format!("\nmeasured while loading\n{table}"));
@@ -494,13 +500,17 @@ impl Run<'_> {
         Ok(backend)
     }
 
-    fn load(&self, weights: &mut Weights, plan: &MemoryPlan) -> Result<Held, JobError> {
+    fn load(
+        &self,
+        weights: &mut Weights,
+        plan: &MemoryPlan,
+    ) -> Result<(Held, ByClass<Deviation>), JobError> {
         let precision = self.model.effective_precision(self.precision.value);
-        if let Some((loaded, engine, held)) = weights
-            && *loaded == precision
-            && *engine == self.engine
+        if let Some(loaded) = weights
+            && loaded.precision == precision
+            && loaded.engine == self.engine
         {
-            return Ok(held.clone());
+            return Ok((loaded.held.clone(), loaded.deviation));
         }
         // The other precision's weights go before these come.
         *weights = None;
@@ -508,8 +518,17 @@ impl Run<'_> {
         let host_memory = self.settings.host_memory.value;
         let staging = Staging::within(&plan.memory, host_memory, self.options.n_threads);
         let held = self.engine.load_within(checkpoint, precision, staging)?;
-        *weights = Some((precision, self.engine, held.clone()));
-        Ok(held)
+        let deviation = match &held {
+            Held::Cpu(model) => model.deviation(),
+            Held::Cuda(_) => checkpoint.deviation(checkpoint.weight_format(precision))?,
+        };
+        *weights = Some(LoadedWeights {
+            precision,
+            engine: self.engine,
+            held: held.clone(),
+            deviation,
+        });
+        Ok((held, deviation))
     }
 
     /// Rebuilds submission and scores from the log's rows, and counts them.
