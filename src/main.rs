@@ -6,6 +6,7 @@ use clap::Parser;
 use podium::cli::Cli;
 
 fn main() -> ExitCode {
+    podium::telemetry::process_start();
     let cli = Cli::parse();
     match podium::run(cli) {
         Ok(code) => code.into(),

@@ -4,30 +4,36 @@
 #![allow(clippy::unwrap_used, reason = "a test's failure is a panic")]
 #![allow(clippy::print_stdout, reason = "figures of a run, shown when it fails")]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use podium::batch::Job;
 use podium::engine::checkpoint::{Checkpoint, MatrixFormat, Precision, VectorFormat};
 use podium::engine::config::ModelConfig;
 use podium::engine::cpu::{CpuBackend, CpuOptions};
 use podium::engine::cuda::buffer::{DeviceBuffer, Plain};
 use podium::engine::cuda::device::Device;
 use podium::engine::cuda::kernels::Build;
-use podium::engine::cuda::launch::{Dense, Kernels, MatmulArgs, MoeArgs, SampleArgs};
+use podium::engine::cuda::launch::{Dense, Kernels, MatmulArgs, MoeArgs, RouteArgs, SampleArgs};
 use podium::engine::cuda::nvrtc::Nvrtc;
 use podium::engine::cuda::pack::{self, NeedsWide, RowOrder};
 use podium::engine::cuda::{CudaBackend, CudaOptions, Event, Loaded, Slot};
+use podium::engine::generate::{
+    GenerateOptions, Generation, JobError, Observer, StepReport, generate as engine_generate,
+};
 use podium::engine::sample::{SampleKey, Sampler, logits_hash};
 use podium::engine::{
-    Backend, EngineShape, Fork, PAGE_POSITIONS, PageId, SamplingParams, SequenceId, SlotStart,
-    Span, TokenEvent, TokenId,
+    Backend, BackendInfo, BackendMemory, EngineError, EngineShape, Fork, PAGE_POSITIONS, PageId,
+    SamplingParams, SequenceId, SlotStart, Span, TokenEvent, TokenId,
 };
 use podium::quant::{bf16, mxfp4};
 use safetensors::SafeTensors;
 
 /// Sums of bf16 products in f32, in another order than the reference's.
 const PRODUCT: f32 = 1e-4;
-/// How much further than the CPU's bf16 run the GPU's may be from float32.
+/// How much further from float32 than another bf16 run the GPU's may be: than transformers' on the
+/// same golden, and than the CPU's.
 const BF16_SHARE: f32 = 1.5;
 /// What a bf16 run of a tiny model may differ by where the CPU's happens to be exact.
 const BF16_FLOOR: f32 = 4e-3;
@@ -115,7 +121,22 @@ fn dense_products_have_one_order_of_sums() {
     let device = device();
     let kernels = kernels(&device, MatrixFormat::Mxfp4, 4, false);
     let mut random = Random(1);
-    for (n_out, n_k, n_rows) in [(64, 64, 1), (68, 96, 9), (200, 160, 65), (512, 2880, 130)] {
+    // A row, a tile of them and one more, for every width of a tile; outputs and k that end within
+    // a tile.
+    for (n_out, n_k, n_rows) in [
+        (64, 64, 1),
+        (64, 64, 8),
+        (68, 96, 9),
+        (72, 128, 16),
+        (68, 96, 33),
+        (200, 160, 64),
+        (200, 160, 65),
+        (136, 96, 128),
+        (136, 96, 129),
+        (128, 64, 256),
+        (68, 160, 257),
+        (512, 2880, 130),
+    ] {
         let weights = random.bits(n_out * n_k);
         let x = random.bits(n_rows * n_k);
         let mut tiles = vec![0; pack::bf16_bytes(n_out, n_k)];
@@ -159,17 +180,35 @@ fn dense_products_have_one_order_of_sums() {
     }
 }
 
-/// Experts' products by every variant against sums in f64: an expert without tokens, one with
-/// nearly all.
+/// How rows choose their two experts of five.
+type Choice = fn(usize) -> [u32; 2];
+
+/// Expert 3 has no token, expert 1 one of every row.
+const UNEVEN: Choice = |row| [1, [0, 2, 4][row % 3]];
+
+/// All tokens are on the same experts, the others have none.
+const ALL_ON_ONE: Choice = |_| [4, 1];
+
+/// Experts' products by every variant against sums in f64.
 fn check_experts(format: MatrixFormat, wide: bool) {
     let device = device();
     let n_experts = 5;
     let kernels = kernels(&device, format, n_experts, wide);
     let mut random = Random(2);
     let (hidden, width, k) = (160, 192, 2);
-    for n_rows in [1usize, 7, 40, 150] {
-        // Expert 3 has no token, expert 1 one of every row.
-        let choice = |row: usize| [1u32, [0, 2, 4][row % 3]];
+    for (n_rows, choice) in [
+        (1usize, UNEVEN),
+        (7, UNEVEN),
+        (40, UNEVEN),
+        (150, UNEVEN),
+        (1, ALL_ON_ONE),
+        (8, ALL_ON_ONE),
+        (9, ALL_ON_ONE),
+        (64, ALL_ON_ONE),
+        (65, ALL_ON_ONE),
+        (128, ALL_ON_ONE),
+        (129, ALL_ON_ONE),
+    ] {
         let mut lists = vec![Vec::new(); n_experts];
         for row in 0..n_rows {
             for (rank, expert) in choice(row).into_iter().enumerate() {
@@ -268,7 +307,7 @@ fn check_experts(format: MatrixFormat, wide: bool) {
                 .experts_variant(&gate_up, &down_args, n_rows, variant)
                 .unwrap();
             let (act, y) = (download(&act), download(&y));
-            let what = format!("{format:?}, {n_rows} rows, variant {variant}");
+            let what = format!("{format:?}, {n_rows} rows on {offsets:?}, variant {variant}");
             if let Some((first_act, first_y)) = &first {
                 assert_eq!(*first_act, act, "{what}: gate_up");
                 same_bits(first_y, &y, &what);
@@ -325,6 +364,144 @@ fn mxfp4_experts_of_large_scales() {
 #[ignore = "needs a GPU"]
 fn bf16_experts() {
     check_experts(MatrixFormat::Bf16, false);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn routing_takes_the_greatest_logits_in_any_number_of_rows() {
+    let device = device();
+    let (n_experts, hidden, k, eps) = (5usize, 96usize, 2usize, 1e-5f32);
+    let kernels = kernels(&device, MatrixFormat::Mxfp4, n_experts, false);
+    let mut random = Random(4);
+    let (norm, weights) = (random.bits(hidden), random.bits(n_experts * hidden));
+    let bias = random.bits(n_experts);
+    let to_f64 = |bits: &u16| f64::from(bf16::to_f32(*bits));
+    // Rows of other sizes; the second has nothing but its experts' biases.
+    const N_KINDS: usize = 7;
+    let mut kinds: Vec<Vec<f32>> = (0..N_KINDS)
+        .map(|kind| {
+            let size = (kind as f32 + 0.5) * 2.0;
+            (0..hidden).map(|_| size * random.value()).collect()
+        })
+        .collect();
+    kinds[1].fill(0.0);
+    let norm_device = upload(&device, &norm);
+    let weights_device = upload(&device, &weights);
+    // Experts, bits of their gates, the normed row.
+    type Routed = (Vec<u32>, Vec<u32>, Vec<u16>);
+    let mut first: Vec<Option<Routed>> = vec![None; N_KINDS];
+    for bias in [bias, vec![bf16::from_f32(0.5); n_experts]] {
+        let bias_device = upload(&device, &bias);
+        first.fill(None);
+        // From about 1,056 rows on four share a block.
+        for n_rows in [1usize, 2, 9, 1055, 1056, 1057, 4099] {
+            let x: Vec<f32> = (0..n_rows)
+                .flat_map(|row| kinds[row % N_KINDS].clone())
+                .collect();
+            // The last of several rows is padding.
+            let padding = (n_rows > 1).then_some(n_rows - 1);
+            // Sequence, position and segment, of which the first counts here.
+            let rows: Vec<u32> = (0..n_rows)
+                .flat_map(|row| {
+                    let is_padding = padding == Some(row);
+                    [if is_padding { u32::MAX } else { row as u32 }, 0, 0, 0]
+                })
+                .collect();
+            let (x_device, rows) = (upload(&device, &x), upload(&device, &rows));
+            let t: DeviceBuffer<u16> = device.alloc("t", n_rows * hidden).unwrap();
+            let experts: DeviceBuffer<u32> = device.alloc("experts", n_rows * k).unwrap();
+            let gates: DeviceBuffer<f32> = device.alloc("gates", n_rows * k).unwrap();
+            gates.fill(0, gates.len(), 0xFF).unwrap();
+            let args = RouteArgs {
+                x: x_device.at(0),
+                norm: norm_device.at(0),
+                t: t.at(0),
+                weights: weights_device.at(0),
+                bias: bias_device.at(0),
+                rows: rows.at(0),
+                experts: experts.at(0),
+                gates: gates.at(0),
+                n_experts: n_experts as u32,
+                k: k as u32,
+                n_rows: n_rows as u32,
+                eps,
+            };
+            kernels.route(&args).unwrap();
+            let offsets: DeviceBuffer<u32> = device.alloc("offsets", n_experts + 1).unwrap();
+            let entries: DeviceBuffer<u32> = device.alloc("entries", n_rows * k).unwrap();
+            kernels
+                .group_entries(
+                    experts.at(0),
+                    (n_rows * k) as u32,
+                    offsets.at(0),
+                    entries.at(0),
+                )
+                .unwrap();
+            let (t, experts, gates) = (download(&t), download(&experts), download(&gates));
+            for row in 0..n_rows {
+                let what = format!("row {row} of {n_rows}");
+                let chosen = experts[row * k..][..k].to_vec();
+                if padding == Some(row) {
+                    assert_eq!(chosen, [u32::MAX; 2], "{what}");
+                    continue;
+                }
+                let t = &t[row * hidden..][..hidden];
+                let bits: Vec<u32> = gates[row * k..][..k].iter().map(|g| g.to_bits()).collect();
+                let found = (chosen.clone(), bits, t.to_vec());
+                let kind = row % N_KINDS;
+                let of_kind = first[kind].get_or_insert_with(|| found.clone());
+                assert_eq!(*of_kind, found, "{what}: not as alone");
+                if n_rows > 9 {
+                    continue;
+                }
+                let x = &kinds[kind];
+                let squares = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
+                let scale = 1.0 / (squares / hidden as f64 + f64::from(eps)).sqrt();
+                let normed: Vec<f64> = x
+                    .iter()
+                    .zip(&norm)
+                    .map(|(x, norm)| f64::from(*x) * scale * to_f64(norm))
+                    .collect();
+                let got: Vec<f32> = t.iter().map(|bits| bf16::to_f32(*bits)).collect();
+                assert_close(&got, &normed, 8e-3, &what);
+                let logits: Vec<f64> = (0..n_experts)
+                    .map(|expert| {
+                        let weights = &weights[expert * hidden..][..hidden];
+                        let products = t.iter().zip(weights).map(|(t, w)| to_f64(t) * to_f64(w));
+                        products.sum::<f64>() + to_f64(&bias[expert])
+                    })
+                    .collect();
+                let mut order: Vec<u32> = (0..n_experts as u32).collect();
+                // Stable: the lower expert among equals.
+                order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
+                assert_eq!(chosen, order[..k], "{what}: {logits:?}");
+                let best = logits[order[0] as usize];
+                let shares: Vec<f64> = order[..k]
+                    .iter()
+                    .map(|&e| (logits[e as usize] - best).exp())
+                    .collect();
+                let sum: f64 = shares.iter().sum();
+                let shares: Vec<f64> = shares.iter().map(|share| share / sum).collect();
+                assert_close(&gates[row * k..][..k], &shares, PRODUCT, &what);
+            }
+            // Every entry once, under its expert, in order.
+            let (offsets, entries) = (download(&offsets), download(&entries));
+            let mut sorted: Vec<u32> = (0..(n_rows * k) as u32)
+                .filter(|&entry| experts[entry as usize] != u32::MAX)
+                .collect();
+            sorted.sort_by_key(|&entry| (experts[entry as usize], entry));
+            assert_eq!(entries[..sorted.len()], sorted, "{n_rows} rows");
+            let ends: Vec<u32> = (0..=n_experts as u32)
+                .map(|end| {
+                    sorted
+                        .iter()
+                        .filter(|&&e| experts[e as usize] < end)
+                        .count() as u32
+                })
+                .collect();
+            assert_eq!(offsets, ends, "{n_rows} rows");
+        }
+    }
 }
 
 #[test]
@@ -432,7 +609,16 @@ struct Prompt {
 struct Case {
     folder: PathBuf,
     prompts: Vec<Prompt>,
+    /// Distances of transformers' own bf16 run from float32, by [`QUANTILES`].
+    of_transformers: [f64; 3],
 }
+
+/// Distances of a case's positions: the largest are those where rounding chose other experts.
+const QUANTILES: [(&str, f64); 3] = [
+    ("median", 0.5),
+    ("upper_quartile", 0.75),
+    ("upper_decile", 0.9),
+];
 
 fn words(bytes: &[u8]) -> impl Iterator<Item = [u8; 4]> + '_ {
     bytes.as_chunks::<4>().0.iter().copied()
@@ -452,6 +638,7 @@ fn cases() -> Vec<Case> {
     folders.sort();
     let read_case = |folder: PathBuf| {
         let read = |name: &str| std::fs::read(folder.join(name)).unwrap();
+        let of_bf16: serde_json::Value = serde_json::from_slice(&read("bf16.json")).unwrap();
         let expected = read("expected.safetensors");
         let expected = SafeTensors::deserialize(&expected).unwrap();
         let data = |name: String| expected.tensor(&name).unwrap().data();
@@ -476,6 +663,7 @@ fn cases() -> Vec<Case> {
         });
         Case {
             prompts: prompts.collect(),
+            of_transformers: QUANTILES.map(|(which, _)| of_bf16[which].as_f64().unwrap()),
             folder: folder.clone(),
         }
     };
@@ -539,8 +727,9 @@ fn start(slot: usize, prompt: &Prompt, max_new_tokens: usize) -> SlotStart {
     }
 }
 
-/// Largest distance of a prompt's logits to the golden ones.
-fn error(backend: &mut dyn Backend, prompt: &Prompt, what: &str) -> f32 {
+/// Largest distance of a prompt's logits to the golden ones; of each position the root mean square
+/// goes to `by_position`.
+fn distance(backend: &mut dyn Backend, prompt: &Prompt, by_position: &mut Vec<f64>) -> f32 {
     let n_vocab = backend.info().n_vocab;
     let mut tokens = prompt.tokens.clone();
     tokens.extend(&prompt.greedy[..prompt.greedy.len() - 1]);
@@ -548,12 +737,17 @@ fn error(backend: &mut dyn Backend, prompt: &Prompt, what: &str) -> f32 {
     let mut most = 0.0f32;
     let mut n_rows = 0;
     let visit = &mut |position: usize, logits: &[f32]| {
+        let mut squares = 0.0;
         for (got, expected) in logits.iter().zip(&prompt.logits[position * n_vocab..]) {
             most = most.max((got - expected).abs());
+            squares += f64::from(got - expected).powi(2);
         }
+        by_position.push((squares / n_vocab as f64).sqrt());
         n_rows += 1;
     };
-    backend.score(&span(0, 0, &tokens), visit).expect(what);
+    backend
+        .score(&span(0, 0, &tokens), visit)
+        .expect("it scores");
     assert_eq!(n_rows * n_vocab, prompt.logits.len());
     backend.clear(&[SequenceId(0)]);
     most
@@ -561,7 +755,7 @@ fn error(backend: &mut dyn Backend, prompt: &Prompt, what: &str) -> f32 {
 
 #[test]
 #[ignore = "needs a GPU"]
-fn logits_are_as_near_to_float32_as_the_cpus_bf16() {
+fn logits_are_as_near_to_float32_as_other_bf16_runs() {
     for case in cases() {
         let checkpoint = Checkpoint::open(&case.folder).unwrap();
         let options = CpuOptions {
@@ -575,17 +769,26 @@ fn logits_are_as_near_to_float32_as_the_cpus_bf16() {
         let loaded = load(&case);
         for prefill_rows in [64, 7] {
             let mut gpu = open(&loaded, 3, prefill_rows);
+            let mut by_position = Vec::new();
             for prompt in &case.prompts {
                 let what = format!("{} {}", case.folder.display(), prompt.name);
-                let (ours, theirs) = (
-                    error(&mut gpu, prompt, &what),
-                    error(&mut cpu, prompt, &what),
-                );
+                let ours = distance(&mut gpu, prompt, &mut by_position);
+                let theirs = distance(&mut cpu, prompt, &mut Vec::new());
                 println!("{what}: GPU {ours:.2e}, CPU {theirs:.2e}");
                 assert!(
                     ours <= theirs * BF16_SHARE + BF16_FLOOR,
                     "{what}: the GPU is {ours} from float32, the CPU {theirs}"
                 );
+            }
+            by_position.sort_by(f64::total_cmp);
+            for ((which, share), theirs) in QUANTILES.into_iter().zip(case.of_transformers) {
+                let ours = by_position[(share * (by_position.len() - 1) as f64) as usize];
+                let what = format!(
+                    "{}: {which} distance {ours:.2e}, transformers' {theirs:.2e}",
+                    case.folder.display()
+                );
+                println!("{what}");
+                assert!(ours <= theirs * f64::from(BF16_SHARE), "{what}");
             }
         }
     }
@@ -752,4 +955,176 @@ fn a_shared_prefix_changes_no_bit() {
         }
     }
     assert!(n_shared >= 2, "no golden shares a prefix");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_step_asks_nothing_of_the_host() {
+    let case = cases().into_iter().next().unwrap();
+    let loaded = load(&case);
+    let options = CudaOptions::default();
+    let n_slots = 8;
+    let mut backend = CudaBackend::new(Arc::clone(&loaded), shape(n_slots, 64), options).unwrap();
+    let prompt = &case.prompts[0];
+    let mut spans = Vec::new();
+    for slot in 0..n_slots {
+        map_pages(&mut backend, slot, 0);
+        spans.push(span(slot, 0, &prompt.tokens[..prompt.tokens.len() - 1]));
+    }
+    backend.prefill(&spans).expect("prefill runs");
+    for slot in 0..n_slots {
+        backend.start(&start(slot, prompt, 100)).unwrap();
+    }
+    let mut events = Vec::new();
+    let mut run = |n_steps: usize| {
+        let before = (loaded.device.counters.read(), backend.kernel_calls());
+        backend.decode(n_steps).expect("steps");
+        while !backend.poll(&mut events).expect("steps ran") {}
+        let after = backend.kernel_calls();
+        let n_samples = after["sample"] - before.1.get("sample").copied().unwrap_or(0);
+        (loaded.device.counters.read() - before.0, n_samples)
+    };
+    // One as it is, one captured.
+    assert_eq!(run(1).1, 1);
+    assert_eq!(run(1).1, 1);
+    for n_steps in [1u64, 4, 16] {
+        let (asked, n_samples) = run(n_steps as usize);
+        println!("{n_steps} steps: {asked:?}");
+        assert_eq!(asked.graph_launches, n_steps);
+        assert_eq!(n_samples, n_steps, "a replayed kernel counts");
+        assert_eq!(asked.launches, 0, "all kernels are in the graph");
+        assert_eq!(asked.allocations, 0);
+        assert_eq!(asked.waits, 0, "the host looks, it does not stand");
+        // The tokens and what belongs to them: far less than a row of logits.
+        let events_bytes = n_steps * (n_slots * size_of::<Event>()) as u64;
+        assert_eq!(asked.bytes_to_host, events_bytes);
+    }
+    assert_eq!(events.len(), n_slots * 23);
+}
+
+/// Fills a slot's keys and values with NaN before some calls of steps.
+struct Damaging<'a> {
+    inner: &'a mut CudaBackend,
+    slot: SequenceId,
+    /// Calls of steps before which it is done.
+    at: Vec<usize>,
+    n_calls: usize,
+}
+
+impl Backend for Damaging<'_> {
+    fn info(&self) -> &BackendInfo {
+        self.inner.info()
+    }
+
+    fn map_page(&mut self, sequence: SequenceId, index: usize, page: PageId) {
+        self.inner.map_page(sequence, index, page);
+    }
+
+    fn fork(&mut self, fork: &Fork) -> Result<(), EngineError> {
+        self.inner.fork(fork)
+    }
+
+    fn prefill(&mut self, spans: &[Span]) -> Result<(), EngineError> {
+        self.inner.prefill(spans)
+    }
+
+    fn start(&mut self, start: &SlotStart) -> Result<(), EngineError> {
+        self.inner.start(start)
+    }
+
+    fn decode(&mut self, n_steps: usize) -> Result<(), EngineError> {
+        if self.at.contains(&self.n_calls) {
+            self.inner.damage(self.slot)?;
+        }
+        self.n_calls += 1;
+        self.inner.decode(n_steps)
+    }
+
+    fn poll(&mut self, events: &mut Vec<TokenEvent>) -> Result<bool, EngineError> {
+        self.inner.poll(events)
+    }
+
+    fn clear(&mut self, sequences: &[SequenceId]) {
+        self.inner.clear(sequences);
+    }
+
+    fn score(
+        &mut self,
+        span: &Span,
+        visit: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), EngineError> {
+        self.inner.score(span, visit)
+    }
+
+    fn memory(&self) -> BackendMemory {
+        self.inner.memory()
+    }
+}
+
+/// Tokens and trace of the rows that are done, and the rows that failed.
+#[derive(Default)]
+struct Ended {
+    done: BTreeMap<usize, (Vec<TokenId>, Option<u64>)>,
+    failed: Vec<usize>,
+}
+
+impl Observer for Ended {
+    fn finished(&mut self, done: Generation) {
+        self.done
+            .insert(done.row, (done.output_ids, done.trace_hash));
+    }
+
+    fn failed(&mut self, row: usize, _sample: u32, error: JobError) {
+        println!("row {row}: {error}");
+        self.failed.push(row);
+    }
+
+    fn step(&mut self, _report: &StepReport) {}
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn logits_that_are_not_finite_are_tried_again_once() {
+    let case = cases().into_iter().next().unwrap();
+    let loaded = load(&case);
+    let run = |at: Vec<usize>| {
+        let mut backend = open(&loaded, 4, 64);
+        let jobs = (0..8).map(|row| Job {
+            row,
+            sample: 0,
+            prompt: case.prompts[row % case.prompts.len()]
+                .tokens
+                .as_slice()
+                .into(),
+            max_new_tokens: 12 + row,
+            row_hash: row as u64,
+        });
+        let options = GenerateOptions {
+            prefix_reuse: false,
+            ..GenerateOptions::new(SamplingParams::default(), Arc::new([]))
+        };
+        let mut damaging = Damaging {
+            inner: &mut backend,
+            slot: SequenceId(1),
+            at,
+            n_calls: 0,
+        };
+        let mut ended = Ended::default();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        engine_generate(&mut damaging, jobs.collect(), &options, &stop, &mut ended).unwrap();
+        ended
+    };
+    let whole = run(Vec::new());
+    assert_eq!((whole.done.len(), whole.failed.len()), (8, 0));
+    // Once: every row has what it would have had.
+    let once = run(vec![2]);
+    assert_eq!(once.failed, Vec::<usize>::new());
+    assert_eq!(once.done, whole.done);
+    // Twice the row of that slot, if it comes back there: given up, the others are not.
+    let often = run(vec![0, 1, 2]);
+    assert!(!often.failed.is_empty());
+    assert_eq!(often.done.len() + often.failed.len(), 8);
+    for (row, done) in &often.done {
+        assert_eq!(whole.done[row], *done);
+    }
 }

@@ -327,7 +327,14 @@ fn commands_that_cannot_run() {
     cannot_run(
         "memory-too-small",
         &[("a.jsonl", good)],
-        &["eval", "a.jsonl", "--host-memory", "64KiB"],
+        &[
+            "eval",
+            "a.jsonl",
+            "--threads",
+            "2",
+            "--host-memory",
+            "64KiB",
+        ],
     );
     cannot_run(
         "batch-too-large",
@@ -341,6 +348,8 @@ fn commands_that_cannot_run() {
             "4096",
             "--host-memory",
             "24MiB",
+            "--threads",
+            "2",
         ],
     );
     cannot_run("merge-nothing", &[], &["merge", "latest"]);

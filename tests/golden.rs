@@ -80,6 +80,10 @@ const MAX_CONTEXT: usize = 768;
 const PAGES_A_SEQUENCE: usize = MAX_CONTEXT / PAGE_POSITIONS;
 
 fn open(case: &Case, n_slots: usize, prefill_rows: usize) -> CpuBackend {
+    open_in(true, case, n_slots, prefill_rows)
+}
+
+fn open_in(exact: bool, case: &Case, n_slots: usize, prefill_rows: usize) -> CpuBackend {
     let checkpoint = Checkpoint::open(&case.folder).expect("a golden checkpoint opens");
     let shape = EngineShape {
         n_slots,
@@ -90,7 +94,7 @@ fn open(case: &Case, n_slots: usize, prefill_rows: usize) -> CpuBackend {
     };
     let options = CpuOptions {
         n_threads: 2,
-        exact: true,
+        exact,
         trace_hash: true,
         poison: true,
     };
@@ -197,6 +201,50 @@ fn logits_are_those_of_transformers() {
                 .expect("it scores");
             assert_eq!(n_rows * n_vocab, prompt.logits.len());
             backend.clear(&[SequenceId(0)]);
+        }
+    }
+}
+
+/// How much further from float32 than transformers' own bf16 run ours may be.
+const BF16_SHARE: f64 = 1.5;
+
+#[test]
+fn bf16_is_as_near_to_float32_as_transformers_bf16() {
+    for case in cases() {
+        let theirs = std::fs::read(case.folder.join("bf16.json")).expect("a golden file");
+        let theirs: serde_json::Value = serde_json::from_slice(&theirs).expect("JSON");
+        let mut backend = open_in(false, &case, 3, 64);
+        let n_vocab = backend.info().n_vocab;
+        let mut by_position = Vec::new();
+        for prompt in &case.prompts {
+            let mut tokens = prompt.tokens.clone();
+            tokens.extend(&prompt.greedy[..prompt.greedy.len() - 1]);
+            map_pages(&mut backend, 0, 0);
+            let visit = &mut |position: usize, logits: &[f32]| {
+                let expected = &prompt.logits[position * n_vocab..][..n_vocab];
+                let off = logits.iter().zip(expected);
+                let squares = off.map(|(got, expected)| f64::from(got - expected).powi(2));
+                by_position.push((squares.sum::<f64>() / n_vocab as f64).sqrt());
+            };
+            backend
+                .score(&span(0, 0, &tokens), visit)
+                .expect("it scores");
+            backend.clear(&[SequenceId(0)]);
+        }
+        by_position.sort_by(f64::total_cmp);
+        // The largest are positions at which other experts were chosen, in either run.
+        for (which, share) in [
+            ("median", 0.5),
+            ("upper_quartile", 0.75),
+            ("upper_decile", 0.9),
+        ] {
+            let ours = by_position[(share * (by_position.len() - 1) as f64) as usize];
+            let theirs = theirs[which].as_f64().expect("a number");
+            assert!(
+                ours <= theirs * BF16_SHARE,
+                "{}: {which} distance {ours:.2e}, transformers' {theirs:.2e}",
+                case.folder.display()
+            );
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Nothing finished is lost: killed at random moments, a run resumes with exactly the missing
-//! rows and ends with the same files as one that was left alone.
+//! rows and ends with the same files as one that was left alone. The same holds where the device is
+//! lost.
 
 #![allow(clippy::unwrap_used, reason = "a test's failure is a panic")]
 
@@ -10,7 +11,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use support::{Scratch, bits, jsonl, nano_rows, podium, run_ok};
+use support::{Scratch, bits, jsonl, nano_rows, podium, run, run_ok};
 
 const N_KILLS: usize = 30;
 const N_ROWS: usize = 48;
@@ -174,4 +175,48 @@ fn a_signal_ends_the_run_with_its_files_and_the_same_command_goes_on() {
             .unwrap()
             .contains("not_run")
     );
+}
+
+/// A device that is lost: what was in flight begins anew, once; then the run ends with its log
+/// intact, and the same command finishes it.
+#[test]
+fn a_lost_device_is_tried_again_once() {
+    let scratch = Scratch::new("lost-device");
+    let dataset = scratch.write("rows.jsonl", nano_rows("mixed.jsonl", 24).join("\n"));
+    let eval = |out: &str, more: &[&str]| {
+        let mut args = vec!["eval", dataset.to_str().unwrap(), "--out", out, "--quiet"];
+        args.extend(["--trace-hash", "--batch", "4"]);
+        args.extend(more);
+        run(scratch.path(), &args)
+    };
+    assert!(eval("whole", &[]).status.success());
+    let whole = bits(&scratch.join("whole"));
+
+    let once = eval("once", &["--lose-device", "5"]);
+    let text = String::from_utf8(once.stderr).unwrap();
+    assert!(once.status.success(), "{text}");
+    assert!(text.contains("the GPU was lost at a step"), "{text}");
+    assert!(text.contains("begins anew"), "{text}");
+    assert_eq!(whole, bits(&scratch.join("once")));
+    let session = &manifest(&scratch.join("once"))["sessions"][0];
+    assert_eq!(session["n_lost_devices"], 1);
+    assert_eq!(session["outcome"], "complete");
+    assert!(session["first_token_seconds"].as_f64().unwrap() > 0.0);
+    // Rows that were done are not run again: they stand in the log once.
+    assert_eq!(jsonl(&scratch.join("once/results.jsonl")).len(), 24);
+
+    let twice = eval("twice", &["--lose-device", "20,10"]);
+    let text = String::from_utf8(twice.stderr).unwrap();
+    assert_eq!(twice.status.code(), Some(2), "{text}");
+    assert!(text.contains("run the same command"), "{text}");
+    let session = &manifest(&scratch.join("twice"))["sessions"][0];
+    assert_eq!(session["outcome"], "failed");
+    let n_done = jsonl(&scratch.join("twice/results.jsonl")).len();
+    assert!((1..24).contains(&n_done), "{n_done} rows were done");
+    assert!(eval("twice", &[]).status.success());
+    assert_eq!(whole, bits(&scratch.join("twice")));
+}
+
+fn manifest(run: &Path) -> serde_json::Value {
+    serde_json::from_slice(&std::fs::read(run.join("run.json")).unwrap()).unwrap()
 }

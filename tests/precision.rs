@@ -192,7 +192,11 @@ fn plans_for_cards_that_are_not_here() {
     check("plan-20b-t4-16", "plan --shape gpt-oss-20b --card t4-16");
     check(
         "plan-nano-bytes",
-        "plan --card 64MiB --precision 8bit --batch 4 --context 2048",
+        "plan --card 256MiB --precision 8bit --batch 4 --context 2048",
+    );
+    check(
+        "plan-20b-too-small",
+        "plan --shape gpt-oss-20b --card 4GiB --precision 4bit --context 4096",
     );
     check("plan-unknown-card", "plan --card a100");
     check("plan-unknown-shape", "plan --shape gpt-5");

@@ -6,6 +6,8 @@ mod support;
 
 use std::path::Path;
 
+use podium::engine::checkpoint::{ByClass, Checkpoint, Precision};
+use podium::engine::cpu::CpuBackend;
 use podium::quant::mxfp4;
 use safetensors::SafeTensors;
 use support::{Scratch, root, run, run_ok};
@@ -228,4 +230,30 @@ fn what_it_cannot_do_it_says_and_leaves_nothing() {
         &["model.layers.1.mlp.experts.down_proj", "not finite"],
     );
     assert_eq!(std::fs::read_dir(scratch.join("worse")).unwrap().count(), 0);
+}
+
+/// A device that packs the weights itself has the same figure in its ledger.
+#[test]
+fn the_error_of_quantizing_is_the_same_wherever_it_is_measured() {
+    let folder = root().join("tests/golden/logits/bf16");
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    for precision in [Precision::Bits4, Precision::Bits8, Precision::Bits4Dense4] {
+        let loaded = CpuBackend::load(&checkpoint, precision, 2).unwrap();
+        assert!(loaded.deviation().experts.relative() > 0.0);
+        let measured = checkpoint.deviation(checkpoint.weight_format(precision));
+        for ((class, a), (_, b)) in loaded
+            .deviation()
+            .classes()
+            .into_iter()
+            .zip(measured.unwrap().classes())
+        {
+            let (a, b) = (a.relative(), b.relative());
+            assert!(
+                (a - b).abs() <= 1e-12,
+                "{class} in {precision:?}: {a} and {b}"
+            );
+        }
+    }
+    let stored = checkpoint.deviation(checkpoint.weight_format(Precision::Stored));
+    assert_eq!(stored.unwrap(), ByClass::default());
 }

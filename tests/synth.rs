@@ -92,6 +92,21 @@ fn a_checkpoint_runs_from_prompt_file_to_submission() {
     let other = [&again[..1], &["other"], &again[2..], &["--seed", "1"]].concat();
     run_ok(scratch.path(), &other);
     assert_ne!(found, eval("c", "other"));
+
+    // The same weights without files.
+    assert_eq!(found, eval("d", "synthetic:shape.json"));
+    let other = eval("e", "synthetic:shape.json:1");
+    assert_eq!(eval("f", "other"), other);
+    assert_ne!(found, other);
+    let run_json = std::fs::read(scratch.join("e/run.json")).unwrap();
+    let run_json: Value = serde_json::from_slice(&run_json).unwrap();
+    assert_eq!(run_json["model_path"], "synthetic:shape.json:1");
+    for args in [
+        "plan synthetic:shape.json",
+        "inspect rows.jsonl --model synthetic:shape.json",
+    ] {
+        run_ok(scratch.path(), &args.split(' ').collect::<Vec<_>>());
+    }
 }
 
 #[test]
@@ -108,4 +123,24 @@ fn what_it_cannot_write_it_refuses() {
         assert!(text.contains(word), "{text}");
     }
     assert!(!scratch.join("out").exists());
+
+    // A large shape is planned for, and made by a device alone.
+    scratch.write(
+        "rows.jsonl",
+        json!({"id": 1, "question": "1 + 1?"}).to_string(),
+    );
+    let large = "--model synthetic:gpt-oss-20b";
+    let plan = "plan synthetic:gpt-oss-20b --host-memory 64GiB --context 1024 --batch 4";
+    run_ok(scratch.path(), &plan.split(' ').collect::<Vec<_>>());
+    let args = format!(
+        "eval rows.jsonl {large} --device cpu --host-memory 64GiB --context 1024 --batch 1 --quiet"
+    );
+    let output = run(scratch.path(), &args.split(' ').collect::<Vec<_>>());
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    assert!(text.contains("made on a GPU alone"), "{text}");
+    let args = ["inspect", "rows.jsonl", "--model", "synthetic:small.json"];
+    let output = run(scratch.path(), &args);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("at least 266"), "{text}");
 }

@@ -48,6 +48,9 @@ pub struct EvalArgs {
     /// Fill memory that holds nothing with NaN first, so that a wrong read shows in the output
     #[arg(long, hide = true)]
     pub poison: bool,
+    /// Lose the device after so many calls of decode steps, once for each number
+    #[arg(long, hide = true, value_delimiter = ',', value_name = "N")]
+    pub lose_device: Vec<usize>,
 }
 
 /// Arguments of `podium inspect`.
@@ -84,7 +87,7 @@ pub struct InspectArgs {
     podium plan --shape gpt-oss-120b --card 80GiB --precision 4bit\n\n\
     A card is planned for as it is when idle: its memory less what the CUDA context takes.")]
 pub struct PlanArgs {
-    /// Checkpoint folder, or `nano` [default: nano]
+    /// Checkpoint folder, `nano` or `synthetic:SHAPE[:SEED]` [default: nano]
     #[arg(conflicts_with = "shape")]
     pub model: Option<String>,
     /// Plan for a published shape without its weights: gpt-oss-20b or gpt-oss-120b
@@ -135,7 +138,8 @@ pub struct NumericsArgs {
 #[derive(Clone, Debug, Default, PartialEq, clap::Args, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Options {
-    /// Checkpoint folder, `nano`, or a hub id whose files are in the local hub cache [default: nano]
+    /// Checkpoint folder, `nano`, `synthetic:SHAPE[:SEED]` (random weights of gpt-oss-20b, gpt-oss-120b
+    /// or a config.json), or a hub id whose files are in the local hub cache [default: nano]
     #[arg(long, value_name = "MODEL", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,

@@ -144,7 +144,7 @@ pub struct MergeArgs {
     podium quantize nano ./nano-bf16 --precision 16bit"
 )]
 pub struct QuantizeArgs {
-    /// Checkpoint folder, or `nano`
+    /// Checkpoint folder, `nano` or `synthetic:SHAPE[:SEED]`
     #[arg(value_name = "IN")]
     pub input: String,
     /// Folder to write; it must not exist yet or be empty
@@ -202,7 +202,7 @@ pub struct SynthArgs {
     Example:\n  podium logits ./gpt-oss-20b input.jsonl --exact > logits.jsonl"
 )]
 pub struct LogitsArgs {
-    /// Checkpoint folder, or `nano`
+    /// Checkpoint folder, `nano` or `synthetic:SHAPE[:SEED]`
     pub model: String,
     /// JSONL file of token sequences, or `-` for standard input
     pub input: PathBuf,
@@ -219,7 +219,7 @@ pub struct LogitsArgs {
 /// Arguments of `podium selfcheck`.
 #[derive(Debug, clap::Args)]
 pub struct SelfcheckArgs {
-    /// Checkpoint folder, or `nano`
+    /// Checkpoint folder, `nano` or `synthetic:SHAPE[:SEED]`
     #[arg(long, default_value = crate::job::nano::NANO)]
     pub model: String,
     /// Rows to run
@@ -234,11 +234,11 @@ pub struct SelfcheckArgs {
 #[command(
     after_help = "Workloads (rows x shared+prompt/output tokens): single 1 x 128/256, b64 64 x 512/512, b256\n\
     256 x 512/512, prefill 64 x 2048/1, prefix 512 x 1024+64/128, prefix-long 256 x 8192+64/128,\n\
-    smoke 4 x 64/16. Rows have equal lengths, no token ends one.\n\n\
+    smoke 4 x 64/16; mixed 1024 x 100..1000/about 512, up to 4096, 256 at once. No token ends a row.\n\n\
     Example:\n  podium bench --model synthetic:gpt-oss-20b --workload b64,b256 --json"
 )]
 pub struct BenchArgs {
-    /// synthetic:gpt-oss-20b or synthetic:gpt-oss-120b, with :SEED
+    /// `synthetic:SHAPE[:SEED]` with gpt-oss-20b, gpt-oss-120b or a config.json
     #[arg(long, default_value = "synthetic:gpt-oss-20b")]
     pub model: String,
     /// cuda or cuda:N
@@ -262,6 +262,10 @@ pub struct BenchArgs {
     /// 0 is greedy
     #[arg(long, value_name = "T", default_value_t = 0.0)]
     pub temperature: f32,
+    /// Put rows of unequal lengths into an order that does not know their lengths, as where stop
+    /// tokens end them
+    #[arg(long)]
+    pub hide_lengths: bool,
     /// Also time each kernel
     #[arg(long)]
     pub kernels: bool,

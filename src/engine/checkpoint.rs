@@ -22,6 +22,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::EngineError;
 use super::config::ModelConfig;
+use super::plan::bytes_text;
 
 pub use format::{
     ByClass, ClassBytes, Deviation, MatrixFormat, Precision, VectorFormat, WeightFormat,
@@ -85,6 +86,8 @@ pub enum CheckpointError {
     },
     #[error("no checkpoint layout holds {} experts", .format.name())]
     NoLayout { format: MatrixFormat },
+    #[error("{} of random weights are made on a GPU alone", bytes_text(*.n_bytes))]
+    InPlace { n_bytes: u64 },
     #[error("cannot write `{path}`: {source}")]
     Write {
         path: PathBuf,
@@ -116,6 +119,9 @@ impl CheckpointError {
             Self::NoLayout { .. } => {
                 "choose 4bit or 16bit; the other precisions are made from those while loading"
             }
+            Self::InPlace { .. } => {
+                "give `--device cuda`, or write them with `podium synth` and give the folder"
+            }
             Self::Write { .. } => "check the path, its permissions and the room on the disk",
             Self::Plan { .. } => "this is a mistake in podium; please report it",
         }
@@ -131,6 +137,8 @@ pub enum Bytes {
     /// Embedded in the binary.
     Static(&'static [u8]),
     Owned(Vec<u8>),
+    /// Zeros that take no memory.
+    Unfilled(Mmap),
 }
 
 impl From<&'static [u8]> for Bytes {
@@ -151,6 +159,7 @@ impl Bytes {
             Self::Mapped { map, .. } => map,
             Self::Static(bytes) => bytes,
             Self::Owned(bytes) => bytes,
+            Self::Unfilled(map) => map,
         }
     }
 }
@@ -190,6 +199,8 @@ pub struct Checkpoint {
     layout: layers::Layout,
     expert_format: MatrixFormat,
     vector_format: VectorFormat,
+    /// The seed of weights that are made where they live: the tensors are not filled.
+    in_place: Option<u64>,
 }
 
 impl Checkpoint {
@@ -250,6 +261,7 @@ impl Checkpoint {
             tensors,
             expert_format: MatrixFormat::Mxfp4,
             vector_format: VectorFormat::Bf16,
+            in_place: None,
         };
         (checkpoint.expert_format, checkpoint.vector_format) = checkpoint.check()?;
         Ok(checkpoint)
@@ -262,6 +274,22 @@ impl Checkpoint {
     /// The folder or file it came from.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The seed of random weights that a device makes for itself; the tensors hold nothing then.
+    pub fn in_place(&self) -> Option<u64> {
+        self.in_place
+    }
+
+    /// # Errors
+    /// The tensors hold nothing.
+    pub fn check_filled(&self) -> Result<(), CheckpointError> {
+        match self.in_place {
+            None => Ok(()),
+            Some(_) => Err(CheckpointError::InPlace {
+                n_bytes: self.stored_bytes()?.total(),
+            }),
+        }
     }
 
     /// How the experts are stored.

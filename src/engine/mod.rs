@@ -209,8 +209,6 @@ pub enum EngineError {
     #[error(transparent)]
     Checkpoint(#[from] checkpoint::CheckpointError),
     #[error(transparent)]
-    Plan(#[from] plan::PlanError),
-    #[error(transparent)]
     Cuda(#[from] cuda::CudaError),
     #[error("logits of slot {slot} at position {position} are not finite")]
     NotFinite { slot: u32, position: usize },
@@ -228,12 +226,16 @@ pub enum EngineError {
 }
 
 impl EngineError {
+    /// Whether everything on the device is gone: fresh state may do.
+    pub fn is_lost_device(&self) -> bool {
+        matches!(self, Self::Cuda(cuda::CudaError::Lost { .. }))
+    }
+
     /// How to mend it.
     pub fn hint(&self) -> String {
         match self {
             Self::Config(_) => "the model's config.json must describe a GPT-OSS model".to_owned(),
             Self::Checkpoint(error) => error.hint().to_owned(),
-            Self::Plan(error) => error.hint(),
             Self::Cuda(error) => error.hint(),
             Self::NotFinite { .. } => "the checkpoint's weights may be damaged".to_owned(),
             Self::OutOfMemory { .. } => {

@@ -4,32 +4,21 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::JobError;
-use super::plan::{Planned, Wanted};
-use crate::cli::values::{AutoOr, Device};
-use crate::engine::checkpoint::{Checkpoint, MatrixFormat, Precision, WeightFormat};
+use super::plan::{Place, Planned, Wanted};
+use crate::cli::values::Device;
+use crate::engine::checkpoint::{Checkpoint, Precision, WeightFormat};
 use crate::engine::config::ModelConfig;
 use crate::engine::cpu::model::CpuModel;
 use crate::engine::cpu::path::CpuPath;
 use crate::engine::cpu::{CpuBackend, CpuOptions};
 use crate::engine::cuda::kernels::Build;
-use crate::engine::cuda::memory::BUCKETS;
-use crate::engine::cuda::model::CudaModel;
 use crate::engine::cuda::nvml::Nvml;
 use crate::engine::cuda::nvrtc::Nvrtc;
 use crate::engine::cuda::{self, CudaBackend, CudaError, CudaOptions, Loaded, Staging};
-use crate::engine::plan::{self, BatchSize, Budget, LedgerEntry, MemoryPlan, PlanRequest};
+use crate::engine::plan::{Budget, MemoryPlan};
 use crate::engine::{Backend, EngineError, EngineShape};
 use crate::submission::environment::Environment;
 use crate::telemetry::device::DeviceMeter;
-
-/// Rows of one prefill pass on a GPU, most first: the first that fits is taken.
-const PREFILL_ROWS: [usize; 3] = [8192, 2048, 512];
-
-/// Most slots of an automatic batch on a GPU.
-const MAX_AUTO_SLOTS: usize = 256;
-
-/// Of a GPU's free memory one part in so many is left for graphs and the driver.
-const SPARE: u64 = 32;
 
 /// What runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +100,17 @@ impl Engine {
             Self::Cpu => "cpu".to_owned(),
             Self::Cuda(index) => format!("cuda:{index}"),
         }
+    }
+
+    /// Clears a device that was lost: nothing on it is held any more.
+    ///
+    /// # Errors
+    /// It cannot be cleared.
+    pub fn reset(self) -> Result<(), JobError> {
+        if let Self::Cuda(index) = self {
+            cuda::device::reset(index).map_err(EngineError::from)?;
+        }
+        Ok(())
     }
 
     /// The GPU's meter; nothing on a CPU, or where the driver's library of figures is missing.
@@ -202,10 +202,27 @@ impl Engine {
         gpu_memory: Option<u64>,
     ) -> Result<MemoryPlan, JobError> {
         match self {
-            Self::Cpu => Planned::of(checkpoint)?.plan(precision, options, wanted),
-            Self::Cuda(index) => plan_cuda(checkpoint, precision, index, wanted, gpu_memory),
+            Self::Cpu => Planned::of(checkpoint, Place::Cpu(options))?.plan(precision, wanted),
+            Self::Cuda(index) => {
+                let budget = match gpu_memory {
+                    Some(bytes) => bytes,
+                    None => free_memory(index)?,
+                };
+                let wanted = Wanted {
+                    budget: Budget::given(budget),
+                    ..*wanted
+                };
+                Planned::of(checkpoint, Place::Gpu)?.plan(precision, &wanted)
+            }
         }
     }
+}
+
+/// What an open GPU leaves to a program.
+fn free_memory(index: u32) -> Result<u64, JobError> {
+    let device = cuda::device::Device::open(index).map_err(EngineError::from)?;
+    let (free, _) = device.memory().map_err(EngineError::from)?;
+    Ok(free)
 }
 
 /// A backend of either kind.
@@ -258,97 +275,7 @@ impl AnyBackend {
     pub fn kernel_calls(&self) -> BTreeMap<String, u64> {
         match self {
             Self::Cpu(backend) => backend.kernel_calls(),
-            Self::Cuda(_) => BTreeMap::new(),
+            Self::Cuda(backend) => backend.kernel_calls(),
         }
     }
-}
-
-/// The plan of a GPU: an automatic batch is the largest that fits beside the weights.
-fn plan_cuda(
-    checkpoint: &Checkpoint,
-    precision: Precision,
-    index: u32,
-    wanted: &Wanted,
-    gpu_memory: Option<u64>,
-) -> Result<MemoryPlan, JobError> {
-    let (config, format) = (checkpoint.config(), checkpoint.weight_format(precision));
-    let budget = match gpu_memory {
-        Some(bytes) => bytes,
-        None => {
-            let device = cuda::device::Device::open(index).map_err(EngineError::from)?;
-            let (free, _) = device.memory().map_err(EngineError::from)?;
-            free - free / SPARE
-        }
-    };
-    let ledger = ledger(checkpoint, format)?;
-    let request = |batch: BatchSize, prefill_rows: usize| PlanRequest {
-        ledger: ledger.clone(),
-        budget: Budget::given(budget),
-        batch,
-        max_context: wanted.max_context,
-        longest_prompt: wanted.longest_prompt,
-        n_jobs: wanted.n_jobs,
-        prefix_reuse: wanted.prefix_reuse,
-        prefill_rows,
-        kv_scheme: "bf16",
-    };
-    let memory = |shape: &EngineShape| cuda::memory::planned(config, format, shape);
-    // Passes larger than all prompts together would only take memory.
-    let most_tokens = wanted.longest_prompt.saturating_mul(wanted.n_jobs.max(1));
-    let passes = PREFILL_ROWS.into_iter().filter(|&rows| {
-        rows == PREFILL_ROWS[PREFILL_ROWS.len() - 1] || rows < 4 * most_tokens.max(1)
-    });
-    let batches: Vec<usize> = match wanted.batch {
-        AutoOr::Exactly(n_slots) => vec![n_slots],
-        AutoOr::Auto => {
-            let most = wanted.n_jobs.clamp(1, MAX_AUTO_SLOTS);
-            let smaller = BUCKETS.into_iter().rev().filter(|&bucket| bucket < most);
-            [most].into_iter().chain(smaller).collect()
-        }
-    };
-    let passes: Vec<usize> = passes.collect();
-    let mut refused = None;
-    for &n_slots in &batches {
-        for &rows in &passes {
-            match plan::plan(&request(BatchSize::Slots(n_slots), rows), memory) {
-                Ok(mut plan) => {
-                    if wanted.batch == AutoOr::Auto {
-                        plan.batch = BatchSize::Auto;
-                    }
-                    return Ok(plan);
-                }
-                Err(error) => refused = Some(error),
-            }
-        }
-    }
-    match refused {
-        Some(error) => Err(EngineError::from(error).into()),
-        None => Err(JobError::Option {
-            message: "no batch was asked for".to_owned(),
-        }),
-    }
-}
-
-/// Bytes of each class as stored and as held on a GPU.
-fn ledger(checkpoint: &Checkpoint, format: WeightFormat) -> Result<Vec<LedgerEntry>, JobError> {
-    let loaded = CudaModel::planned_bytes(checkpoint.config(), format);
-    let stored = checkpoint.stored_bytes()?;
-    let entries = stored.classes().into_iter().zip(loaded.classes());
-    Ok(entries
-        .map(|((class, stored_bytes), (_, loaded_bytes))| {
-            let held = format.of_class(class);
-            let stored = match class {
-                "experts" => checkpoint.expert_format(),
-                _ => MatrixFormat::Bf16,
-            };
-            LedgerEntry {
-                class: class.to_owned(),
-                scheme: held.name().to_owned(),
-                stored_bytes,
-                loaded_bytes,
-                lossless: held.holds(stored).then_some(true),
-                relative_error: None,
-            }
-        })
-        .collect())
 }

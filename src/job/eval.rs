@@ -1,6 +1,7 @@
 //! `podium eval`: every data set in every precision asked for.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use super::JobError;
 use super::datasets;
@@ -24,6 +25,7 @@ use crate::report::table::color_wanted;
 use crate::submission::log::{self, RESULTS_FILE};
 use crate::submission::manifest::{Outcome, RunManifest};
 use crate::submission::{Results, RowError};
+use crate::telemetry::process_start;
 
 /// Runs the command and gives its exit code.
 ///
@@ -56,6 +58,7 @@ pub fn eval(args: &EvalArgs, config: ConfigFile) -> Result<u8, JobError> {
     let model = OpenModel::open(&model_word.value)?;
     let mut weights: Weights = None;
     let mut code = 0;
+    let mut begun = process_start();
     let mut folders = Vec::new();
     // Precision outside, so that each is loaded once.
     for &value in &wanted {
@@ -64,10 +67,13 @@ pub fn eval(args: &EvalArgs, config: ConfigFile) -> Result<u8, JobError> {
                 value,
                 origin: precision.origin,
             };
-            let run = assemble(&layers, &model, &model_word, precision, path, args.poison)?;
+            let mut run = assemble(&layers, &model, &model_word, precision, path, args.poison)?;
+            run.begun = begun;
+            run.faults.clone_from(&args.lose_device);
             let (one, folder) = eval_one(args, &run, &mut weights)?;
             code = code.max(one);
             folders.push((path, folder));
+            begun = Instant::now();
             if let Some(signal) = signal::received() {
                 return Ok(128 + signal as u8);
             }
@@ -154,6 +160,8 @@ pub fn assemble<'a>(
         max_context,
         options,
         engine,
+        begun: Instant::now(),
+        faults: Vec::new(),
     })
 }
 

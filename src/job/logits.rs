@@ -6,11 +6,9 @@ use std::sync::Arc;
 
 use super::JobError;
 use super::device::{self, AnyBackend};
-use super::model::{self, ModelSource};
-use super::nano;
+use super::model;
 use super::precision;
 use crate::cli::LogitsArgs;
-use crate::engine::checkpoint::Checkpoint;
 use crate::engine::cpu::CpuOptions;
 use crate::engine::kv::pages_for;
 use crate::engine::{Backend, EngineShape, PageId, SequenceId, Span, TokenId};
@@ -33,10 +31,7 @@ struct Input {
 /// An input line that is none, ids past the vocabulary, or a sequence past the model's context.
 pub fn logits(args: &LogitsArgs) -> Result<u8, JobError> {
     let precision = precision(args.numerics.precision.as_deref())?;
-    let checkpoint = match model::resolve(&args.model)? {
-        ModelSource::Nano => Checkpoint::from_bytes(nano::CONFIG, nano::TENSORS)?,
-        ModelSource::Folder { path, .. } => Checkpoint::open(&path)?,
-    };
+    let checkpoint = model::resolve(&args.model)?.checkpoint()?;
     let inputs = read(&args.input, checkpoint.config().max_context)?;
     let longest = inputs
         .iter()

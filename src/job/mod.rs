@@ -11,6 +11,7 @@ pub mod datasets;
 pub mod device;
 pub mod divergence;
 pub mod eval;
+pub mod fault;
 pub mod folder;
 pub mod inspect;
 pub mod logits;
@@ -38,8 +39,7 @@ use crate::dataset::DatasetError;
 use crate::engine::checkpoint::{CheckpointError, Precision};
 use crate::engine::config::ConfigError;
 use crate::engine::generate::{ForcedError, GenerateError};
-use crate::engine::plan::CARDS;
-use crate::engine::plan::PlanError;
+use crate::engine::plan::{CARDS, MemoryPlan, PlanError};
 use crate::engine::shapes;
 use crate::engine::{BackendMemory, EngineError};
 use crate::profile::ProfileError;
@@ -106,6 +106,12 @@ pub enum JobError {
         planned: BackendMemory,
         allocated: BackendMemory,
     },
+    #[error("{error}\n\n{}", plan.to_string().trim_end())]
+    DoesNotFit {
+        error: PlanError,
+        /// The least that would be needed.
+        plan: Box<MemoryPlan>,
+    },
     #[error("unknown shape `{word}`")]
     Shape { word: String },
     #[error("unknown card `{word}`")]
@@ -161,12 +167,6 @@ impl From<ConfigError> for JobError {
     }
 }
 
-impl From<PlanError> for JobError {
-    fn from(error: PlanError) -> Self {
-        EngineError::from(error).into()
-    }
-}
-
 impl JobError {
     /// How to mend it.
     pub fn hint(&self) -> String {
@@ -201,6 +201,7 @@ impl JobError {
             }
             Self::NotEmpty { .. } => "give a folder that does not exist yet".to_owned(),
             Self::Allocated { .. } => "this is a mistake in podium; please report it".to_owned(),
+            Self::DoesNotFit { error, .. } => error.hint(),
             Self::Shape { .. } => format!(
                 "expected one of {}, or for `synth` a config.json of the shape",
                 shapes::NAMES.join(", ")

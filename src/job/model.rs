@@ -1,7 +1,7 @@
 //! Which checkpoint a `--model` word means, and that checkpoint opened.
 //!
-//! The word is, in order: an existing folder, the built-in name `nano`, a hub id whose files the local hub
-//! cache holds. podium never fetches anything.
+//! The word is, in order: an existing folder, the built-in name `nano`, `synthetic:SHAPE[:SEED]`, a
+//! hub id whose files the local hub cache holds. podium never fetches anything.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -12,18 +12,21 @@ use sha2::{Digest, Sha256};
 
 use super::JobError;
 use super::nano::{self, NANO};
+use super::synthetic::{self, Synthetic};
 use crate::engine::TokenId;
 use crate::engine::checkpoint::{Checkpoint, MatrixFormat, Precision};
 use crate::submission::identity::sha256_hex;
 use crate::tokenizer::Tokenizer;
 
 /// A checkpoint's place.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum ModelSource {
     /// The model embedded in this binary.
     Nano,
     /// A folder in the Hugging Face layout or OpenAI's original layout.
     Folder { name: String, path: PathBuf },
+    /// Random weights.
+    Synthetic(Synthetic),
 }
 
 impl ModelSource {
@@ -32,7 +35,20 @@ impl ModelSource {
         match self {
             ModelSource::Nano => NANO,
             ModelSource::Folder { name, .. } => name,
+            ModelSource::Synthetic(synthetic) => &synthetic.name,
         }
+    }
+
+    /// The checkpoint, its files open and checked.
+    ///
+    /// # Errors
+    /// Files that are no GPT-OSS checkpoint, or no room for random weights.
+    pub fn checkpoint(&self) -> Result<Checkpoint, JobError> {
+        Ok(match self {
+            ModelSource::Nano => Checkpoint::from_bytes(nano::CONFIG, nano::TENSORS)?,
+            ModelSource::Folder { path, .. } => Checkpoint::open(path)?,
+            ModelSource::Synthetic(synthetic) => synthetic.checkpoint()?,
+        })
     }
 }
 
@@ -45,8 +61,6 @@ pub enum ModelError {
     NoConfig { path: PathBuf },
     #[error("the model folder `{path}` has no `tokenizer.json`")]
     NoTokenizer { path: PathBuf },
-    #[error("synthetic models are not in this version: `{word}`")]
-    Synthetic { word: String },
     #[error("cannot read `{path}`: {source}")]
     Read {
         path: PathBuf,
@@ -67,7 +81,6 @@ impl ModelError {
             Self::NoTokenizer { .. } => {
                 "put the checkpoint's tokenizer.json beside its config.json".to_owned()
             }
-            Self::Synthetic { .. } => "give a checkpoint's folder instead".to_owned(),
             Self::Read { .. } => "check the path and its permissions".to_owned(),
         }
     }
@@ -76,25 +89,23 @@ impl ModelError {
 /// Finds the checkpoint that `word` names.
 ///
 /// # Errors
-/// Nothing by that name, or a folder that is no checkpoint.
-pub fn resolve(word: &str) -> Result<ModelSource, ModelError> {
+/// Nothing by that name, a folder that is no checkpoint, or no such shape.
+pub fn resolve(word: &str) -> Result<ModelSource, JobError> {
     let path = Path::new(word);
     if path.is_dir() {
-        return folder(word.trim_end_matches('/'), path.to_owned());
+        return Ok(folder(word.trim_end_matches('/'), path.to_owned())?);
     }
     if word == NANO {
         return Ok(ModelSource::Nano);
     }
-    if word.starts_with("synthetic:") {
-        return Err(ModelError::Synthetic {
-            word: word.to_owned(),
-        });
+    if word.starts_with(synthetic::PREFIX) {
+        return Ok(ModelSource::Synthetic(Synthetic::named(word)?));
     }
     let unknown = || ModelError::Unknown {
         word: word.to_owned(),
     };
     let snapshot = hub_snapshot(word).ok_or_else(unknown)?;
-    folder(word, snapshot)
+    Ok(folder(word, snapshot)?)
 }
 
 fn folder(name: &str, path: PathBuf) -> Result<ModelSource, ModelError> {
@@ -159,6 +170,7 @@ impl OpenModel {
     pub fn open(word: &str) -> Result<Self, JobError> {
         let source = resolve(word)?;
         let name = source.name().to_owned();
+        let checkpoint = source.checkpoint()?;
         match source {
             ModelSource::Nano => {
                 let tokenizer = Tokenizer::from_bytes(nano::TOKENIZER)?;
@@ -169,7 +181,7 @@ impl OpenModel {
                 Ok(Self {
                     name,
                     is_nano: true,
-                    checkpoint: Checkpoint::from_bytes(nano::CONFIG, nano::TENSORS)?,
+                    checkpoint,
                     stop_tokens,
                     hash: hex(hasher),
                     tokenizer_hash: sha256_hex(nano::TOKENIZER),
@@ -177,7 +189,6 @@ impl OpenModel {
                 })
             }
             ModelSource::Folder { path, .. } => {
-                let checkpoint = Checkpoint::open(&path)?;
                 let tokenizer_path = path.join("tokenizer.json");
                 if !tokenizer_path.is_file() {
                     return Err(ModelError::NoTokenizer { path }.into());
@@ -193,6 +204,19 @@ impl OpenModel {
                     stop_tokens,
                     hash: hash_folder(&path)?,
                     tokenizer_hash: sha256_hex(&bytes),
+                    tokenizer,
+                })
+            }
+            ModelSource::Synthetic(synthetic) => {
+                let (tokenizer_json, generation) = synthetic.companions()?;
+                let tokenizer = Tokenizer::from_bytes(&tokenizer_json)?;
+                Ok(Self {
+                    name,
+                    is_nano: false,
+                    stop_tokens: stop_tokens(&generation, &tokenizer),
+                    hash: synthetic.hash(checkpoint.in_place().is_some()),
+                    checkpoint,
+                    tokenizer_hash: sha256_hex(&tokenizer_json),
                     tokenizer,
                 })
             }
@@ -299,7 +323,8 @@ mod tests {
     #[test]
     fn a_word_that_is_nothing_is_an_error_with_a_hint() {
         let error = resolve("no/such/model").expect_err("there is no such model");
-        assert!(matches!(error, ModelError::Unknown { .. }));
+        let is_unknown = matches!(error, JobError::Model(ModelError::Unknown { .. }));
+        assert!(is_unknown);
         assert!(error.hint().contains("nano"));
         assert!(resolve("../..").is_err());
     }

@@ -9,6 +9,7 @@ use super::model::{ModelError, ModelSource, resolve};
 use super::{nano, precision};
 use crate::cli::QuantizeArgs;
 use crate::cli::print;
+use crate::engine::checkpoint::synthetic::companions;
 use crate::engine::checkpoint::write::{self, Written};
 use crate::engine::checkpoint::{Checkpoint, MatrixFormat, Precision};
 use crate::engine::plan::bytes_text;
@@ -68,9 +69,10 @@ type Opened = (Checkpoint, serde_json::Value, Vec<(&'static str, Vec<u8>)>);
 
 fn read(source: &ModelSource) -> Result<Opened, JobError> {
     let parse = |bytes: &[u8]| serde_json::from_slice(bytes).unwrap_or_default();
+    let checkpoint = source.checkpoint()?;
     match source {
         ModelSource::Nano => Ok((
-            Checkpoint::from_bytes(nano::CONFIG, nano::TENSORS)?,
+            checkpoint,
             parse(nano::CONFIG),
             vec![
                 ("tokenizer.json", nano::TOKENIZER.to_vec()),
@@ -79,7 +81,6 @@ fn read(source: &ModelSource) -> Result<Opened, JobError> {
             ],
         )),
         ModelSource::Folder { path, .. } => {
-            let checkpoint = Checkpoint::open(path)?;
             let read = |name: &str| {
                 let path = path.join(name);
                 std::fs::read(&path).map_err(|source| ModelError::Read { path, source })
@@ -91,6 +92,16 @@ fn read(source: &ModelSource) -> Result<Opened, JobError> {
                 .collect::<Result<_, ModelError>>()?;
             // The checkpoint has read it: it is an object.
             Ok((checkpoint, parse(&read("config.json")?), companions))
+        }
+        ModelSource::Synthetic(synthetic) => {
+            let mut files = companions(&synthetic.config).into_iter();
+            let config = files.find(|(name, _)| *name == "config.json");
+            let files = companions(&synthetic.config)
+                .into_iter()
+                .filter(|(name, _)| COMPANIONS.contains(name))
+                .map(|(name, value)| (name, format!("{value:#}\n").into_bytes()))
+                .collect();
+            Ok((checkpoint, config.map(|c| c.1).unwrap_or_default(), files))
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What comes out of the engine becomes lines of the log, timings and progress.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use super::prepare::Prepared;
 use super::progress::Progress;
@@ -36,7 +37,8 @@ pub struct Recorder<'a> {
     batch: BatchTiming,
     last_queue: Option<usize>,
     n_jobs: usize,
-    first_batch_seen: bool,
+    /// When the first tokens were there.
+    pub first_token: Option<Instant>,
 }
 
 impl<'a> Recorder<'a> {
@@ -71,7 +73,7 @@ impl<'a> Recorder<'a> {
             batch: BatchTiming::default(),
             last_queue: None,
             n_jobs,
-            first_batch_seen: false,
+            first_token: None,
         }
     }
 
@@ -174,8 +176,8 @@ impl Observer for Recorder<'_> {
                 self.batch.live_row_steps += report.live_row_steps as u64;
                 self.batch.padded_row_steps += report.padded_row_steps as u64;
                 self.batch.decode_seconds += report.seconds;
-                if !self.first_batch_seen {
-                    self.first_batch_seen = true;
+                if self.first_token.is_none() {
+                    self.first_token = Some(Instant::now());
                     self.memory.event(MemoryEvent::FirstBatch, None);
                 }
             }

@@ -8,20 +8,21 @@ use std::time::{Duration, Instant};
 
 use super::JobError;
 use super::device::{AnyBackend, Engine, Held};
+use super::fault::Faulty;
 use super::folder::{Opening, RunFolder};
 use super::model::OpenModel;
-use super::plan::{PREFILL_ROWS, Wanted, host_budget, measured};
+use super::plan::{Wanted, host_budget, measured};
 use super::prepare::Prepared;
 use super::progress::Progress;
 use super::record::{Recorder, blank_row};
 use super::settings::{Effective, Settings};
 use crate::batch::Job;
 use crate::engine::StopReason;
-use crate::engine::checkpoint::Precision;
+use crate::engine::checkpoint::{ByClass, Deviation, Precision};
 use crate::engine::cpu::CpuOptions;
 use crate::engine::cpu::path::CpuPath;
 use crate::engine::cuda::Staging;
-use crate::engine::generate::{GenerateOptions, Outcome as Generated, generate};
+use crate::engine::generate::{GenerateError, GenerateOptions, Outcome as Generated, generate};
 use crate::engine::plan::{MemoryPlan, ledger_table};
 use crate::profile::{Profile, Source};
 use crate::prompt::harmony;
@@ -53,10 +54,22 @@ pub struct Run<'a> {
     pub max_context: usize,
     pub options: CpuOptions,
     pub engine: Engine,
+    /// What the first token's time counts from.
+    pub begun: Instant,
+    /// Of each attempt: calls of steps after which the device is lost, for tests.
+    pub faults: Vec<usize>,
 }
 
 /// Weights kept between the runs of one command, so that each model is loaded once.
-pub type Weights = Option<(Precision, Engine, Held)>;
+pub type Weights = Option<LoadedWeights>;
+
+/// Weights, how they were asked for, and what that did to their values.
+pub struct LoadedWeights {
+    precision: Precision,
+    engine: Engine,
+    held: Held,
+    deviation: ByClass<Deviation>,
+}
 
 impl Run<'_> {
     fn n_samples(&self) -> u32 {
@@ -143,7 +156,6 @@ impl Run<'_> {
             n_jobs,
             prefix_reuse: self.settings.prefix_reuse.value,
             budget: host_budget(self.settings.host_memory.value),
-            prefill_rows: PREFILL_ROWS,
         };
         self.engine.plan(
             &self.model.checkpoint,
@@ -279,6 +291,8 @@ impl Run<'_> {
         manifest.end_session(ran.outcome, ran.totals, ran.memory, ran.kernel_calls);
         if let Some(session) = manifest.sessions.last_mut() {
             session.device_load = ran.device_load;
+            session.first_token_seconds = ran.first_token_seconds;
+            session.n_lost_devices = ran.n_lost_devices;
         }
         manifest.write(&path)?;
         if let Some(error) = error {
@@ -311,32 +325,8 @@ impl Run<'_> {
                 MemoryLog::start_on_device(path, session, SAMPLE_PERIOD, planned, meter)
             }
         };
-        let mut jobs = Vec::new();
-        let missing = self.missing(&folder.results);
-        for &(row, sample) in &missing {
-            let Some(record) = self.prepared.dataset.records.get(row) else {
-                continue;
-            };
-            let Some(prepared) = self.prepared.rows.get(row) else {
-                continue;
-            };
-            if let Some(error) = &prepared.error {
-                let verdict = score::without_answer(record, Status::Error);
-                let mut result = blank_row(record, sample, Status::Error);
-                result.correct = verdict.correct;
-                result.error = Some(error.clone());
-                folder.log.append(&result)?;
-                folder.results.insert(result);
-                continue;
-            }
-            jobs.push(Job {
-                row,
-                sample,
-                prompt: Arc::clone(&prepared.tokens),
-                max_new_tokens: self.settings.max_new_tokens.value,
-                row_hash: row_hash(&record.key),
-            });
-        }
+        self.log_errors(folder)?;
+        let mut jobs = self.jobs(&folder.results);
         let n_jobs = jobs.len();
         if n_jobs == 0 {
             let (memory, _) = memory.finish();
@@ -348,48 +338,13 @@ impl Run<'_> {
             return Ok((ran, None));
         }
 
-        let model = self.load(weights, plan)?;
-        memory.event(MemoryEvent::Load, None);
-        let mut ledger = plan.ledger.clone();
-        if let Held::Cpu(model) = &model {
-            measured(&mut ledger, &model.deviation());
-        }
-        if ledger != plan.ledger && !quiet {
-            let table = ledger_table(&ledger);
-            crate::cli::print::tell(&format!("\nmeasured while loading\n{table}"));
-        }
-        manifest.ledger = serde_json::to_value(&ledger).unwrap_or_default();
-        manifest.write(&folder.path)?;
-        let mut backend = AnyBackend::new(model, plan.shape, self.options)?;
-        let allocated = backend.get().memory();
-        memory.event(MemoryEvent::Arena, Some(allocated));
-        if allocated != plan.memory {
-            return Err(JobError::Allocated {
-                planned: plan.memory,
-                allocated,
-            });
-        }
+        let mut backend = self.open(plan, weights, manifest, &folder.path, &memory, quiet)?;
 
         let stop = AtomicBool::new(false);
         let n_done = folder.results.len();
         let progress = Progress::new(n_jobs, n_done, quiet);
         let mut throughput = ThroughputLog::open(&folder.path, session);
         throughput.watch(meter.clone());
-        let mut recorder = Recorder::new(
-            &self.prepared,
-            &self.model.tokenizer,
-            &mut folder.log,
-            &mut folder.results,
-            &mut throughput,
-            &memory,
-            &progress,
-            &stop,
-            plan.shape.n_slots,
-            n_jobs,
-        );
-        if opening.allow_mixed {
-            recorder.numerics_id = Some(opening.identity.numerics.clone());
-        }
         let options = GenerateOptions {
             refill: self.settings.refill.value,
             prefix_reuse: self.settings.prefix_reuse.value,
@@ -401,9 +356,55 @@ impl Run<'_> {
                 Arc::clone(&self.model.stop_tokens),
             )
         };
-        let generated = generate(backend.get(), jobs, &options, &stop, &mut recorder);
-        recorder.flush();
-        let failure = recorder.failure.take();
+        let mut kernel_calls = BTreeMap::new();
+        let mut first_token = None;
+        let mut n_lost_devices = 0;
+        let (failure, generated) = loop {
+            let mut recorder = Recorder::new(
+                &self.prepared,
+                &self.model.tokenizer,
+                &mut folder.log,
+                &mut folder.results,
+                &mut throughput,
+                &memory,
+                &progress,
+                &stop,
+                plan.shape.n_slots,
+                jobs.len(),
+            );
+            if opening.allow_mixed {
+                recorder.numerics_id = Some(opening.identity.numerics.clone());
+            }
+            let fault = self.faults.get(n_lost_devices as usize).copied();
+            let mut faulty = Faulty::new(backend.get(), fault);
+            let generated = generate(&mut faulty, jobs, &options, &stop, &mut recorder);
+            recorder.flush();
+            first_token = first_token.or(recorder.first_token);
+            let failure = recorder.failure.take();
+            for (kernel, n) in backend.kernel_calls() {
+                *kernel_calls.entry(kernel).or_default() += n;
+            }
+            match &generated {
+                Err(GenerateError::Engine(error))
+                    if error.is_lost_device() && n_lost_devices == 0 && failure.is_none() =>
+                {
+                    n_lost_devices += 1;
+                    progress.tell(&format!(
+                        "warning: {error}\nwhat was in flight begins anew on fresh state, once"
+                    ));
+                }
+                _ => break (failure, generated),
+            }
+            // All that lived on the device goes before it is opened again.
+            drop(backend);
+            *weights = None;
+            let path = folder.path.clone();
+            backend = self
+                .engine
+                .reset()
+                .and_then(|()| self.open(plan, weights, manifest, &path, &memory, quiet))?;
+            jobs = self.jobs(&folder.results);
+        };
         progress.clear();
         let (totals, throughput_written) = throughput.finish();
         let (memory, memory_written) = memory.finish();
@@ -425,18 +426,91 @@ impl Run<'_> {
             totals,
             memory: Some(memory),
             device_load: meter.and_then(|meter| meter.load()),
-            kernel_calls: backend.kernel_calls(),
+            kernel_calls,
+            first_token_seconds: first_token.map(|at| (at - self.begun).as_secs_f64()),
+            n_lost_devices,
         };
         Ok((ran, error))
     }
 
-    fn load(&self, weights: &mut Weights, plan: &MemoryPlan) -> Result<Held, JobError> {
+    /// Rows that cannot run go into the log.
+    fn log_errors(&self, folder: &mut RunFolder) -> Result<(), JobError> {
+        for (row, sample) in self.missing(&folder.results) {
+            let (record, prepared) = (&self.prepared.dataset.records, &self.prepared.rows);
+            let (Some(record), Some(prepared)) = (record.get(row), prepared.get(row)) else {
+                continue;
+            };
+            if let Some(error) = &prepared.error {
+                let verdict = score::without_answer(record, Status::Error);
+                let mut result = blank_row(record, sample, Status::Error);
+                result.correct = verdict.correct;
+                result.error = Some(error.clone());
+                folder.log.append(&result)?;
+                folder.results.insert(result);
+            }
+        }
+        Ok(())
+    }
+
+    /// The samples that are missing and can run.
+    fn jobs(&self, results: &Results) -> Vec<Job> {
+        let job = |(row, sample): (usize, u32)| {
+            let record = self.prepared.dataset.records.get(row)?;
+            let prepared = self.prepared.rows.get(row)?;
+            prepared.error.is_none().then(|| Job {
+                row,
+                sample,
+                prompt: Arc::clone(&prepared.tokens),
+                max_new_tokens: self.settings.max_new_tokens.value,
+                row_hash: row_hash(&record.key),
+            })
+        };
+        self.missing(results).into_iter().filter_map(job).collect()
+    }
+
+    /// Loads the weights where they are not loaded yet and allocates the rest.
+    fn open(
+        &self,
+        plan: &MemoryPlan,
+        weights: &mut Weights,
+        manifest: &mut RunManifest,
+        path: &Path,
+        memory: &MemoryLog,
+        quiet: bool,
+    ) -> Result<AnyBackend, JobError> {
+        let (model, deviation) = self.load(weights, plan)?;
+        memory.event(MemoryEvent::Load, None);
+        let mut ledger = plan.ledger.clone();
+        measured(&mut ledger, &deviation);
+        if ledger != plan.ledger && !quiet {
+            let table = ledger_table(&ledger);
+            crate::cli::print::tell(&format!("\nmeasured while loading\n{table}"));
+        }
+        manifest.ledger = serde_json::to_value(&ledger).unwrap_or_default();
+        manifest.write(path)?;
+        let mut backend = AnyBackend::new(model, plan.shape, self.options)?;
+        let allocated = backend.get().memory();
+        memory.event(MemoryEvent::Arena, Some(allocated));
+        if allocated != plan.memory {
+            return Err(JobError::Allocated {
+                planned: plan.memory,
+                allocated,
+            });
+        }
+        Ok(backend)
+    }
+
+    fn load(
+        &self,
+        weights: &mut Weights,
+        plan: &MemoryPlan,
+    ) -> Result<(Held, ByClass<Deviation>), JobError> {
         let precision = self.model.effective_precision(self.precision.value);
-        if let Some((loaded, engine, held)) = weights
-            && *loaded == precision
-            && *engine == self.engine
+        if let Some(loaded) = weights
+            && loaded.precision == precision
+            && loaded.engine == self.engine
         {
-            return Ok(held.clone());
+            return Ok((loaded.held.clone(), loaded.deviation));
         }
         // The other precision's weights go before these come.
         *weights = None;
@@ -444,8 +518,17 @@ impl Run<'_> {
         let host_memory = self.settings.host_memory.value;
         let staging = Staging::within(&plan.memory, host_memory, self.options.n_threads);
         let held = self.engine.load_within(checkpoint, precision, staging)?;
-        *weights = Some((precision, self.engine, held.clone()));
-        Ok(held)
+        let deviation = match &held {
+            Held::Cpu(model) => model.deviation(),
+            Held::Cuda(_) => checkpoint.deviation(checkpoint.weight_format(precision))?,
+        };
+        *weights = Some(LoadedWeights {
+            precision,
+            engine: self.engine,
+            held: held.clone(),
+            deviation,
+        });
+        Ok((held, deviation))
     }
 
     /// Rebuilds submission and scores from the log's rows, and counts them.
@@ -524,6 +607,8 @@ struct Ran {
     memory: Option<MemorySummary>,
     device_load: Option<DeviceLoad>,
     kernel_calls: BTreeMap<String, u64>,
+    first_token_seconds: Option<f64>,
+    n_lost_devices: u32,
 }
 
 impl Ran {
@@ -535,6 +620,8 @@ impl Ran {
             memory: None,
             device_load: None,
             kernel_calls: BTreeMap::new(),
+            first_token_seconds: None,
+            n_lost_devices: 0,
         }
     }
 }

@@ -2,11 +2,11 @@
 
 use super::JobError;
 use super::quantize::{make_empty, progress_bar, write_file};
-use super::synthetic::find_shape;
+use super::synthetic::{check_vocabulary, find_shape};
 use crate::cli::SynthArgs;
 use crate::cli::print;
 use crate::engine::EngineError;
-use crate::engine::checkpoint::synthetic::{MIN_VOCAB, companions, tensor_bytes, write_tensors};
+use crate::engine::checkpoint::synthetic::{companions, tensor_bytes, write_tensors};
 use crate::engine::plan::bytes_text;
 
 /// Runs the command.
@@ -17,15 +17,7 @@ pub fn synth_command(args: &SynthArgs) -> Result<u8, JobError> {
     let config = find_shape(&args.shape)?.ok_or_else(|| JobError::Shape {
         word: args.shape.clone(),
     })?;
-    if config.n_vocab < MIN_VOCAB {
-        return Err(JobError::Option {
-            message: format!(
-                "a vocabulary of {} does not hold a token a byte and gpt-oss's special tokens; \
-                 expected at least {MIN_VOCAB}",
-                config.n_vocab
-            ),
-        });
-    }
+    check_vocabulary(&config)?;
     let out = &args.output;
     make_empty(out)?;
     let bar = progress_bar(args.quiet);

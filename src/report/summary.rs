@@ -43,6 +43,8 @@ pub struct Summary {
     pub occupancy: Option<f64>,
     /// Share of the wall time spent outside the engine.
     pub outside_engine_share: Option<f64>,
+    /// Of the newest session that made a token: from the start to it.
+    pub first_token_seconds: Option<f64>,
     /// Of the newest session that measured it.
     pub memory: Option<MemorySummary>,
     pub memory_excess_bytes: Option<u64>,
@@ -105,6 +107,11 @@ impl Summary {
             rows_per_s: totals.rows_per_s(),
             occupancy: totals.occupancy(),
             outside_engine_share: totals.outside_share(),
+            first_token_seconds: manifest
+                .sessions
+                .iter()
+                .rev()
+                .find_map(|session| session.first_token_seconds),
             memory_excess_bytes: memory.and_then(|memory| memory.excess_bytes()),
             memory,
             device_load: manifest
@@ -201,7 +208,11 @@ impl Summary {
         line(
             "outside the engine",
             self.outside_engine_share.map(percent),
-            "of the time",
+            &self
+                .first_token_seconds
+                .map_or("of the time".to_owned(), |seconds| {
+                    format!("of the time; first token after {}", duration(seconds))
+                }),
         );
         if let Some(memory) = &self.memory {
             line(

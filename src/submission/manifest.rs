@@ -87,6 +87,13 @@ pub struct Session {
     /// where it ran.
     #[serde(default)]
     pub kernel_calls: BTreeMap<String, u64>,
+    /// From the start of the process, or of the run where it is not the process's first, to the
+    /// first token.
+    #[serde(default)]
+    pub first_token_seconds: Option<f64>,
+    /// Times that the device was lost and the work in flight began anew.
+    #[serde(default)]
+    pub n_lost_devices: u32,
 }
 
 impl Session {
@@ -104,6 +111,8 @@ impl Session {
             memory: None,
             device_load: None,
             kernel_calls: BTreeMap::new(),
+            first_token_seconds: None,
+            n_lost_devices: 0,
         }
     }
 }

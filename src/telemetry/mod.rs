@@ -15,7 +15,15 @@ pub(crate) mod test_dir;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::OnceLock;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+static PROCESS_START: OnceLock<Instant> = OnceLock::new();
+
+/// When the process began: at the first call, which is `main`'s.
+pub fn process_start() -> Instant {
+    *PROCESS_START.get_or_init(Instant::now)
+}
 
 /// The present time as RFC 3339 in UTC with milliseconds, `2026-01-02T03:04:05.678Z`.
 pub fn utc_now() -> String {

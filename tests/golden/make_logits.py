@@ -280,13 +280,13 @@ def inputs(spec, seed):
 # ---- the model ---------------------------------------------------------------------------------
 
 
-def load(folder, layout):
+def load(folder, layout, dtype=torch.float32):
     quantization = {"quantization_config": Mxfp4Config(dequantize=True)} if layout == "hf-mxfp4" else {}
     model = GptOssForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager",
         **quantization)
     for name, value in model.named_parameters():
-        assert value.dtype == torch.float32, (name, value.dtype)
+        assert value.dtype == dtype, (name, value.dtype)
     return model.eval()
 
 
@@ -361,6 +361,20 @@ def run(model, lines):
     return out, gap
 
 
+def bf16_errors(model, lines, expected):
+    """How far transformers' own bf16 run is from float32, by position: root mean square over the vocabulary. A router
+    that is nearly tied may choose other experts there, which moves a position by far more than rounding does: hence
+    quantiles over all positions of a case, beside the largest."""
+    by_position = []
+    for prompt, tokens, _ in lines:
+        logits = expected[prompt + ".logits"]
+        off = logits_of(model, tokens + expected[prompt + ".greedy"].tolist()[:-1]).float() - logits
+        by_position += off.double().pow(2).mean(-1).sqrt().tolist()
+    by_position.sort()
+    return {name: round(by_position[int(share * (len(by_position) - 1))], 6)
+            for name, share in [("median", 0.5), ("upper_quartile", 0.75), ("upper_decile", 0.9), ("largest", 1.0)]}
+
+
 def attempt(name, spec, seed, folder):
     """Writes one case; says why not where the seed is refused."""
     tensors, lines = weights(spec, seed), inputs(spec, seed)
@@ -368,7 +382,8 @@ def attempt(name, spec, seed, folder):
         shutil.rmtree(folder)
     write_checkpoint(folder, tensors, hf_config({**spec, "layout": "hf-mxfp4"} if
                      spec["layout"] == "original" else spec), spec["shards"])
-    model = load(folder, "hf-mxfp4" if spec["layout"] == "original" else spec["layout"])
+    layout = "hf-mxfp4" if spec["layout"] == "original" else spec["layout"]
+    model = load(folder, layout)
     check_loaded(model, tensors)
     expected, gap = run(model, lines)
     watch = Watch(model)
@@ -388,6 +403,7 @@ def attempt(name, spec, seed, folder):
     if min(len(u) for u in watch.used.values()) < min(spec["experts"], 8) * 0.75:
         return "experts left unused"
     share = torch.stack(watch.sink_share)
+    of_bf16 = bf16_errors(load(folder, layout, torch.bfloat16), lines, expected)
     if spec["layout"] == "original":
         shutil.rmtree(folder)
         write_checkpoint(folder, original_names(tensors, spec), original_config(spec), 1)
@@ -395,6 +411,7 @@ def attempt(name, spec, seed, folder):
         for prompt, tokens, n_greedy in lines:
             file.write(json.dumps({"prompt": prompt, "tokens": tokens, "n_greedy": n_greedy}) + "\n")
     safetensors.torch.save_file(expected, folder / "expected.safetensors")
+    write_json(folder / "bf16.json", of_bf16)
     rope = model.model.rotary_emb
     write_json(folder / "meta.json", {
         "case": name, "seed": seed, "layout": spec["layout"],

@@ -1,7 +1,12 @@
 //! Stored matrices in blocks of 32 values along K, whatever the file's format and layout, and
 //! what a block becomes in another format.
 
-use super::{CheckpointError, Deviation, ExpertTensors, Tensor};
+use rayon::prelude::*;
+
+use super::{
+    ByClass, Checkpoint, CheckpointError, Deviation, ExpertTensors, MatrixFormat, Tensor,
+    WeightFormat,
+};
 use crate::quant::{bf16, mxfp4, mxint8};
 
 /// Elements under one scale, in every block format.
@@ -158,6 +163,90 @@ impl Blocks for ExpertBlocks<'_> {
             }
         }
     }
+}
+
+impl Checkpoint {
+    /// What holding the weights in these formats does to their values, for a device that packs
+    /// them out of the host's sight. Nothing is read where the formats hold what is stored.
+    ///
+    /// # Errors
+    /// A value that is not finite.
+    pub fn deviation(&self, format: WeightFormat) -> Result<ByClass<Deviation>, CheckpointError> {
+        let config = self.config();
+        let (hidden, width) = (config.hidden, config.intermediate);
+        let mut sum = ByClass::<Deviation>::default();
+        if self.in_place().is_some() {
+            return Ok(sum);
+        }
+        let dense = |parts: &[Tensor], n_k: usize, held: MatrixFormat| {
+            let n_rows = parts.iter().map(|tensor| tensor.shape[0]).sum();
+            deviation_of(&DenseBlocks { parts, n_k }, 1, n_rows, n_k / BLOCK, held)
+        };
+        for i in 0..config.n_layers() {
+            let layer = self.layer(i)?;
+            if !format.attention.holds(MatrixFormat::Bf16) {
+                sum.attention += dense(&layer.qkv.weights, hidden, format.attention)?;
+                sum.attention += dense(&layer.out.weights, config.q_width(), format.attention)?;
+            }
+            if format.experts.holds(self.expert_format()) {
+                continue;
+            }
+            for (tensors, n_out, n_k) in [
+                (&layer.gate_up, 2 * width, hidden),
+                (&layer.down, hidden, width),
+            ] {
+                let blocks = ExpertBlocks {
+                    tensors,
+                    n_out,
+                    n_k,
+                };
+                let n_blocks = n_k / BLOCK;
+                sum.experts +=
+                    deviation_of(&blocks, config.n_experts, n_out, n_blocks, format.experts)?;
+                if let ExpertTensors::Bf16 { values, .. } = tensors {
+                    self.release(values);
+                }
+            }
+        }
+        if !format.lm_head.holds(MatrixFormat::Bf16) {
+            sum.lm_head += dense(&[self.lm_head()?], hidden, format.lm_head)?;
+        }
+        Ok(sum)
+    }
+}
+
+/// Sums over all blocks, a row at a time.
+fn deviation_of(
+    blocks: &impl Blocks,
+    n_groups: usize,
+    n_rows: usize,
+    n_blocks: usize,
+    held: MatrixFormat,
+) -> Result<Deviation, CheckpointError> {
+    let rows: Vec<Deviation> = (0..n_groups * n_rows)
+        .into_par_iter()
+        .map(|at| {
+            let (group, row) = (at / n_rows, at % n_rows);
+            let mut deviation = Deviation::default();
+            for block in 0..n_blocks {
+                let Some(stored) = blocks.block(group, row, block)? else {
+                    continue;
+                };
+                let is_held = match held {
+                    MatrixFormat::Mxfp4 => stored.to_mxfp4(&mut deviation).is_some(),
+                    MatrixFormat::Mxint8 => stored.to_mxint8(&mut deviation).is_some(),
+                    MatrixFormat::Bf16 => true,
+                };
+                if !is_held {
+                    return Err(blocks.not_finite(group, row, block));
+                }
+            }
+            Ok(deviation)
+        })
+        .collect::<Result<_, CheckpointError>>()?;
+    let mut sum = Deviation::default();
+    rows.into_iter().for_each(|row| sum += row);
+    Ok(sum)
 }
 
 /// The part that holds row `row`, and the row's index in it.

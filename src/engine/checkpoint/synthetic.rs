@@ -4,13 +4,18 @@
 //! Every value is a pure function of (seed, tensor name, index). The distributions keep the model
 //! lively: products keep their scale, routing is near uniform, and rows differ.
 
-use std::path::Path;
+use std::cmp::Reverse;
+use std::path::{Path, PathBuf};
 
+use memmap2::MmapOptions;
+use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use super::write::{Content, Fill, TensorInfo, Unit, Written, hugging_face_config, write_units};
-use super::{CheckpointError, MatrixFormat};
+use super::write::{
+    Content, FILL_BYTES, Fill, TensorInfo, Unit, Written, hugging_face_config, write_units,
+};
+use super::{Bytes, Checkpoint, CheckpointError, MatrixFormat, Shard};
 use crate::engine::config::ModelConfig;
 use crate::quant::{bf16, mxfp4};
 
@@ -51,6 +56,78 @@ pub fn write_tensors(
         &|_| {},
         progress,
     )
+}
+
+/// Weights up to this size are made in memory, as they would be written; more of them are
+/// described, and a device makes its own.
+pub const MOST_IN_MEMORY: u64 = 1 << 30;
+
+impl Checkpoint {
+    /// Random weights of a shape without files: those that [`write_tensors`] would write, or
+    /// above [`MOST_IN_MEMORY`] a checkpoint whose tensors hold nothing
+    /// ([`Checkpoint::in_place`]).
+    ///
+    /// # Errors
+    /// The system has no room for them.
+    pub fn synthetic(config: &ModelConfig, seed: u64) -> Result<Self, CheckpointError> {
+        let path = PathBuf::from("synthetic");
+        let mut units = units(config, seed);
+        units.sort_by_key(|unit| Reverse(unit.width()));
+        let mut header = serde_json::Map::new();
+        let mut end = 0;
+        for tensor in units.iter().flat_map(|unit| &unit.tensors) {
+            let begin = end;
+            end += tensor.n_bytes();
+            let dtype = serde_json::to_value(tensor.dtype).unwrap_or_default();
+            header.insert(
+                tensor.name.clone(),
+                json!({"dtype": dtype, "shape": tensor.shape, "data_offsets": [begin, end]}),
+            );
+        }
+        let header = Value::Object(header).to_string();
+        let n_head = 8 + header.len();
+        let is_filled = end <= MOST_IN_MEMORY;
+        let mut begin = (header.len() as u64).to_le_bytes().to_vec();
+        begin.extend_from_slice(header.as_bytes());
+        let bytes = if is_filled {
+            begin.resize(n_head + end as usize, 0);
+            fill(&units, &mut begin[n_head..]);
+            Bytes::Owned(begin)
+        } else {
+            // Addresses alone: no page of it is touched but the header's.
+            let failed = |source| CheckpointError::Write {
+                path: path.clone(),
+                source,
+            };
+            let mut map = MmapOptions::new()
+                .len(n_head + end as usize)
+                .no_reserve_swap()
+                .map_anon()
+                .map_err(failed)?;
+            map[..n_head].copy_from_slice(&begin);
+            Bytes::Unfilled(map.make_read_only().map_err(failed)?)
+        };
+        let shards = vec![Shard {
+            path: path.clone(),
+            bytes,
+        }];
+        let mut checkpoint = Self::new(config.clone(), path, shards)?;
+        checkpoint.in_place = (!is_filled).then_some(seed);
+        Ok(checkpoint)
+    }
+}
+
+/// Fills the tensors, which lie one behind the other.
+fn fill(units: &[Unit], mut bytes: &mut [u8]) {
+    for unit in units {
+        let n_bytes: u64 = unit.tensors.iter().map(TensorInfo::n_bytes).sum();
+        let (here, rest) = bytes.split_at_mut(n_bytes as usize);
+        if let Content::Fill(fill) = &unit.content {
+            let chunks = here.par_chunks_mut(FILL_BYTES).enumerate();
+            chunks.for_each(|(i, chunk)| fill((i * FILL_BYTES) as u64, chunk));
+        }
+        bytes = rest;
+    }
 }
 
 /// The other files of the checkpoint: `config.json`, tokenizer, generation settings.

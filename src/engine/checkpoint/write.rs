@@ -60,7 +60,7 @@ pub(super) struct Unit<'a> {
 pub(super) type Fill<'a> = Box<dyn Fn(u64, &mut [u8]) + Sync + 'a>;
 
 /// Bytes that are filled at a time.
-const FILL_BYTES: usize = 1 << 16;
+pub(super) const FILL_BYTES: usize = 1 << 16;
 
 pub(super) enum Content<'a> {
     Copy(&'a [u8]),
@@ -85,7 +85,7 @@ impl Unit<'_> {
     }
 
     /// Width of an element, by which a file's tensors are ordered so that all are aligned.
-    fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         self.tensors.first().map_or(0, |t| t.dtype.bitsize())
     }
 }
@@ -103,6 +103,7 @@ pub fn write(
     shard_bytes: u64,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Written, CheckpointError> {
+    checkpoint.check_filled()?;
     let units = units(checkpoint, experts)?;
     let release = |tensor: &Tensor| checkpoint.release(tensor);
     write_units(

@@ -57,6 +57,7 @@ impl CpuModel {
     /// A scale byte or a value that cannot be held, out of memory, or counts that differ from
     /// the plan.
     pub fn load(checkpoint: &Checkpoint, precision: Precision) -> Result<Self, EngineError> {
+        checkpoint.check_filled()?;
         let config = checkpoint.config().clone();
         let format = checkpoint.weight_format(precision);
         let vector = |tensor: &Tensor| pack::vector(checkpoint, format.vectors, tensor);

@@ -1,9 +1,10 @@
 //! The CUDA backend: what is loaded, the workspace, and the bookkeeping of sequences.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::buffer::PinnedBuffer;
+use super::counts::Recorded;
 use super::decode::{Decoding, Event as StepEvent, NONE, Outstanding, Slot};
 use super::device::Device;
 use super::forward::{Pass, Rows, Until};
@@ -41,7 +42,8 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// Opens a GPU, loads a checkpoint's weights and compiles the kernels for them.
+    /// Opens a GPU, loads a checkpoint's weights or makes them in place, and compiles the kernels
+    /// for them.
     ///
     /// # Errors
     /// No driver, GPU or NVRTC; a shape the kernels do not take; out of memory; as
@@ -64,9 +66,12 @@ impl Loaded {
         index: u32,
         staging: Staging,
     ) -> Result<Self, EngineError> {
+        let format = checkpoint.weight_format(precision);
+        if let Some(seed) = checkpoint.in_place() {
+            return Self::synthetic(checkpoint.config(), format, seed, index);
+        }
         let nvrtc = Nvrtc::load()?;
         let device = Device::open(index)?;
-        let format = checkpoint.weight_format(precision);
         let mut build = Build::new(checkpoint.config(), format)?;
         let (cubins, model) = std::thread::scope(|scope| {
             let compiling = scope.spawn(|| Kernels::compile(&device, &nvrtc, build));
@@ -170,7 +175,9 @@ pub struct CudaBackend {
     page_users: Vec<u32>,
     batch: Batch,
     /// Of each kind of step that has been run: its captured launches.
-    pub(super) graphs: HashMap<Rows, Option<Graph>>,
+    pub(super) graphs: HashMap<Rows, Option<(Graph, Recorded)>>,
+    /// Runs of each kernel before this backend's.
+    calls_before: Recorded,
     pub(super) outstanding: Option<Outstanding>,
     pub(super) arrived: PinnedBuffer<StepEvent>,
     pub(super) arrival: Event,
@@ -218,6 +225,7 @@ impl CudaBackend {
             page_users: vec![0; shape.n_pages],
             batch: Batch::default(),
             graphs: HashMap::new(),
+            calls_before: loaded.kernels.calls.read(),
             outstanding: None,
             arrived: device.alloc_pinned(work.lengths.events)?,
             arrival: device.event()?,
@@ -238,6 +246,27 @@ impl CudaBackend {
 
     pub fn loaded(&self) -> &Arc<Loaded> {
         &self.loaded
+    }
+
+    /// Fills a sequence's window and pages with NaN, so that its next logits are not finite: for
+    /// tests of what is done then.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn damage(&mut self, sequence: SequenceId) -> Result<(), EngineError> {
+        self.collect()?;
+        let (ring, page) = (self.geometry.ring_len, self.geometry.page_len);
+        let sequence = sequence.0 as usize;
+        self.work.rings.fill(sequence * ring, ring, 0xFF)?;
+        for &mapped in self.pages_of(sequence).iter().filter(|&&page| page != NONE) {
+            self.work.pages.fill(mapped as usize * page, page, 0xFF)?;
+        }
+        Ok(())
+    }
+
+    /// Runs of each kernel by name, those in replayed graphs among them.
+    pub fn kernel_calls(&self) -> BTreeMap<String, u64> {
+        self.loaded.kernels.calls_since(&self.calls_before)
     }
 
     pub(super) fn pass(&self) -> Pass<'_> {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys;
 
+use super::counts::add;
 use super::device::{Device, check};
 use super::error::CudaError;
 
@@ -82,6 +83,7 @@ impl<T: Plain> DeviceBuffer<T> {
                 self.device.stream,
             )
         };
+        add(&self.device.counters.bytes_to_device, size_of_val(values));
         check(copied, "a copy to the device")
     }
 
@@ -107,6 +109,7 @@ impl<T: Plain> DeviceBuffer<T> {
                 self.device.stream,
             )
         };
+        add(&self.device.counters.bytes_to_host, size_of_val(out));
         check(copied, "a copy from the device")?;
         self.device.synchronize()
     }
@@ -133,6 +136,7 @@ impl<T: Plain> DeviceBuffer<T> {
                 self.device.stream,
             )
         };
+        add(&self.device.counters.bytes_to_host, n * size_of::<T>());
         check(copied, "a copy from the device")
     }
 

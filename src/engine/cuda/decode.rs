@@ -196,11 +196,18 @@ impl CudaBackend {
                     self.graphs.insert(rows, None);
                 }
                 Some(None) => {
-                    let graph = self.device.capture(|| self.step(rows))?;
+                    let calls = &self.loaded.kernels.calls;
+                    let capture = || self.device.capture(|| self.step(rows));
+                    let (graph, recorded) = calls.recorded(capture);
+                    let graph = graph?;
                     graph.launch()?;
-                    self.graphs.insert(rows, Some(graph));
+                    calls.add(&recorded);
+                    self.graphs.insert(rows, Some((graph, recorded)));
                 }
-                Some(Some(graph)) => graph.launch()?,
+                Some(Some((graph, recorded))) => {
+                    graph.launch()?;
+                    self.loaded.kernels.calls.add(recorded);
+                }
             }
         }
         self.work

@@ -15,6 +15,7 @@ use cudarc::driver::sys;
 use sys::{CUdevice_attribute_enum as Attribute, CUresult};
 
 use super::buffer::{DeviceBuffer, PinnedBuffer, Plain};
+use super::counts::{Counters, add};
 use super::error::CudaError;
 use super::graph::{Event, Graph};
 
@@ -28,8 +29,12 @@ pub struct Device {
     pub major: u32,
     pub minor: u32,
     pub n_multiprocessors: u32,
+    /// Highest clock of the multiprocessors; 0 where the driver does not say.
+    pub clock_khz: u32,
     /// Shared memory that a block may have.
     pub shared_bytes: u32,
+    /// What was asked of it so far.
+    pub counters: Counters,
 }
 
 // SAFETY: driver handles may be used from any thread whose current context is set, which every
@@ -54,11 +59,56 @@ fn reason(result: CUresult) -> String {
 pub(super) fn check(result: CUresult, what: &str) -> Result<(), CudaError> {
     match result {
         CUresult::CUDA_SUCCESS => Ok(()),
+        other if is_loss(other) => Err(CudaError::Lost {
+            what: what.to_owned(),
+            reason: reason(other),
+        }),
         other => Err(CudaError::Driver {
             what: what.to_owned(),
             reason: reason(other),
         }),
     }
+}
+
+/// Answers after which every call fails: the context is of no more use.
+fn is_loss(result: CUresult) -> bool {
+    matches!(
+        result,
+        CUresult::CUDA_ERROR_ILLEGAL_ADDRESS
+            | CUresult::CUDA_ERROR_MISALIGNED_ADDRESS
+            | CUresult::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | CUresult::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | CUresult::CUDA_ERROR_INVALID_PC
+            | CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | CUresult::CUDA_ERROR_LAUNCH_FAILED
+            | CUresult::CUDA_ERROR_LAUNCH_TIMEOUT
+            | CUresult::CUDA_ERROR_ASSERT
+            | CUresult::CUDA_ERROR_ECC_UNCORRECTABLE
+            | CUresult::CUDA_ERROR_NVLINK_UNCORRECTABLE
+            | CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED
+            | CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE
+            | CUresult::CUDA_ERROR_UNKNOWN
+    )
+}
+
+/// Throws away all that this process has on a GPU, so that it may be opened anew after it was lost;
+/// nothing of it is used any more.
+///
+/// # Errors
+/// The driver fails.
+pub fn reset(index: u32) -> Result<(), CudaError> {
+    count()?;
+    let mut device = 0;
+    check(
+        // SAFETY: writes one handle.
+        unsafe { sys::cuDeviceGet(&mut device, index as i32) },
+        "a GPU",
+    )?;
+    check(
+        // SAFETY: the caller holds nothing that lives in the context.
+        unsafe { sys::cuDevicePrimaryCtxReset_v2(device) },
+        "a fresh context",
+    )
 }
 
 /// GPUs that the driver has.
@@ -129,6 +179,7 @@ impl Device {
         }
         let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let n_multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let clock_khz = attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE).unwrap_or(0);
         let mut context = ptr::null_mut();
         // SAFETY: writes one handle; it is never given back, see `drop`.
         let retained = unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) };
@@ -141,7 +192,9 @@ impl Device {
             major,
             minor,
             n_multiprocessors,
+            clock_khz,
             shared_bytes: shared,
+            counters: Counters::default(),
         };
         opened.bind()?;
         // 1: does not wait for the default stream.
@@ -173,6 +226,18 @@ impl Device {
 
     pub(super) fn stream(&self) -> sys::CUstream {
         self.stream
+    }
+
+    /// Dense bf16 products a second with sums in f32 by the multiprocessors' data sheets, at the
+    /// highest clock; nothing for other devices and where the clock is not known.
+    pub fn nominal_matrix_flops(&self) -> Option<f64> {
+        let a_clock = match (self.major, self.minor) {
+            (8, 0) => 2048,
+            (9, 0) => 4096,
+            _ => return None,
+        };
+        let a_second = f64::from(self.n_multiprocessors) * f64::from(self.clock_khz) * 1e3;
+        (self.clock_khz > 0).then_some(f64::from(a_clock) * a_second)
     }
 
     /// Free and total device memory.
@@ -212,6 +277,7 @@ impl Device {
             });
         }
         check(allocated, what)?;
+        add(&self.counters.allocations, 1);
         Ok(DeviceBuffer {
             device: Arc::clone(self),
             address,
@@ -236,6 +302,7 @@ impl Device {
             unsafe { sys::cuMemHostAlloc(&mut at, n_bytes, 0) },
             "pinned memory",
         )?;
+        add(&self.counters.allocations, 1);
         let at = at.cast::<T>();
         // SAFETY: `len` values fit; a default is a value.
         unsafe {
@@ -256,6 +323,7 @@ impl Device {
     /// Something enqueued has failed.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.bind()?;
+        add(&self.counters.waits, 1);
         check(
             // SAFETY: our own stream.
             unsafe { sys::cuStreamSynchronize(self.stream) },

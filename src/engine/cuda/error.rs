@@ -30,6 +30,8 @@ pub enum CudaError {
     },
     #[error("the driver refuses {what}: {reason}")]
     Driver { what: String, reason: String },
+    #[error("the GPU was lost at {what}: {reason}")]
+    Lost { what: String, reason: String },
     #[error("{what} needs {needed} bytes of device memory, {free} are free")]
     OutOfMemory {
         what: String,
@@ -69,6 +71,10 @@ impl CudaError {
             Self::NvrtcSymbol { .. } => "PODIUM_NVRTC must name a libnvrtc.so of CUDA 12 or newer",
             Self::Compile { .. } => "use an NVRTC that is as new as the GPU",
             Self::Driver { .. } => "the GPU's state may be bad: check `nvidia-smi` and run again",
+            Self::Lost { .. } => {
+                "check `nvidia-smi` and the system's log for `Xid`, then run the same command: what is \
+                 done stays"
+            }
             Self::OutOfMemory { .. } => "lower `--batch` or `--context`, or free the GPU",
             Self::Shape { .. } => "give `--device cpu`",
             Self::Format { .. } => "give `--precision 4bit` or `16bit`, or `--device cpu`",

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUresult};
 
+use super::counts::add;
 use super::device::{Device, check};
 use super::error::CudaError;
 
@@ -50,7 +51,10 @@ impl Event {
     /// # Errors
     /// Something enqueued before has failed.
     pub fn wait(&self) -> Result<(), CudaError> {
-        self.device.bind()?;
+        if self.is_past()? {
+            return Ok(());
+        }
+        add(&self.device.counters.waits, 1);
         check(
             // SAFETY: our own event.
             unsafe { sys::cuEventSynchronize(self.event) },
@@ -96,6 +100,7 @@ impl Graph {
     /// The driver fails.
     pub fn launch(&self) -> Result<(), CudaError> {
         self.device.bind()?;
+        add(&self.device.counters.graph_launches, 1);
         check(
             // SAFETY: the buffers it names live as long as the backend that holds it.
             unsafe { sys::cuGraphLaunch(self.exec, self.device.stream) },

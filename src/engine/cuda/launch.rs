@@ -4,12 +4,14 @@
 #![allow(unsafe_code, reason = "launches kernels")]
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys;
 
+use super::counts::{Calls, Recorded, add};
 use super::decode::Slot;
 use super::device::{Device, Function, Module, check};
 use super::error::CudaError;
@@ -170,6 +172,8 @@ pub struct Kernels {
     /// Times of launches, while somebody asks for them.
     profile: Mutex<Option<Vec<(Function, Event, Event)>>>,
     names: Vec<(Function, String)>,
+    /// Launches of each kernel; those of a capture count when it is replayed.
+    pub(super) calls: Calls,
     /// Kernel files that were compiled, not taken from the cache.
     pub n_compiled: usize,
     _modules: Vec<Module>,
@@ -299,6 +303,7 @@ impl Kernels {
             n_compiled,
             profile: Mutex::new(None),
             names: names.into_inner(),
+            calls: Calls::default(),
             device: Arc::clone(device),
             _modules: modules.into_iter().map(|(_, module)| module).collect(),
         })
@@ -756,10 +761,26 @@ impl Kernels {
             sys::cuLaunchKernelEx(&config, function.0, args.as_mut_ptr(), ptr::null_mut())
         };
         check(launched, "a launch")?;
+        self.calls.add(&[(function, 1)]);
+        add(&self.device.counters.launches, 1);
         match begun {
             Some(begun) => self.end_timing(function, begun),
             None => Ok(()),
         }
+    }
+
+    /// Runs of each kernel by name since `before`, for kernels that ran.
+    pub(super) fn calls_since(&self, before: &Recorded) -> BTreeMap<String, u64> {
+        let mut by_name = BTreeMap::new();
+        for (function, n) in self.calls.read() {
+            let earlier = before.iter().find(|(known, _)| *known == function);
+            let n = n - earlier.map_or(0, |(_, n)| *n);
+            let name = self.names.iter().find(|(known, _)| *known == function);
+            if let (Some((_, name)), true) = (name, n > 0) {
+                by_name.insert(name.clone(), n);
+            }
+        }
+        by_name
     }
 
     fn profile(&self) -> std::sync::MutexGuard<'_, Option<Vec<(Function, Event, Event)>>> {

@@ -164,9 +164,64 @@ pub fn planned(config: &ModelConfig, format: WeightFormat, shape: &EngineShape) 
     }
 }
 
+/// Device memory of a captured launch, by estimate; a device test holds it against what the driver
+/// takes.
+const LAUNCH_BYTES: u64 = 8 << 10;
+
+/// Launches of a step in a layer, and beside the layers, at most.
+const LAYER_LAUNCHES: u64 = 16;
+const OTHER_LAUNCHES: u64 = 8;
+
+/// Code of the kernels, their local memory and the driver's own tables, by estimate.
+const CODE_BYTES: u64 = 96 << 20;
+
+/// The driver hands out large buffers in units of 2 MiB: half of one is lost a buffer. A layer has
+/// four such buffers, embedding, lm head and workspace together so many.
+const LOST_BYTES: u64 = 1 << 20;
+const OTHER_BUFFERS: u64 = 16;
+
+/// Device memory of the captured steps of all row counts up to the slots, by estimate.
+pub fn graph_bytes(config: &ModelConfig, n_slots: usize) -> u64 {
+    let most = bucket(n_slots.max(1));
+    let n_buckets = BUCKETS.into_iter().filter(|&rows| rows < most).count() as u64 + 1;
+    let n_launches = config.n_layers() as u64 * LAYER_LAUNCHES + OTHER_LAUNCHES;
+    // Of rows that share pages and of rows that do not.
+    2 * n_buckets * n_launches * LAUNCH_BYTES
+}
+
+/// What the driver keeps beside what is allocated, by estimate: code, graphs and rounding.
+pub fn driver_bytes(config: &ModelConfig, format: WeightFormat, n_slots: usize) -> u64 {
+    let n_buffers = 4 * config.n_layers() as u64 + OTHER_BUFFERS;
+    let weights = CudaModel::planned_bytes(config, format).total();
+    // Small models have small buffers, which share a unit.
+    let lost = (n_buffers * LOST_BYTES).min(weights / 32);
+    CODE_BYTES + graph_bytes(config, n_slots) + lost
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::checkpoint::{MatrixFormat, Precision, VectorFormat};
+
+    #[test]
+    fn the_driver_takes_a_small_part_of_a_large_model() {
+        let config = crate::engine::shapes::named("gpt-oss-20b").expect("a shape");
+        let format = Precision::Stored.formats(MatrixFormat::Mxfp4, VectorFormat::Bf16);
+        let weights = planned(&config, format, &shape(256)).weights_bytes;
+        assert!(driver_bytes(&config, format, 256) < weights / 40);
+        // For 1, 2, 4 and 8 rows.
+        assert_eq!(graph_bytes(&config, 5), 4 * graph_bytes(&config, 1));
+    }
+
+    fn shape(n_slots: usize) -> EngineShape {
+        EngineShape {
+            n_slots,
+            n_forks: 0,
+            n_pages: n_slots,
+            max_context: PAGE_POSITIONS,
+            prefill_rows: 512,
+        }
+    }
 
     #[test]
     fn steps_go_into_the_next_bucket() {

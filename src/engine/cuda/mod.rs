@@ -8,6 +8,7 @@
 
 pub mod backend;
 pub mod buffer;
+pub mod counts;
 mod decode;
 pub mod device;
 pub mod error;

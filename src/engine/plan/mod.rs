@@ -91,6 +91,8 @@ pub struct PlanRequest {
     pub prefill_rows: usize,
     /// The format of keys and values in the cache.
     pub kv_scheme: &'static str,
+    /// What a device's driver will keep for itself, by estimate.
+    pub driver_bytes: u64,
 }
 
 /// Slots an automatic batch goes up to.
@@ -112,6 +114,9 @@ const MAX_PREFIXES_A_REFILL: usize = 16;
 pub struct MemoryPlan {
     pub shape: EngineShape,
     pub memory: BackendMemory,
+    /// What a device's driver keeps for code, captured graphs and rounding: an estimate.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub driver_bytes: u64,
     pub total_bytes: u64,
     pub budget_bytes: u64,
     pub batch: BatchSize,
@@ -220,17 +225,28 @@ pub fn plan(
         }
         BatchSize::Auto => planner.auto(max_slots.min(MAX_AUTO_SLOTS))?,
     };
-    let memory = memory(&shape);
-    Ok(MemoryPlan {
-        shape,
-        memory,
-        total_bytes: total(&memory),
-        budget_bytes: request.budget.total_bytes,
-        batch: request.batch,
-        kv_scheme: request.kv_scheme.to_owned(),
-        full_pages: full_pages(shape.n_slots, shape.max_context, shape.n_forks),
-        ledger: request.ledger.clone(),
-    })
+    Ok(planner.of(shape))
+}
+
+/// The plan that would take the least memory for the slots asked for, or for one: what a refusal
+/// shows.
+pub fn smallest(
+    request: &PlanRequest,
+    memory: impl Fn(&EngineShape) -> BackendMemory,
+) -> MemoryPlan {
+    let planner = Planner {
+        request,
+        memory: &memory,
+    };
+    let n_slots = match request.batch {
+        BatchSize::Slots(n_slots) => n_slots.clamp(1, request.n_jobs.max(1)),
+        BatchSize::Auto => 1,
+    };
+    planner.of(planner.smallest(n_slots, request.max_context))
+}
+
+fn is_zero(bytes: &u64) -> bool {
+    *bytes == 0
 }
 
 pub(super) fn total(memory: &BackendMemory) -> u64 {
@@ -251,6 +267,25 @@ struct Planner<'a, F> {
 }
 
 impl<F: Fn(&EngineShape) -> BackendMemory> Planner<'_, F> {
+    fn of(&self, shape: EngineShape) -> MemoryPlan {
+        let request = self.request;
+        MemoryPlan {
+            shape,
+            memory: (self.memory)(&shape),
+            driver_bytes: request.driver_bytes,
+            total_bytes: self.total(&shape),
+            budget_bytes: request.budget.total_bytes,
+            batch: request.batch,
+            kv_scheme: request.kv_scheme.to_owned(),
+            full_pages: full_pages(shape.n_slots, shape.max_context, shape.n_forks),
+            ledger: request.ledger.clone(),
+        }
+    }
+
+    fn total(&self, shape: &EngineShape) -> u64 {
+        total(&(self.memory)(shape)).saturating_add(self.request.driver_bytes)
+    }
+
     fn fixed(&self, n_slots: usize) -> Result<EngineShape, PlanError> {
         let request = self.request;
         let (budget, max_context) = (request.budget.total_bytes, request.max_context);
@@ -314,7 +349,7 @@ impl<F: Fn(&EngineShape) -> BackendMemory> Planner<'_, F> {
             n_pages,
             ..smallest
         };
-        let fits = |n_pages: usize| total(&(self.memory)(&with_pages(n_pages))) <= limit;
+        let fits = |n_pages: usize| self.total(&with_pages(n_pages)) <= limit;
         let mut fitting = smallest.n_pages;
         if !fits(fitting) {
             return None;
@@ -334,17 +369,18 @@ impl<F: Fn(&EngineShape) -> BackendMemory> Planner<'_, F> {
     fn does_not_fit(&self, n_slots: usize) -> PlanError {
         let max_context = self.request.max_context;
         let budget_bytes = self.request.budget.total_bytes;
-        let memory = (self.memory)(&self.smallest(n_slots, max_context));
-        if memory.weights_bytes > budget_bytes {
+        let smallest = self.smallest(n_slots, max_context);
+        let weights_bytes = (self.memory)(&smallest).weights_bytes;
+        if weights_bytes > budget_bytes {
             return PlanError::WeightsDoNotFit {
-                weights_bytes: memory.weights_bytes,
+                weights_bytes,
                 budget_bytes,
             };
         }
         PlanError::BatchDoesNotFit {
             n_slots,
             max_context,
-            needed_bytes: total(&memory),
+            needed_bytes: self.total(&smallest),
             budget_bytes,
             nearest: self.nearest(n_slots),
         }
@@ -354,7 +390,7 @@ impl<F: Fn(&EngineShape) -> BackendMemory> Planner<'_, F> {
     fn nearest(&self, n_slots: usize) -> Vec<FittingSettings> {
         let request = self.request;
         let needed = |n_slots: usize, max_context: usize| {
-            let needed_bytes = total(&(self.memory)(&self.smallest(n_slots, max_context)));
+            let needed_bytes = self.total(&self.smallest(n_slots, max_context));
             (needed_bytes <= request.budget.total_bytes).then_some(FittingSettings {
                 n_slots,
                 max_context,

@@ -81,7 +81,7 @@ impl fmt::Display for MemoryPlan {
             0 => String::new(),
             n => format!(" + {n} shared prefixes"),
         };
-        let plan = [
+        let mut plan = vec![
             ["memory plan".to_owned(), String::new(), String::new()],
             [
                 "weights".to_owned(),
@@ -101,12 +101,19 @@ impl fmt::Display for MemoryPlan {
                 bytes_text(self.memory.workspace_bytes),
                 format!("prefill passes of {} tokens", shape.prefill_rows),
             ],
-            [
-                "total".to_owned(),
-                bytes_text(self.total_bytes),
-                format!("budget {}", bytes_text(self.budget_bytes)),
-            ],
         ];
+        if self.driver_bytes > 0 {
+            plan.push([
+                "driver".to_owned(),
+                bytes_text(self.driver_bytes),
+                "code, captured graphs and rounding, by estimate".to_owned(),
+            ]);
+        }
+        plan.push([
+            "total".to_owned(),
+            bytes_text(self.total_bytes),
+            format!("budget {}", bytes_text(self.budget_bytes)),
+        ]);
         write_aligned(f, &plan, &[false, true, false])
     }
 }

@@ -44,6 +44,7 @@ fn request(batch: BatchSize, total_bytes: u64) -> PlanRequest {
         prefix_reuse: false,
         prefill_rows: 100,
         kv_scheme: "bf16",
+        driver_bytes: 0,
     }
 }
 

@@ -1,0 +1,76 @@
+//! A backend that loses its device when told to: what a run does then is tested without one.
+
+use crate::engine::cuda::CudaError;
+use crate::engine::{
+    Backend, BackendInfo, BackendMemory, EngineError, Fork, PageId, SequenceId, SlotStart, Span,
+    TokenEvent,
+};
+
+/// Passes everything on until the device is lost.
+pub struct Faulty<'a> {
+    inner: &'a mut dyn Backend,
+    /// Calls of steps until then; never where there is none.
+    n_calls: Option<usize>,
+}
+
+impl<'a> Faulty<'a> {
+    pub fn new(inner: &'a mut dyn Backend, n_calls: Option<usize>) -> Self {
+        Self { inner, n_calls }
+    }
+}
+
+impl Backend for Faulty<'_> {
+    fn info(&self) -> &BackendInfo {
+        self.inner.info()
+    }
+
+    fn map_page(&mut self, sequence: SequenceId, index: usize, page: PageId) {
+        self.inner.map_page(sequence, index, page);
+    }
+
+    fn fork(&mut self, fork: &Fork) -> Result<(), EngineError> {
+        self.inner.fork(fork)
+    }
+
+    fn prefill(&mut self, spans: &[Span]) -> Result<(), EngineError> {
+        self.inner.prefill(spans)
+    }
+
+    fn start(&mut self, start: &SlotStart) -> Result<(), EngineError> {
+        self.inner.start(start)
+    }
+
+    fn decode(&mut self, n_steps: usize) -> Result<(), EngineError> {
+        match &mut self.n_calls {
+            Some(0) => {
+                return Err(EngineError::from(CudaError::Lost {
+                    what: "a step".to_owned(),
+                    reason: "an injected fault".to_owned(),
+                }));
+            }
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        self.inner.decode(n_steps)
+    }
+
+    fn poll(&mut self, events: &mut Vec<TokenEvent>) -> Result<bool, EngineError> {
+        self.inner.poll(events)
+    }
+
+    fn clear(&mut self, sequences: &[SequenceId]) {
+        self.inner.clear(sequences);
+    }
+
+    fn score(
+        &mut self,
+        span: &Span,
+        visit: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), EngineError> {
+        self.inner.score(span, visit)
+    }
+
+    fn memory(&self) -> BackendMemory {
+        self.inner.memory()
+    }
+}
