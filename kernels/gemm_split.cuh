@@ -29,33 +29,52 @@ template <Format FORMAT, int MT, int NT> struct SplitGemm : WarpgroupTiles<FORMA
         }
     };
 
-    // A filling warp: every FILLERS-th stage, each by itself, so that as many are under way. The
-    // first STAGES of the weights are under way.
+    // The filling threads: all stages of all of K. The first STAGES of the weights are under way.
     __device__ static __forceinline__ void fill(const Block& block, u32 x_stride, const int* columns) {
-        int lane = (int)threadIdx.x % 32, filler = ((int)threadIdx.x - WORKERS) / 32;
-        // The same 16-byte chunk of tokens 4 apart, which differ in what they are swizzled by.
-        u32 at = block.tokens + lane / 8 * 128 + ((lane ^ (lane / 8)) & 7) * 16;
-        const u16* x = block.x + lane % 8 * 8;
-        columns += lane / 8;
-        for (int group = filler; group < block.n_groups; group += FILLERS) {
-            int stage = group % STAGES, round = group / STAGES;
-            if (round > 0) {
-                barrier_wait(block.empty + 8 * stage, (round - 1) & 1);
-                if (lane == 0) block.fill_weights(stage, group);
-            }
-            bool inside = group * GROUP_K + lane % 8 * 8 < block.n_k;
-            #pragma unroll
-            for (int n = 0; n < COLUMNS / 4; n++) {
-                int row = columns[n * 4];
-                u32 to = (n % 2 == 1 ? at ^ 64 : at) + stage * TOKEN_BYTES + n * 512;
-                copy_async16(to, x + (u64)(u32)row * x_stride + group * GROUP_K, inside && row >= 0);
-            }
-            copy_async_commit();
-            copy_async_wait<0>();
+        constexpr int FILLING = 32 * FILLERS;
+        constexpr int N_CHUNKS = COLUMNS * 8 / FILLING;
+        static_assert(COLUMNS * 8 % FILLING == 0, "each filling thread has as many chunks");
+        // Stages whose copies may be under way while the next is begun.
+        constexpr int LAG = STAGES / 2;
+        int thread = (int)threadIdx.x - WORKERS;
+        // The same 16-byte chunk of tokens 16 apart.
+        u32 chunks[N_CHUNKS];
+        #pragma unroll
+        for (int n = 0; n < N_CHUNKS; n++) {
+            int row = columns[(n * FILLING + thread) / 8];
+            chunks[n] = row >= 0 ? (u32)row * (x_stride / 8) + thread % 8 : NONE;
+        }
+        u32 at = block.tokens + thread / 8 * 128 + ((thread ^ (thread / 8)) & 7) * 16;
+        auto landed = [&](int group) {
             fence_matrix_units();
             __syncwarp();
-            if (lane == 0) barrier_arrive(block.full + 8 * stage);
+            if (thread % 32 == 0) barrier_arrive(block.full + 8 * (group % STAGES));
+        };
+        int stage = 0;
+        u32 parity = 1;
+        for (int group = 0; group < block.n_groups; group++) {
+            if (group >= STAGES) {
+                barrier_wait(block.empty + 8 * stage, parity);
+                if (thread == 0) block.fill_weights(stage, group);
+            }
+            bool inside = group * GROUP_K + thread % 8 * 8 < block.n_k;
+            #pragma unroll
+            for (int n = 0; n < N_CHUNKS; n++) {
+                const u16* from = block.x + (u64)(chunks[n] + group * 8) * 8;
+                copy_async16(at + stage * TOKEN_BYTES + n * (FILLING / 8) * 128, from, inside && chunks[n] != NONE);
+            }
+            copy_async_commit();
+            if (group >= LAG) {
+                copy_async_wait<LAG>();
+                landed(group - LAG);
+            }
+            if (++stage == STAGES) {
+                stage = 0;
+                parity ^= 1;
+            }
         }
+        copy_async_wait<0>();
+        for (int group = block.n_groups > LAG ? block.n_groups - LAG : 0; group < block.n_groups; group++) landed(group);
     }
 
     // All of K, for the first M blocks of each warpgroup.
@@ -134,7 +153,7 @@ template <Format FORMAT, int MT, int NT> struct SplitGemm : WarpgroupTiles<FORMA
         block.n_blocks = n_blocks < WGS * MT ? n_blocks : WGS * MT;
         if (threadIdx.x == WORKERS) {
             for (int stage = 0; stage < STAGES; stage++) {
-                barrier_init(block.full + 8 * stage, 2);
+                barrier_init(block.full + 8 * stage, FILLERS + 1);
                 barrier_init(block.empty + 8 * stage, WGS * 4);
             }
             fence_matrix_units();

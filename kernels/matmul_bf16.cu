@@ -208,31 +208,26 @@ template <class G, class Store> __device__ __forceinline__ void matmul(const Mat
 // Variants by how many rows there are; src/engine/cuda/launch.rs has the same numbers.
 #define VARIANT(NAME, STORE, THREADS, BLOCKS, ...) \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MatmulArgs args) { matmul<__VA_ARGS__, STORE>(args); }
-#define VARIANTS(NAME, STORE) \
+#define SMALL_VARIANTS(NAME, STORE) \
     VARIANT(NAME##_8, STORE, 32, 1, Gemm<BF16, 1, 1, 1, 1, 16>) \
-    VARIANT(NAME##_16, STORE, 64, 1, Gemm<BF16, 2, 1, 1, 2, 10>) \
-    VARIANT(NAME##_32, STORE, 64, 1, Gemm<BF16, 2, 1, 1, 4, 8>) \
-    VARIANT(NAME##_64, STORE, 128, 1, Gemm<BF16, 4, 1, 1, 8, 4>) \
-    VARIANT(NAME##_128, STORE, 256, 1, Gemm<BF16, 4, 2, 2, 8, BIG_STAGES>)
+    VARIANT(NAME##_16, STORE, 64, 1, Gemm<BF16, 2, 1, 1, 2, 10>)
 #ifdef WARPGROUPS
-#define WARPGROUP_VARIANTS(NAME, STORE) \
+#define VARIANTS(NAME, STORE) SMALL_VARIANTS(NAME, STORE) \
     VARIANT(NAME##_w16, STORE, 128, 3, WarpgroupGemm<BF16, 1, 1, 2, 3>) \
     VARIANT(NAME##_w32, STORE, 128, 2, WarpgroupGemm<BF16, 1, 1, 4, 2>) \
     VARIANT(NAME##_w64, STORE, 128, 2, WarpgroupGemm<BF16, 1, 1, 8, 2>) \
-    VARIANT(NAME##_w128x64, STORE, 256, 1, WarpgroupGemm<BF16, 2, 1, 8, 1>) \
     VARIANT(NAME##_w128x128, STORE, 256, 1, WarpgroupGemm<BF16, 2, 1, 16, 1>) \
-    VARIANT(NAME##_w256x128, STORE, 256, 1, WarpgroupGemm<BF16, 2, 2, 16, 1>) \
-    VARIANT(NAME##_s256x128, STORE, 384, 1, SplitGemm<BF16, 2, 16>)
+    VARIANT(NAME##_w256x128, STORE, 256, 1, WarpgroupGemm<BF16, 2, 2, 16, 1>)
 #else
-#define WARPGROUP_VARIANTS(NAME, STORE)
+#define VARIANTS(NAME, STORE) SMALL_VARIANTS(NAME, STORE) \
+    VARIANT(NAME##_32, STORE, 64, 1, Gemm<BF16, 2, 1, 1, 4, 8>) \
+    VARIANT(NAME##_64, STORE, 128, 1, Gemm<BF16, 4, 1, 1, 8, 4>) \
+    VARIANT(NAME##_128, STORE, 256, 1, Gemm<BF16, 4, 2, 2, 8, BIG_STAGES>)
 #endif
 
 VARIANTS(matmul_qkv, Qkv)
 VARIANTS(matmul_add, Add)
 VARIANTS(matmul_logits, Logits)
-WARPGROUP_VARIANTS(matmul_qkv, Qkv)
-WARPGROUP_VARIANTS(matmul_add, Add)
-WARPGROUP_VARIANTS(matmul_logits, Logits)
 
 // Copies the newest keys and values of each segment to its sequence's ring, after the layer's
 // attention has read the older ones. Grid (n_rows), block 128.

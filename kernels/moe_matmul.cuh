@@ -176,28 +176,26 @@ template <class G, class Store, class Narrow = G> __device__ __forceinline__ voi
 
 // Variants by how many tokens an expert has; src/engine/cuda/launch.rs has the same numbers.
 // 192 rows divide 2880 and 5760.
-#define VARIANT(FORMAT, NAME, STORE, THREADS, BLOCKS, ...) \
+#define VARIANT(NAME, STORE, THREADS, BLOCKS, ...) \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MoeArgs args) { moe_matmul<__VA_ARGS__, STORE>(args); }
-#define VARIANT_OF_TWO(FORMAT, NAME, STORE, THREADS, BLOCKS, NARROW_NT, NT) \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MoeArgs args) { \
+#define VARIANT_OF_TWO(FORMAT, NAME, STORE, NT, NARROW_NT) \
+    extern "C" __global__ void __launch_bounds__(384, 1) NAME(const MoeArgs args) { \
         moe_matmul<SplitGemm<FORMAT, 2, NT>, STORE, SplitGemm<FORMAT, 2, NARROW_NT>>(args); \
     }
-#define VARIANTS(FORMAT, NAME, STORE, SMALL, BIG) \
-    VARIANT(FORMAT, NAME##_8, STORE, 128, 1, Gemm<FORMAT, 4, 1, 1, 1, SMALL>) \
-    VARIANT(FORMAT, NAME##_16, STORE, 128, 1, Gemm<FORMAT, 4, 1, 1, 2, SMALL>) \
-    VARIANT(FORMAT, NAME##_32, STORE, 128, 1, Gemm<FORMAT, 4, 1, 3, 4, 3>) \
-    VARIANT(FORMAT, NAME##_48, STORE, 128, 1, Gemm<FORMAT, 4, 1, 3, 6, BIG>) \
-    VARIANT(FORMAT, NAME##_64, STORE, 128, 1, Gemm<FORMAT, 4, 1, 3, 8, BIG>) \
-    VARIANT(FORMAT, NAME##_128, STORE, 256, 1, Gemm<FORMAT, 4, 2, 2, 8, BIG>)
-
 #ifdef WARPGROUPS
-#define WARPGROUP_VARIANTS(FORMAT, NAME, STORE, FEW, MANY) \
-    VARIANT(FORMAT, NAME##_w8, STORE, 128, 4, WarpgroupGemm<FORMAT, 1, 1, 1, 4>) \
-    VARIANT(FORMAT, NAME##_w16, STORE, 256, MANY, WarpgroupGemm<FORMAT, 2, 1, 2, MANY>) \
-    VARIANT(FORMAT, NAME##_w32, STORE, 256, FEW, WarpgroupGemm<FORMAT, 2, 2, 4, FEW>) \
-    VARIANT(FORMAT, NAME##_w48, STORE, 256, FEW, WarpgroupGemm<FORMAT, 2, 2, 6, FEW>) \
-    VARIANT(FORMAT, NAME##_w64, STORE, 256, 1, WarpgroupGemm<FORMAT, 2, 2, 8, 1>) \
-    VARIANT_OF_TWO(FORMAT, NAME##_w128, STORE, 384, 1, 8, 16)
+// FEW and MANY: blocks a multiprocessor of the larger and of the smaller token tiles.
+#define VARIANTS(FORMAT, NAME, STORE, SMALL, BIG, FEW, MANY) \
+    VARIANT(NAME##_w8, STORE, 128, 4, WarpgroupGemm<FORMAT, 1, 1, 1, 4>) \
+    VARIANT(NAME##_w16, STORE, 256, MANY, WarpgroupGemm<FORMAT, 2, 1, 2, MANY>) \
+    VARIANT(NAME##_w32, STORE, 256, FEW, WarpgroupGemm<FORMAT, 2, 2, 4, FEW>) \
+    VARIANT(NAME##_w48, STORE, 256, FEW, WarpgroupGemm<FORMAT, 2, 2, 6, FEW>) \
+    VARIANT_OF_TWO(FORMAT, NAME##_w128, STORE, 16, 8)
 #else
-#define WARPGROUP_VARIANTS(FORMAT, NAME, STORE, FEW, MANY)
+#define VARIANTS(FORMAT, NAME, STORE, SMALL, BIG, FEW, MANY) \
+    VARIANT(NAME##_8, STORE, 128, 1, Gemm<FORMAT, 4, 1, 1, 1, SMALL>) \
+    VARIANT(NAME##_16, STORE, 128, 1, Gemm<FORMAT, 4, 1, 1, 2, SMALL>) \
+    VARIANT(NAME##_32, STORE, 128, 1, Gemm<FORMAT, 4, 1, 3, 4, 3>) \
+    VARIANT(NAME##_48, STORE, 128, 1, Gemm<FORMAT, 4, 1, 3, 6, BIG>) \
+    VARIANT(NAME##_64, STORE, 128, 1, Gemm<FORMAT, 4, 1, 3, 8, BIG>) \
+    VARIANT(NAME##_128, STORE, 256, 1, Gemm<FORMAT, 4, 2, 2, 8, BIG>)
 #endif

@@ -104,6 +104,17 @@ fn small_config(n_experts: usize) -> ModelConfig {
 }
 
 fn kernels(device: &Arc<Device>, format: MatrixFormat, n_experts: usize, wide: bool) -> Kernels {
+    let [kernels, _] = both_kernels(device, format, n_experts, wide);
+    kernels
+}
+
+/// The kernels for this GPU, and those of a GPU without warpgroup instructions.
+fn both_kernels(
+    device: &Arc<Device>,
+    format: MatrixFormat,
+    n_experts: usize,
+    wide: bool,
+) -> [Kernels; 2] {
     let config = small_config(n_experts);
     let mut build = Build::new(
         &config,
@@ -112,14 +123,17 @@ fn kernels(device: &Arc<Device>, format: MatrixFormat, n_experts: usize, wide: b
     .unwrap();
     build.wide_scales = wide;
     let nvrtc = Nvrtc::load().expect("NVRTC");
-    Kernels::load(device, &nvrtc, &config, build).unwrap()
+    [true, false].map(|warpgroups| {
+        build.warpgroups = warpgroups;
+        Kernels::load(device, &nvrtc, &config, build).unwrap()
+    })
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn dense_products_have_one_order_of_sums() {
     let device = device();
-    let kernels = kernels(&device, MatrixFormat::Mxfp4, 4, false);
+    let both = both_kernels(&device, MatrixFormat::Mxfp4, 4, false);
     let mut random = Random(1);
     // A row, a tile of them and one more, for every width of a tile; outputs and k that end within
     // a tile.
@@ -156,7 +170,10 @@ fn dense_products_have_one_order_of_sums() {
             }
         }
         let mut first: Option<Vec<f32>> = None;
-        for variant in 0..kernels.n_dense() {
+        let variants = both
+            .iter()
+            .flat_map(|kernels| (0..kernels.n_dense()).map(move |variant| (kernels, variant)));
+        for (kernels, variant) in variants {
             let out: DeviceBuffer<f32> = device.alloc("out", n_rows * n_out).unwrap();
             out.fill(0, out.len(), 0xFF).unwrap();
             let args = MatmulArgs {
@@ -173,7 +190,8 @@ fn dense_products_have_one_order_of_sums() {
                 .matmul_variant(Dense::Logits, variant, &args)
                 .unwrap();
             let got = download(&out);
-            let what = format!("{n_out} x {n_k}, {n_rows} rows, variant {variant}");
+            let name = kernels.dense_name(variant);
+            let what = format!("{n_out} x {n_k}, {n_rows} rows, variant {name}");
             assert_close(&got, &expected, PRODUCT, &what);
             same_bits(first.get_or_insert_with(|| got.clone()), &got, &what);
         }
@@ -193,7 +211,7 @@ const ALL_ON_ONE: Choice = |_| [4, 1];
 fn check_experts(format: MatrixFormat, wide: bool) {
     let device = device();
     let n_experts = 5;
-    let kernels = kernels(&device, format, n_experts, wide);
+    let both = both_kernels(&device, format, n_experts, wide);
     let mut random = Random(2);
     let (hidden, width, k) = (160, 192, 2);
     for (n_rows, choice) in [
@@ -270,7 +288,10 @@ fn check_experts(format: MatrixFormat, wide: bool) {
         let (offsets_device, entries_device) =
             (upload(&device, &offsets), upload(&device, &entries));
         let mut first: Option<(Vec<u16>, Vec<f32>)> = None;
-        for variant in 0..kernels.n_moe() {
+        let variants = both
+            .iter()
+            .flat_map(|kernels| (0..kernels.n_moe()).map(move |variant| (kernels, variant)));
+        for (kernels, variant) in variants {
             let act: DeviceBuffer<u16> = device.alloc("act", n_rows * k * width).unwrap();
             let y: DeviceBuffer<f32> = device.alloc("y", n_rows * k * hidden).unwrap();
             act.fill(0, act.len(), 0xFF).unwrap();

@@ -58,7 +58,13 @@ fn check(nvrtc: &Nvrtc, nvdisasm: &Path, config: &ModelConfig, build: &Build, sc
                 let path = scratch.write("kernel.cubin", cubin);
                 let output = Command::new(nvdisasm).arg("-c").arg(path).output().unwrap();
                 let code = String::from_utf8_lossy(&output.stdout);
-                assert!(code.contains("HMMA.16816.F32.BF16"), "{what} has no HMMA");
+                let warpgroups = arch == "sm_90a" && kernel.name.contains("matmul");
+                let instruction = match warpgroups {
+                    true => "HGMMA.64x128x16.F32.BF16",
+                    false => "HMMA.16816.F32.BF16",
+                };
+                assert!(code.contains(instruction), "{what} has no {instruction}");
+                assert!(!log.contains("C75"), "{what}: {log}");
             }
         }
     }

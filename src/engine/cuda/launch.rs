@@ -179,8 +179,8 @@ pub struct Kernels {
     _modules: Vec<Module>,
 }
 
-/// Blocks from which a kernel other than a dense product may start early.
-const OVERLAP_BLOCKS: usize = 64;
+/// Rows from which the experts' products may start early.
+const OVERLAP_ROWS: usize = 32;
 
 /// Rows of a block of `route_8`.
 const ROUTE_ROWS: usize = 8;
@@ -539,12 +539,16 @@ impl Kernels {
                 most,
                 1,
             ];
-            self.follow(
+            let threads = variant.threads();
+            // With few rows an early start costs more than it saves (kernels/NOTES.md).
+            let overlaps = n_rows >= OVERLAP_ROWS;
+            self.enqueue(
                 functions[index],
                 grid,
-                variant.threads(),
+                threads,
                 shared,
                 &[arg(args)],
+                overlaps,
             )?;
         }
         Ok(())
@@ -709,9 +713,7 @@ impl Kernels {
         shared: usize,
         args: &[*mut c_void],
     ) -> Result<(), CudaError> {
-        // A small kernel's start costs more this way than it saves (kernels/NOTES.md).
-        let overlaps = grid.iter().product::<usize>() >= OVERLAP_BLOCKS;
-        self.enqueue(function, grid, threads, shared, args, overlaps)
+        self.enqueue(function, grid, threads, shared, args, true)
     }
 
     fn enqueue(

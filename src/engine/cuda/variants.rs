@@ -124,25 +124,32 @@ pub struct Room {
     pub n_multiprocessors: usize,
 }
 
+impl Room {
+    /// Stages of the variants whose stage is large: `BIG_STAGES` in kernels/gemm.cuh.
+    fn big_stages(self) -> usize {
+        if self.small_shared { 2 } else { 3 }
+    }
+}
+
 /// Variants of the dense products.
 pub fn dense(room: Room) -> Vec<Variant> {
-    let big_stages = if room.small_shared { 2 } else { 3 };
     let mut variants = vec![
         Variant::warps("8", [1, 1, 1, 1, 16]),
         Variant::warps("16", [2, 1, 1, 2, 10]),
-        Variant::warps("32", [2, 1, 1, 4, 8]),
-        Variant::warps("64", [4, 1, 1, 8, 4]),
-        Variant::warps("128", [4, 2, 2, 8, big_stages]),
     ];
     if room.warpgroups {
         variants.extend([
             Variant::warpgroups("w16", [1, 1, 2, 3, 0]),
             Variant::warpgroups("w32", [1, 1, 4, 2, 0]),
             Variant::warpgroups("w64", [1, 1, 8, 2, 0]),
-            Variant::warpgroups("w128x64", [2, 1, 8, 1, 0]),
             Variant::warpgroups("w128x128", [2, 1, 16, 1, 0]),
             Variant::warpgroups("w256x128", [2, 2, 16, 1, 0]),
-            Variant::warpgroups("s256x128", [2, 2, 16, 1, 4]),
+        ]);
+    } else {
+        variants.extend([
+            Variant::warps("32", [2, 1, 1, 4, 8]),
+            Variant::warps("64", [4, 1, 1, 8, 4]),
+            Variant::warps("128", [4, 2, 2, 8, room.big_stages()]),
         ]);
     }
     variants
@@ -150,45 +157,38 @@ pub fn dense(room: Room) -> Vec<Variant> {
 
 /// Variants of the experts' products.
 pub fn moe(format: MatrixFormat, room: Room) -> Vec<Variant> {
-    let big_stages = if room.small_shared { 2 } else { 3 };
-    let (small, last) = match format {
-        MatrixFormat::Mxfp4 => (8, 3),
-        _ => (4, big_stages),
-    };
-    let mut variants = vec![
-        Variant::warps("8", [4, 1, 1, 1, small]),
-        Variant::warps("16", [4, 1, 1, 2, small]),
-        Variant::warps("32", [4, 1, 3, 4, 3]),
-        Variant::warps("48", [4, 1, 3, 6, big_stages]),
-        Variant::warps("64", [4, 1, 3, 8, big_stages]),
-        Variant::warps("128", [4, 2, 2, 8, last]),
-    ];
-    let (few, many) = match format {
-        MatrixFormat::Mxfp4 => (2, 3),
-        _ => (1, 2),
-    };
+    let narrow = format == MatrixFormat::Mxfp4;
     if room.warpgroups {
-        variants.extend([
+        let (few, many) = if narrow { (2, 3) } else { (1, 2) };
+        return vec![
             Variant::warpgroups("w8", [1, 1, 1, 4, 0]),
             Variant::warpgroups("w16", [2, 1, 2, many, 0]),
             Variant::warpgroups("w32", [2, 2, 4, few, 0]),
             Variant::warpgroups("w48", [2, 2, 6, few, 0]),
-            Variant::warpgroups("w64", [2, 2, 8, 1, 0]),
             Variant::warpgroups("w128", [2, 2, 16, 1, 4]),
-        ]);
+        ];
     }
-    variants
+    let (small, big) = if narrow {
+        (8, 3)
+    } else {
+        (4, room.big_stages())
+    };
+    vec![
+        Variant::warps("8", [4, 1, 1, 1, small]),
+        Variant::warps("16", [4, 1, 1, 2, small]),
+        Variant::warps("32", [4, 1, 3, 4, 3]),
+        Variant::warps("48", [4, 1, 3, 6, big]),
+        Variant::warps("64", [4, 1, 3, 8, big]),
+        Variant::warps("128", [4, 2, 2, 8, big]),
+    ]
 }
 
-/// Index of the variant for experts that have about `tokens` tokens: of the warpgroups' where
-/// there are such.
+/// Index of the variant for experts that have about `tokens` tokens.
 pub fn choose_moe(variants: &[Variant], tokens: usize) -> usize {
-    let first = variants.iter().position(Variant::is_warpgroups);
-    let first = first.unwrap_or(0);
-    let found = variants[first..]
+    let found = variants
         .iter()
         .position(|variant| variant.columns() >= tokens);
-    found.map_or(variants.len() - 1, |index| first + index)
+    found.unwrap_or(variants.len() - 1)
 }
 
 impl Variant {
@@ -207,6 +207,10 @@ impl Variant {
         const L2: f64 = 7500.0;
         const MEMORY: f64 = 3000.0;
         let flops = if self.is_warpgroups() { 4500.0 } else { 2600.0 };
+        // Beside warpgroups, warps serve the few rows that one of their blocks takes.
+        if room.warpgroups && !self.is_warpgroups() && n_rows > self.columns() {
+            return f64::INFINITY;
+        }
         let tile = pack::BF16_TILE_BYTES;
         let stage = self.stage_bytes(tile) as f64;
         let n_blocks = self.n_blocks(n_tiles, n_rows);
