@@ -64,7 +64,6 @@ fn check(nvrtc: &Nvrtc, nvdisasm: &Path, config: &ModelConfig, build: &Build, sc
                     false => "HMMA.16816.F32.BF16",
                 };
                 assert!(code.contains(instruction), "{what} has no {instruction}");
-                assert!(!log.contains("C75"), "{what}: {log}");
             }
         }
     }
@@ -82,6 +81,8 @@ fn compile(nvrtc: &Nvrtc, kernel: &Kernel, arch: &str, options: &[String], what:
         "{what}: no report\n{log}"
     );
     assert!(spills(&log).is_empty(), "{what} spills: {:?}", spills(&log));
+    // "wgmma.mma_async instructions are serialized", "setmaxnreg ignored".
+    assert!(!log.contains("(C75"), "{what}: {log}");
     cubin
 }
 
