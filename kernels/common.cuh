@@ -119,4 +119,39 @@ struct RowValues {
         }
     }
 };
+
+// RowValues::normalize by one warp, whose lanes are the block's threads 32 apart: the same sums in
+// the same order.
+__device__ __forceinline__ void normalize_by_warp(
+    const float* x, const vector_t* scale, float eps, u16* t, u16* copy
+) {
+    constexpr int FOURS = HIDDEN / 4;
+    int lane = threadIdx.x % 32;
+    float sum = 0.0f;
+    #pragma unroll
+    for (int warp = 0; warp < 8; warp++) {
+        float of_thread = 0.0f;
+        #pragma unroll
+        for (int n = 0; n < RowValues::N; n++) {
+            int four = n * 256 + warp * 32 + lane;
+            if (four >= FOURS) continue;
+            float4 v = *(const float4*)(x + four * 4);
+            of_thread = __fmaf_rn(v.x, v.x, of_thread);
+            of_thread = __fmaf_rn(v.y, v.y, of_thread);
+            of_thread = __fmaf_rn(v.z, v.z, of_thread);
+            of_thread = __fmaf_rn(v.w, v.w, of_thread);
+        }
+        float of_warp = warp_sum(of_thread);
+        sum = warp == 0 ? of_warp : sum + of_warp;
+    }
+    float factor = 1.0f / __fsqrt_rn(sum / (float)HIDDEN + eps);
+    for (int i = lane * 4; i < HIDDEN; i += 128) {
+        float4 v = *(const float4*)(x + i);
+        uint2 four;
+        four.x = f32x2_to_bf16x2(v.x * factor * vector_at(scale, i), v.y * factor * vector_at(scale, i + 1));
+        four.y = f32x2_to_bf16x2(v.z * factor * vector_at(scale, i + 2), v.w * factor * vector_at(scale, i + 3));
+        *(uint2*)(t + i) = four;
+        *(uint2*)(copy + i) = four;
+    }
+}
 #endif

@@ -84,10 +84,14 @@ template <int ROWS> __device__ __forceinline__ void route_rows(const RouteArgs& 
     }
     follow_previous();
     int n_rows = args.n_rows - first_row < ROWS ? (int)(args.n_rows - first_row) : ROWS;
-    for (int r = 0; r < n_rows; r++) {
+    if constexpr (ROWS == 1) {
         RowValues values;
-        values.load(args.x + (first_row + r) * HIDDEN);
-        values.normalize(args.norm, args.eps, args.t + (first_row + r) * HIDDEN, normed + r * HIDDEN, scratch);
+        values.load(args.x + first_row * HIDDEN);
+        values.normalize(args.norm, args.eps, args.t + first_row * HIDDEN, normed, scratch);
+    } else {
+        static_assert(ROWS == 8, "a warp a row");
+        u64 row = first_row + warp;
+        if ((int)warp < n_rows) normalize_by_warp(args.x + row * HIDDEN, args.norm, args.eps, args.t + row * HIDDEN, normed + warp * HIDDEN);
     }
     __syncthreads();
     // Four experts at a time, so that many loads are under way. Past the last expert the last one
