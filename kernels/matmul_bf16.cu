@@ -200,15 +200,6 @@ template <class G, class Store> __device__ __forceinline__ void matmul(const Mat
             columns[c] = has ? (int)(first_row + c) : -1;
             if (Store::AT_ROWS && has) rows[c] = args.rows[first_row + c];
         }
-        if (Store::ADDS) {
-            // What is added to is in L2 by the time that the sums are there.
-            constexpr u32 WIDTH = G::TILES * TILE_M, LINES = (WIDTH + 31) / 32;
-            u32 first_m = (u32)first_tile * TILE_M;
-            for (u32 i = threadIdx.x; i < G::COLUMNS * LINES; i += G::THREADS) {
-                u32 row = first_row + i / LINES, m = first_m + i % LINES * 32;
-                if (row < args.n_rows && m < args.n_out) prefetch_l2(args.out + (u64)row * args.n_out + m);
-            }
-        }
     };
     const DenseOutputs<G, Store> outputs = {args, rows, first_row, first_tile, n_tiles};
     G::run(shared, args.weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns, prepare, outputs);

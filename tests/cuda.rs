@@ -59,7 +59,16 @@ impl Random {
     }
 
     fn bits(&mut self, n: usize) -> Vec<u16> {
-        (0..n).map(|_| bf16::from_f32(self.value())).collect()
+        self.wide_bits(n, 0)
+    }
+
+    /// Values times a power of two between `-powers` and `powers`.
+    fn wide_bits(&mut self, n: usize, powers: i32) -> Vec<u16> {
+        let value = |_| {
+            let power = (self.word() >> 33) as i32 % (2 * powers + 1) - powers;
+            bf16::from_f32(self.value() * 2f32.powi(power))
+        };
+        (0..n).map(value).collect()
     }
 }
 
@@ -137,7 +146,7 @@ fn dense_products_have_one_order_of_sums() {
     let mut random = Random(1);
     // A row, a tile of them and one more, for every width of a tile; outputs and k that end within
     // a tile.
-    for (n_out, n_k, n_rows) in [
+    for (i, (n_out, n_k, n_rows)) in [
         (64, 64, 1),
         (64, 64, 8),
         (68, 96, 9),
@@ -150,9 +159,15 @@ fn dense_products_have_one_order_of_sums() {
         (128, 64, 256),
         (68, 160, 257),
         (512, 2880, 130),
-    ] {
-        let weights = random.bits(n_out * n_k);
-        let x = random.bits(n_rows * n_k);
+        (512, 2880, 130),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        // The last one again, over many powers of two: what is lost in a sum then shows.
+        let powers = if i == 12 { 20 } else { 0 };
+        let weights = random.wide_bits(n_out * n_k, powers);
+        let x = random.wide_bits(n_rows * n_k, powers);
         let mut tiles = vec![0; pack::bf16_bytes(n_out, n_k)];
         pack::bf16(&mut tiles, n_out, n_k, RowOrder::Natural, |row, k| {
             weights[row * n_k + k]
