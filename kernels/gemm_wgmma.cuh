@@ -19,7 +19,7 @@
 // stages are under way.
 
 // Stages of the variants: what `BLOCKS` blocks a multiprocessor leave room for, 8 at most;
-// src/engine/cuda/launch.rs computes the same.
+// src/engine/cuda/variants.rs computes the same.
 __device__ constexpr int warpgroup_stages(int blocks, int stage_bytes) {
     int room = (228 * 1024 / blocks - 5 * 1024) / stage_bytes;
     return room < 8 ? room : 8;

@@ -205,7 +205,7 @@ template <class G, class Store> __device__ __forceinline__ void matmul(const Mat
     G::run(shared, args.weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns, prepare, outputs);
 }
 
-// Variants by how many rows there are; src/engine/cuda/launch.rs has the same numbers.
+// Variants by how many rows there are; src/engine/cuda/variants.rs has the same numbers.
 #define VARIANT(NAME, STORE, THREADS, BLOCKS, ...) \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MatmulArgs args) { matmul<__VA_ARGS__, STORE>(args); }
 #define SMALL_VARIANTS(NAME, STORE) \
