@@ -168,7 +168,7 @@ fn dense_products_have_one_order_of_sums() {
         let powers = if i == 12 { 20 } else { 0 };
         let weights = random.wide_bits(n_out * n_k, powers);
         let x = random.wide_bits(n_rows * n_k, powers);
-        let mut tiles = vec![0; pack::bf16_bytes(n_out, n_k)];
+        let mut tiles = vec![0; pack::matrix_bytes(MatrixFormat::Bf16, n_out, n_k)];
         pack::bf16(&mut tiles, n_out, n_k, RowOrder::Natural, |row, k| {
             weights[row * n_k + k]
         });
@@ -271,7 +271,7 @@ fn check_experts(format: MatrixFormat, wide: bool) {
                 let start = values.len() - n_out * n_k;
                 match format {
                     MatrixFormat::Mxfp4 => {
-                        let mut one = vec![0; pack::mxfp4_bytes(n_out, n_k)];
+                        let mut one = vec![0; pack::matrix_bytes(MatrixFormat::Mxfp4, n_out, n_k)];
                         pack::mxfp4::<NeedsWide>(&mut one, n_out, n_k, order, wide, |row, i| {
                             Ok(blocks[row * n_k / 32 + i])
                         })
@@ -279,7 +279,7 @@ fn check_experts(format: MatrixFormat, wide: bool) {
                         tiles.extend(one);
                     }
                     _ => {
-                        let mut one = vec![0; pack::bf16_bytes(n_out, n_k)];
+                        let mut one = vec![0; pack::matrix_bytes(MatrixFormat::Bf16, n_out, n_k)];
                         let of =
                             |row: usize, k: usize| bf16::from_f32(values[start + row * n_k + k]);
                         pack::bf16(&mut one, n_out, n_k, order, of);
