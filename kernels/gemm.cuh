@@ -4,8 +4,9 @@
 // Weights are packed at load into tiles of 16 out features x 64 k, in the order in which lanes
 // hold them (src/engine/cuda/pack.rs):
 //
-//   bf16   2048 bytes: [4 k-steps][32 lanes][a0 a1 a2 a3]
-//   mxfp4   544 bytes: [32 lanes][4 k-steps] words of 8 codes, then [8 g][4] scale bytes
+//   bf16    2048 bytes: [4 k-steps][32 lanes][a0 a1 a2 a3]
+//   mxint8  1056 bytes: [2 halves of k][32 lanes][2 k-steps] two words of 4 codes, then scales
+//   mxfp4    544 bytes: [32 lanes][4 k-steps] words of 8 codes, then [8 g][4] scale bytes
 //
 //   matrix  [blocks of 64 out features][groups of 64 k][4 tiles]: 64 k of a block are one run
 //
@@ -35,7 +36,7 @@
 #define BIG_STAGES 3
 #endif
 
-enum Format { BF16, MXFP4 };
+enum Format { BF16, MXINT8, MXFP4 };
 
 // Words with codes' bits at 15, 8, 7, 6 of both halves: sign, exponent and mantissa of a bf16
 // that is 2^126 too small.
@@ -57,6 +58,28 @@ __device__ __forceinline__ void unpack_mxfp4(u32 word, u32 scale_g, u32 scale_g8
     a[2] = mul_bf16x2(a[2], scale_g);
     a[3] = mul_bf16x2(a[3], scale_g8);
 }
+
+// 4 codes to bf16, times their rows' scales, in 7 instructions. A half of the word holds a code of
+// row g, its sign at bit 15 and its magnitude m in bits 0 to 6, and one of row g + 8 at the same
+// places of the half with its bytes swapped. With an exponent above it m reads as 1 + m / 128, so
+// for the scale s of 128 steps
+//
+//   (1 + m / 128) s - s = m steps, or with both signs turned -m,
+//
+// exact, for bf16 holds every product of a code and a step. Zero is +0 whatever its sign.
+__device__ __forceinline__ u32 unpack_mxint8(u32 word, u32 scale) {
+    u32 significands = (word & 0x807F807Fu) | 0x3F803F80u;
+#ifdef WIDE_SCALES
+    // The greatest scale has no bf16 of 128 steps, only of 64: in units of those, then their product.
+    u32 values = fma_bf16x2(significands, 0x40004000u, (~word & 0x80008000u) | 0x40004000u);
+    return mul_bf16x2(values, scale);
+#else
+    return fma_bf16x2(significands, scale, (~word & 0x80008000u) | scale);
+#endif
+}
+
+// Both bytes of each half in each other's place.
+__device__ __forceinline__ u32 swap_bytes(u32 word) { return __byte_perm(word, 0, 0x2301); }
 
 // Byte `i` of the scales as exponent of both halves of a pair: the packed byte is the biased
 // exponent.
@@ -83,6 +106,28 @@ template <> struct Tile<MXFP4> {
         u32 word = step == 0 ? codes.x : step == 1 ? codes.y : step == 2 ? codes.z : codes.w;
         int block = step / 2 * 2;
         unpack_mxfp4(word, scale_pair(scales, block), scale_pair(scales, block + 1), a);
+    }
+};
+
+template <> struct Tile<MXINT8> {
+    static constexpr int BYTES = 1056;
+    uint4 codes[2];
+    u32 scales;
+
+    __device__ __forceinline__ void load(const u8* tile, int lane) {
+        codes[0] = *(const uint4*)(tile + lane * 16);
+        codes[1] = *(const uint4*)(tile + 512 + lane * 16);
+        scales = *(const u32*)(tile + 1024 + lane / 4 * 4);
+    }
+    __device__ __forceinline__ void fragment(const u8* tile, int lane, int step, u32 (&a)[4]) const {
+        const uint4& of_half = codes[step / 2];
+        u32 near = step % 2 == 0 ? of_half.x : of_half.z, far = step % 2 == 0 ? of_half.y : of_half.w;
+        int block = step / 2 * 2;
+        u32 scale_g = scale_pair(scales, block), scale_g8 = scale_pair(scales, block + 1);
+        a[0] = unpack_mxint8(near, scale_g);
+        a[1] = unpack_mxint8(swap_bytes(near), scale_g8);
+        a[2] = unpack_mxint8(far, scale_g);
+        a[3] = unpack_mxint8(swap_bytes(far), scale_g8);
     }
 };
 

@@ -1,4 +1,5 @@
-// The experts' products, for weights of either format (moe_matmul_mxfp4.cu, moe_matmul_bf16.cu).
+// The experts' products, for weights of any format (moe_matmul_mxfp4.cu, moe_matmul_mxint8.cu,
+// moe_matmul_bf16.cu).
 //
 //   gate_up  act[entry, f] = bf16(swiglu(gate f, up f)) of x[entry / k]; a tile holds the gates of
 //            8 features above their ups, so both are one thread's

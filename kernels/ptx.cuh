@@ -82,13 +82,16 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Products of two bf16 pairs. sm_80 has no multiplication of pairs, so it is a fused
-// multiply-add with -0, which changes no product.
-__device__ __forceinline__ u32 mul_bf16x2(u32 a, u32 b) {
+// a b + c of bf16 pairs, rounded once; subnormal numbers are kept.
+__device__ __forceinline__ u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     u32 d;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 }
+
+// Products of two bf16 pairs. sm_80 has no multiplication of pairs, so it is a fused
+// multiply-add with -0, which changes no product.
+__device__ __forceinline__ u32 mul_bf16x2(u32 a, u32 b) { return fma_bf16x2(a, b, 0x80008000u); }
 
 // Rounds to nearest, ties to even.
 __device__ __forceinline__ u16 f32_to_bf16(float x) {

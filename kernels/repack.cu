@@ -22,9 +22,15 @@
 // Smallest and greatest scale byte of a block that is not all zeros.
 #define SCALE_MIN 2u
 #define SCALE_MAX 252u
-// Greatest scale byte whose product with 2^126 is a bf16; the bias of that product's exponent.
-#define GREATEST_NARROW 128u
-#define NARROW_BIAS 126u
+// Greatest scale byte in the kernels' narrow form, and what is added to it there (pack.rs).
+#define MXFP4_GREATEST 128u
+#define MXFP4_BIAS 126u
+#define MXINT8_GREATEST 253u
+#define MXINT8_BIAS 1u
+
+// Smallest and greatest scale byte of an MXINT8 block; the exponent of its step is 133 less.
+#define INT8_SCALE_MIN 1u
+#define INT8_SCALE_MAX 254u
 
 // As `RepackArgs` in src/engine/cuda/repack.rs.
 struct RepackArgs {
@@ -34,7 +40,7 @@ struct RepackArgs {
     u8* tiles;
     // The least (block of the tensor << 8 | scale byte) that cannot be held.
     u64* bad;
-    // The greatest scale byte above GREATEST_NARROW.
+    // The greatest scale byte above the narrow form's greatest.
     u64* greatest;
     u32 n_out;
     u32 n_k;
@@ -94,9 +100,9 @@ __device__ __forceinline__ u32 stored_scale(const RepackArgs& a, u32 expert, u32
     return zeros ? 127 : byte;
 }
 
-// Scale byte that `mxfp4::pack` gives a block of bf16 values.
+// Bits of the largest magnitude of a block of bf16 values; tells of one that is not finite.
 template <Stored STORED>
-__device__ __forceinline__ u32 chosen_scale(const RepackArgs& a, u32 expert, u32 row, u32 block, bool tells) {
+__device__ __forceinline__ u32 largest_of(const RepackArgs& a, u32 expert, u32 row, u32 block, bool tells) {
     const u16* values = (const u16*)a.values;
     u32 largest = 0;
     // All four blocks of a lane at once would take more registers than there are.
@@ -106,6 +112,13 @@ __device__ __forceinline__ u32 chosen_scale(const RepackArgs& a, u32 expert, u32
         largest = magnitude > largest ? magnitude : largest;
     }
     if (tells && largest >= 0x7F80u) report(a, expert, row, block, 0);
+    return largest;
+}
+
+// Scale byte that `mxfp4::pack` gives a block of bf16 values.
+template <Stored STORED>
+__device__ __forceinline__ u32 chosen_scale(const RepackArgs& a, u32 expert, u32 row, u32 block, bool tells) {
+    u32 largest = largest_of<STORED>(a, expert, row, block, tells);
     if (largest == 0) return 127;
     // E2M1's own greatest exponent is 2.
     int exponent = (int)(largest >> 7) - 2;
@@ -113,11 +126,15 @@ __device__ __forceinline__ u32 chosen_scale(const RepackArgs& a, u32 expert, u32
     return exponent > (int)SCALE_MAX ? SCALE_MAX : (u32)exponent;
 }
 
+// 2^exponent.
+__device__ __forceinline__ double power_of_two(int exponent) {
+    return __longlong_as_double((long long)(1023 + exponent) << 52);
+}
+
 // The nearest E2M1 code of a value over its scale: ties to the code with an even mantissa bit.
 __device__ __forceinline__ u32 nearest_code(u32 bits, u32 scale) {
     // Powers of two in f64: the product is exact.
-    double inverse = __longlong_as_double((long long)(1023 + 127 - (int)scale) << 52);
-    double x = (double)bf16_to_f32((u16)(bits & 0x7FFFu)) * inverse;
+    double x = (double)bf16_to_f32((u16)(bits & 0x7FFFu)) * power_of_two(127 - (int)scale);
     u32 code = (x > 0.25) + (x >= 0.75) + (x > 1.25) + (x >= 1.75) + (x > 2.5) + (x >= 3.5) + (x > 5.0);
     return code | (bits >> 12 & 8u);
 }
@@ -149,8 +166,8 @@ __device__ __forceinline__ void to_mxfp4(const RepackArgs& a, u32 expert, u32 ti
                 else scale = chosen_scale<STORED>(a, expert, row, block, tells);
             }
             if (tells) {
-                if (scale > GREATEST_NARROW) atomicMax(a.greatest, (u64)scale);
-                out[TILE_M * GROUP_K / 2 + g * 4 + half * 2 + high] = (u8)(scale + NARROW_BIAS);
+                if (scale > MXFP4_GREATEST) atomicMax(a.greatest, (u64)scale);
+                out[TILE_M * GROUP_K / 2 + g * 4 + half * 2 + high] = (u8)(scale + MXFP4_BIAS);
             }
             if (!inside) continue;
             for (u32 i = 0; i < 4; i++) {
@@ -172,6 +189,117 @@ __device__ __forceinline__ void to_mxfp4(const RepackArgs& a, u32 expert, u32 ti
     }
     u32* to = (u32*)out + lane * 4;
     for (u32 step = 0; step < 4; step++) to[step] = words[step];
+}
+
+// The nearest MXINT8 code of a value, ties to even, at most 127.
+__device__ __forceinline__ double nearest_int8(double value, u32 scale) {
+    double code = rint(value * power_of_two(133 - (int)scale));
+    return code > 127.0 ? 127.0 : code < -127.0 ? -127.0 : code;
+}
+
+// The sum of squared errors under a scale, in the order of the elements.
+template <Stored STORED>
+__device__ __forceinline__ double int8_error(const RepackArgs& a, u32 expert, u32 row, u32 block, u32 scale) {
+    const u16* values = (const u16*)a.values;
+    double step = power_of_two((int)scale - 133), sum = 0.0;
+    #pragma unroll 4
+    for (u32 i = 0; i < BLOCK; i++) {
+        double value = (double)bf16_to_f32(values[element<STORED>(a, expert, row, block * BLOCK + i)]);
+        double error = value - nearest_int8(value, scale) * step;
+        sum += error * error;
+    }
+    return sum;
+}
+
+// Scale byte that `mxint8::pack` gives a block of bf16 values: the next where that errs less.
+template <Stored STORED>
+__device__ __forceinline__ u32 int8_scale(const RepackArgs& a, u32 expert, u32 row, u32 block, bool tells) {
+    u32 largest = largest_of<STORED>(a, expert, row, block, tells);
+    if (largest == 0) return 127;
+    u32 scale = largest >> 7;
+    scale = scale < INT8_SCALE_MIN ? INT8_SCALE_MIN : scale > INT8_SCALE_MAX ? INT8_SCALE_MAX : scale;
+    double near = int8_error<STORED>(a, expert, row, block, scale);
+    if (near == 0.0 || scale == INT8_SCALE_MAX) return scale;
+    return int8_error<STORED>(a, expert, row, block, scale + 1) < near ? scale + 1 : scale;
+}
+
+// The greatest magnitude among the codes of an MXFP4 block.
+__device__ __forceinline__ u32 largest_code(const RepackArgs& a, u32 expert, u32 row, u32 block) {
+    const u8* codes = a.values + block_at(a, expert, row, block) * (BLOCK / 2);
+    u32 largest = 0;
+    #pragma unroll 4
+    for (u32 i = 0; i < BLOCK / 2; i++) {
+        u32 low = codes[i] & 7u, high = codes[i] >> 4 & 7u;
+        u32 larger = low > high ? low : high;
+        largest = larger > largest ? larger : largest;
+    }
+    return largest;
+}
+
+// `mxint8::from_mxfp4` of a code, in a block whose largest value is 2^(binade - 1) or one and a
+// half times that: sign and magnitude.
+__device__ __forceinline__ u32 int8_of_code(u32 code, u32 binade) {
+    u32 magnitude = code & 7;
+    // Twice the value: 0, 1, 2, 3, 4, 6, 8, 12.
+    u32 doubled = magnitude < 2 ? magnitude : (2 + (magnitude & 1)) << (magnitude / 2 - 1);
+    doubled <<= 6 - binade;
+    // An integer's zero has no sign.
+    return doubled == 0 ? 0 : (code >> 3) << 7 | doubled;
+}
+
+// A code's bits where the kernels' `unpack_mxint8` looks in the low half of a word: its sign is in
+// the other byte.
+__device__ __forceinline__ u32 place_int8(u32 code, u32 high) {
+    u32 sign = code >> 7, magnitude = code & 127;
+    return high ? magnitude << 8 | sign << 7 : sign << 15 | magnitude;
+}
+
+// A lane's part of an MXINT8 tile: [2 halves][32 lanes][2 steps] two words of 4 codes, then [8 g][4]
+// scales, in the narrow form.
+template <Stored STORED>
+__device__ __forceinline__ void to_mxint8(const RepackArgs& a, u32 expert, u32 tile, u32 group, u32 lane, u8* out) {
+    u32 g = lane / 4, t = lane % 4;
+    bool tells = t == 0;
+    for (u32 half = 0; half < 2; half++) {
+        // Of the steps, near and far.
+        u32 words[4] = {0, 0, 0, 0};
+        for (u32 high = 0; high < 2; high++) {
+            u32 row = row_of(a.order, tile, g + high * 8);
+            u32 block = group * 2 + half;
+            bool inside = row < a.n_out && block * BLOCK < a.n_k;
+            u32 scale = 127, binade = 0;
+            if (inside && STORED == MXFP4) {
+                u32 largest = largest_code(a, expert, row, block);
+                binade = largest / 2;
+                scale = stored_scale(a, expert, row, block, tells);
+                if (largest != 0) scale = scale + binade - 1;
+            } else if (inside) {
+                scale = int8_scale<STORED>(a, expert, row, block, tells);
+            }
+            if (tells) {
+                if (scale > MXINT8_GREATEST) atomicMax(a.greatest, (u64)scale);
+                out[TILE_M * GROUP_K + g * 4 + half * 2 + high] = (u8)(scale + MXINT8_BIAS);
+            }
+            if (!inside) continue;
+            for (u32 i = 0; i < 4; i++) {
+                u32 k = i / 2 * 16 + i % 2 * 8 + t * 2;
+                u32 codes[2];
+                for (u32 n = 0; n < 2; n++) {
+                    if (STORED == MXFP4) {
+                        u32 byte = a.values[block_at(a, expert, row, block) * (BLOCK / 2) + k / 2];
+                        codes[n] = int8_of_code(byte >> (n * 4) & 15u, binade);
+                    } else {
+                        u16 bits = ((const u16*)a.values)[element<STORED>(a, expert, row, block * BLOCK + k + n)];
+                        int code = (int)nearest_int8((double)bf16_to_f32(bits), scale);
+                        codes[n] = code < 0 ? 128u | (u32)-code : (u32)code;
+                    }
+                }
+                words[i] |= place_int8(codes[0], high) | place_int8(codes[1], high) << 16;
+            }
+        }
+        u32* to = (u32*)out + half * 128 + lane * 4;
+        for (u32 i = 0; i < 4; i++) to[i] = words[i];
+    }
 }
 
 // bf16 bits of a stored value, which are exact.
@@ -211,7 +339,7 @@ __device__ __forceinline__ void to_bf16(const RepackArgs& a, u32 expert, u32 til
     }
 }
 
-enum Held { TO_MXFP4, TO_BF16 };
+enum Held { TO_MXFP4, TO_MXINT8, TO_BF16 };
 
 template <Stored STORED, Held HELD> __device__ __forceinline__ void repack(const RepackArgs& a) {
     u32 i = blockIdx.x * 8 + threadIdx.x / 32;
@@ -225,6 +353,7 @@ template <Stored STORED, Held HELD> __device__ __forceinline__ void repack(const
     u64 block = (u64)(a.first_expert + expert) * n_blocks + tile / BLOCK_TILES;
     u64 index = (block * n_groups + group) * BLOCK_TILES + tile % BLOCK_TILES;
     if (HELD == TO_MXFP4) to_mxfp4<STORED>(a, expert, tile, group, lane, a.tiles + index * 544);
+    else if (HELD == TO_MXINT8) to_mxint8<STORED>(a, expert, tile, group, lane, a.tiles + index * 1056);
     else to_bf16<STORED>(a, expert, tile, group, lane, a.tiles + index * 2048);
 }
 
@@ -232,17 +361,20 @@ template <Stored STORED, Held HELD> __device__ __forceinline__ void repack(const
     extern "C" __global__ void __launch_bounds__(256) name(const RepackArgs a) { repack<stored, held>(a); }
 
 REPACK(mxfp4_to_mxfp4, MXFP4, TO_MXFP4)
+REPACK(mxfp4_to_mxint8, MXFP4, TO_MXINT8)
 REPACK(mxfp4_to_bf16, MXFP4, TO_BF16)
 REPACK(bf16_to_mxfp4, BF16, TO_MXFP4)
+REPACK(bf16_to_mxint8, BF16, TO_MXINT8)
 REPACK(bf16_to_bf16, BF16, TO_BF16)
 REPACK(bf16_transposed_to_mxfp4, BF16_TRANSPOSED, TO_MXFP4)
+REPACK(bf16_transposed_to_mxint8, BF16_TRANSPOSED, TO_MXINT8)
 REPACK(bf16_transposed_to_bf16, BF16_TRANSPOSED, TO_BF16)
 
-// Scale bytes of MXFP4 tiles for the kernels built with WIDE_SCALES: without the bias, of which
-// the addition may have wrapped. Grid: a thread a scale byte, 256 a block.
-extern "C" __global__ void __launch_bounds__(256) widen(u8* tiles, u64 n_tiles) {
+// Scale bytes of tiles for the kernels built with WIDE_SCALES: without the bias, of which the
+// addition may have wrapped. They are a tile's last 32. Grid: a thread a scale byte, 256 a block.
+extern "C" __global__ void __launch_bounds__(256) widen(u8* tiles, u64 n_tiles, u32 tile_bytes, u32 bias) {
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
     if (i >= n_tiles * 32) return;
-    u8* scale = tiles + i / 32 * 544 + TILE_M * GROUP_K / 2 + i % 32;
-    *scale = (u8)(*scale - NARROW_BIAS);
+    u8* scale = tiles + (i / 32 + 1) * tile_bytes - 32 + i % 32;
+    *scale = (u8)(*scale - bias);
 }

@@ -1,10 +1,11 @@
 // Random weights made in place: a pure function of (seed, index), so a shape needs no file.
 //
-//   fill_bf16   out bf16 [n]: mean + spread * uniform(-1, 1)
-//   fill_f32    the same in f32
-//   fill_mxfp4  packed tiles (gemm.cuh): codes of random bits, scale bytes base or base + 1
+//   fill_bf16    out bf16 [n]: mean + spread * uniform(-1, 1)
+//   fill_f32     the same in f32
+//   fill_blocks  packed MXFP4 or MXINT8 tiles (gemm.cuh): codes of random bits, scale bytes base or
+//                base + 1
 //
-// Grid-stride, block 256. fill_mxfp4 counts 16-byte chunks.
+// Grid-stride, block 256. fill_blocks counts 16-byte chunks.
 
 __device__ __forceinline__ u64 random_word(u64 seed, u64 index) {
     u64 word = seed ^ (index * 0x9e3779b97f4a7c15ull);
@@ -31,12 +32,12 @@ extern "C" __global__ void __launch_bounds__(256) fill_f32(float* out, u64 n, u6
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) fill_mxfp4(uint4* out, u64 n, u64 seed, u32 base) {
+extern "C" __global__ void __launch_bounds__(256) fill_blocks(uint4* out, u64 n, u32 tile_chunks, u64 seed, u32 base) {
     for (u64 i = (u64)blockIdx.x * 256 + threadIdx.x; i < n; i += (u64)gridDim.x * 256) {
         u64 a = random_word(seed, 2 * i), b = random_word(seed, 2 * i + 1);
         uint4 words = make_uint4((u32)a, (u32)(a >> 32), (u32)b, (u32)(b >> 32));
-        // 34 chunks a tile: 32 of codes, 2 of scales.
-        if (i % 34 >= 32) {
+        // The last two chunks of a tile are scales.
+        if (i % tile_chunks >= tile_chunks - 2) {
             u32 bases = base * 0x01010101u;
             words.x = bases + (words.x & 0x01010101u);
             words.y = bases + (words.y & 0x01010101u);

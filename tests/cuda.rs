@@ -27,7 +27,7 @@ use podium::engine::{
     Backend, BackendInfo, BackendMemory, EngineError, EngineShape, Fork, PAGE_POSITIONS, PageId,
     SamplingParams, SequenceId, SlotStart, Span, TokenEvent, TokenId,
 };
-use podium::quant::{bf16, mxfp4};
+use podium::quant::{bf16, mxfp4, mxint8};
 use safetensors::SafeTensors;
 
 /// Sums of bf16 products in f32, in another order than the reference's.
@@ -168,7 +168,7 @@ fn dense_products_have_one_order_of_sums() {
         let powers = if i == 12 { 20 } else { 0 };
         let weights = random.wide_bits(n_out * n_k, powers);
         let x = random.wide_bits(n_rows * n_k, powers);
-        let mut tiles = vec![0; pack::bf16_bytes(n_out, n_k)];
+        let mut tiles = vec![0; pack::matrix_bytes(MatrixFormat::Bf16, n_out, n_k)];
         pack::bf16(&mut tiles, n_out, n_k, RowOrder::Natural, |row, k| {
             weights[row * n_k + k]
         });
@@ -222,11 +222,12 @@ const UNEVEN: Choice = |row| [1, [0, 2, 4][row % 3]];
 /// All tokens are on the same experts, the others have none.
 const ALL_ON_ONE: Choice = |_| [4, 1];
 
-/// Experts' products by every variant against sums in f64.
-fn check_experts(format: MatrixFormat, wide: bool) {
+/// Experts' products by every variant against sums in f64; gives their bits.
+fn check_experts(format: MatrixFormat, wide: bool) -> Vec<(Vec<u16>, Vec<f32>)> {
     let device = device();
     let n_experts = 5;
     let both = both_kernels(&device, format, n_experts, wide);
+    let mut products = Vec::new();
     let mut random = Random(2);
     let (hidden, width, k) = (160, 192, 2);
     for (n_rows, choice) in [
@@ -271,15 +272,24 @@ fn check_experts(format: MatrixFormat, wide: bool) {
                 let start = values.len() - n_out * n_k;
                 match format {
                     MatrixFormat::Mxfp4 => {
-                        let mut one = vec![0; pack::mxfp4_bytes(n_out, n_k)];
+                        let mut one = vec![0; pack::matrix_bytes(MatrixFormat::Mxfp4, n_out, n_k)];
                         pack::mxfp4::<NeedsWide>(&mut one, n_out, n_k, order, wide, |row, i| {
                             Ok(blocks[row * n_k / 32 + i])
                         })
                         .unwrap();
                         tiles.extend(one);
                     }
-                    _ => {
-                        let mut one = vec![0; pack::bf16_bytes(n_out, n_k)];
+                    MatrixFormat::Mxint8 => {
+                        let mut one = vec![0; pack::matrix_bytes(format, n_out, n_k)];
+                        pack::mxint8::<NeedsWide>(&mut one, n_out, n_k, order, wide, |row, i| {
+                            let (scale, codes) = &blocks[row * n_k / 32 + i];
+                            Ok(mxint8::from_mxfp4(*scale, codes))
+                        })
+                        .unwrap();
+                        tiles.extend(one);
+                    }
+                    MatrixFormat::Bf16 => {
+                        let mut one = vec![0; pack::matrix_bytes(MatrixFormat::Bf16, n_out, n_k)];
                         let of =
                             |row: usize, k: usize| bf16::from_f32(values[start + row * n_k + k]);
                         pack::bf16(&mut one, n_out, n_k, order, of);
@@ -381,25 +391,33 @@ fn check_experts(format: MatrixFormat, wide: bool) {
             }
             first = Some((act, y));
         }
+        products.extend(first);
     }
+    products
 }
 
 #[test]
 #[ignore = "needs a GPU"]
-fn mxfp4_experts() {
-    check_experts(MatrixFormat::Mxfp4, false);
+fn copies_of_experts_have_the_same_bits() {
+    check_copies(false);
 }
 
 #[test]
 #[ignore = "needs a GPU"]
-fn mxfp4_experts_of_large_scales() {
-    check_experts(MatrixFormat::Mxfp4, true);
+fn copies_of_experts_with_large_scales_have_the_same_bits() {
+    check_copies(true);
 }
 
-#[test]
-#[ignore = "needs a GPU"]
-fn bf16_experts() {
-    check_experts(MatrixFormat::Bf16, false);
+fn check_copies(wide: bool) {
+    let of_mxfp4 = check_experts(MatrixFormat::Mxfp4, wide);
+    for format in [MatrixFormat::Mxint8, MatrixFormat::Bf16] {
+        let of_copy = check_experts(format, wide);
+        assert_eq!(of_mxfp4.len(), of_copy.len());
+        for ((act, y), (copy_act, copy_y)) in of_mxfp4.iter().zip(&of_copy) {
+            assert_eq!(act, copy_act, "{format:?}: gate_up");
+            same_bits(y, copy_y, &format!("{format:?}: down"));
+        }
+    }
 }
 
 #[test]

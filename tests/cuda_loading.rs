@@ -49,7 +49,9 @@ fn the_device_repacks_as_the_host_does() {
             words.download(0, &mut report).unwrap();
             if report[1] > 0 {
                 let stream = Stream::new(&device).unwrap();
-                repack.widen(&stream, tiles.at(0), tiles.n_bytes()).unwrap();
+                repack
+                    .widen(&stream, case.held, tiles.at(0), tiles.n_bytes())
+                    .unwrap();
                 stream.synchronize().unwrap();
             }
             check(
@@ -116,13 +118,13 @@ fn matrix(
 /// Every tensor of a model against the checkpoint's.
 fn check_model(model: &CudaModel, checkpoint: &Checkpoint, what: &str) {
     let config = checkpoint.config();
-    let dense = |parts: &[Tensor<'_>], n_out, n_k, order| {
+    let dense_as = |held, parts: &[Tensor<'_>], n_out, n_k, order| {
         let source = Source::Rows(parts.to_vec());
-        packed(
-            &matrix(source, 1, (n_out, n_k), order, MatrixFormat::Bf16),
-            false,
-        )
-        .unwrap()
+        let matrix = matrix(source, 1, (n_out, n_k), order, held);
+        packed(&matrix, model.wide_scales).unwrap()
+    };
+    let dense = |parts: &[Tensor<'_>], n_out, n_k, order| {
+        dense_as(model.format.attention, parts, n_out, n_k, order)
     };
     let experts = |tensors: &ExpertTensors<'_>, n_out, n_k, order| {
         let source = Source::Experts(tensors.clone());
@@ -168,7 +170,13 @@ fn check_model(model: &CudaModel, checkpoint: &Checkpoint, what: &str) {
     let final_norm = checkpoint.final_norm().unwrap();
     assert_same(&model.final_norm, &vector(&[final_norm]), what);
     let lm_head = checkpoint.lm_head().unwrap();
-    let lm_head = dense(&[lm_head], config.n_vocab, hidden, RowOrder::Natural);
+    let lm_head = dense_as(
+        model.format.lm_head,
+        &[lm_head],
+        config.n_vocab,
+        hidden,
+        RowOrder::Natural,
+    );
     assert_same(&model.lm_head.tiles, &lm_head, what);
 }
 
@@ -179,7 +187,7 @@ fn a_loaded_model_is_the_checkpoint() {
     for name in ["plain", "original", "bf16", "sharded"] {
         let folder = root().join("tests/golden/logits").join(name);
         let checkpoint = Checkpoint::open(&folder).unwrap();
-        for precision in [Precision::Bits4, Precision::Bits16] {
+        for precision in Precision::POLICIES {
             for (n_bytes, n_threads) in [(0, 1), (1 << 16, 3), (64 << 20, 8)] {
                 let staging = Staging { n_bytes, n_threads };
                 let model =

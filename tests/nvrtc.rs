@@ -51,7 +51,7 @@ fn check(nvrtc: &Nvrtc, nvdisasm: &Path, config: &ModelConfig, build: &Build, sc
         let mut build = *build;
         build.small_shared = arch == "sm_120a";
         let options = build.options(arch);
-        for kernel in texts(build.format.experts) {
+        for kernel in texts(build.format) {
             let what = format!("{} for {arch}, head dim {}", kernel.name, config.head_dim);
             let cubin = compile(nvrtc, &kernel, arch, &options, &what);
             if kernel.uses_matrix_units {
@@ -94,8 +94,10 @@ fn independent_compiler_takes_every_kernel() {
     let scratch = Scratch::new("nvrtc");
     let config = shapes::named("gpt-oss-20b").unwrap();
     for (precision, vectors, wide) in [
-        (Precision::Bits4, VectorFormat::Bf16, false),
-        (Precision::Bits4, VectorFormat::F32, true),
+        (Precision::Bits4Dense4, VectorFormat::Bf16, false),
+        (Precision::Bits4Dense4, VectorFormat::F32, true),
+        (Precision::Bits8, VectorFormat::Bf16, false),
+        (Precision::Bits8, VectorFormat::F32, true),
         (Precision::Bits16, VectorFormat::Bf16, false),
     ] {
         let format = precision.formats(MatrixFormat::Mxfp4, vectors);

@@ -10,6 +10,7 @@ mod support;
 use std::process::Command;
 
 use libloading::Library;
+use podium::engine::cuda::pack;
 use podium::engine::cuda::pieces::Then;
 use podium::engine::cuda::repack::{RepackArgs, kernel_name};
 use support::raw::{cases, check};
@@ -17,6 +18,7 @@ use support::{Scratch, root};
 
 /// The words of CUDA that the text uses, and a loop in place of a grid.
 const BEFORE: &str = r#"
+#include <math.h>
 #include <string.h>
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -41,14 +43,14 @@ template <typename F> static void grid(u32 n_blocks, F kernel) {
 extern "C" void run(void (*kernel)(RepackArgs), const RepackArgs* args, u32 n_blocks) {
     grid(n_blocks, [&] { kernel(*args); });
 }
-extern "C" void run_widen(u8* tiles, u64 n_tiles) {
-    grid((u32)((n_tiles * 32 + 255) / 256), [&] { widen(tiles, n_tiles); });
+extern "C" void run_widen(u8* tiles, u64 n_tiles, u32 tile_bytes, u32 bias) {
+    grid((u32)((n_tiles * 32 + 255) / 256), [&] { widen(tiles, n_tiles, tile_bytes, bias); });
 }
 "#;
 
 type Kernel = unsafe extern "C" fn(RepackArgs);
 type Run = unsafe extern "C" fn(Kernel, *const RepackArgs, u32);
-type Widen = unsafe extern "C" fn(*mut u8, u64);
+type Widen = unsafe extern "C" fn(*mut u8, u64, u32, u32);
 
 #[test]
 #[ignore = "needs a C++ compiler: just test-full"]
@@ -98,7 +100,7 @@ fn independent_compiler_repacks_as_the_host_does() {
                     panic!("matrices are repacked");
                 };
                 let args = args.in_slot(slot[skip..].as_ptr() as u64);
-                let name = kernel_name(stored, held).unwrap();
+                let name = kernel_name(stored, held);
                 // SAFETY: as above; all that the piece tells of lies in the buffers above.
                 unsafe {
                     let kernel = library.get::<Kernel>(name.as_bytes()).unwrap();
@@ -106,8 +108,18 @@ fn independent_compiler_repacks_as_the_host_does() {
                 }
             }
             if report[1] > 0 {
+                let tile_bytes = pack::tile_bytes(case.held);
+                let n_tiles = (case.n_bytes() / tile_bytes) as u64;
+                let bias = pack::narrow_bias(case.held).expect("bf16 has no scales");
                 // SAFETY: so many tiles there are.
-                unsafe { widen(tiles[first..].as_mut_ptr(), case.n_bytes() as u64 / 544) };
+                unsafe {
+                    widen(
+                        tiles[first..].as_mut_ptr(),
+                        n_tiles,
+                        tile_bytes as u32,
+                        u32::from(bias),
+                    );
+                }
             }
             let tiles = &tiles[first..][..case.n_bytes()];
             check(&case, &raw, &matrix, tiles, report[0], report[1]);

@@ -145,11 +145,6 @@ fn on_card(
         None => None,
     };
     let unsupported = card.filter(|card| !card.is_supported());
-    let not_held: Vec<&str> = Precision::POLICIES
-        .into_iter()
-        .filter(|&precision| !model.is_held(precision))
-        .map(Precision::name)
-        .collect();
     if args.json {
         let document = serde_json::json!({
             "schema": "podium.plan/1",
@@ -159,7 +154,6 @@ fn on_card(
             "precision": plan.as_ref().map(|_| model.effective(asked)),
             "plan": plan,
             "precisions": fits,
-            "not_on_cuda": not_held,
         });
         print::result(&document.to_string());
         return Ok(0);
@@ -183,12 +177,6 @@ fn on_card(
             fit.precision,
             bytes_text(fit.least_bytes),
             bytes_text(fit.weights_bytes),
-        );
-    }
-    if !not_held.is_empty() {
-        text += &format!(
-            "\nnote: the CUDA engine does not run {} yet; counted are the weights as the CPU holds them",
-            not_held.join(", ")
         );
     }
     if let Some(card) = unsupported {

@@ -122,7 +122,7 @@ impl<'a> Bench<'a> {
                     let timed = kernels
                         .timed(|| kernels.experts_variant(&args.0, &args.1, n_rows, index))?;
                     for (name, _, ms) in timed {
-                        let sum = if name.starts_with("gate_up") {
+                        let sum = if name.contains("gate_up") {
                             &mut up
                         } else {
                             &mut down
@@ -181,7 +181,7 @@ impl<'a> Bench<'a> {
             }
             let projection = projections[0];
             let flops = 2.0 * (n_rows * projection.n_out * projection.n_k) as f64;
-            let chosen = kernels.chosen_dense(&self.matmul(projection, n_rows)) == index;
+            let chosen = kernels.chosen_dense(which, &self.matmul(projection, n_rows)) == index;
             let name = format!(
                 "{}{}",
                 kernels.dense_name(index),

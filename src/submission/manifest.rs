@@ -84,7 +84,7 @@ pub struct Session {
     #[serde(default)]
     pub device_load: Option<DeviceLoad>,
     /// Matrix products by the kernel that did them, such as `moe_matmul_mxfp4`: what ran, counted
-    /// where it ran.
+    /// where it ran. On a GPU all kernels, such as `moe_matmul_mxfp4_gate_up_w8`.
     #[serde(default)]
     pub kernel_calls: BTreeMap<String, u64>,
     /// From the start of the process, or of the run where it is not the process's first, to the

@@ -70,32 +70,39 @@ pub fn cases() -> Vec<Case> {
         [5, 32, 64],
         [2, 100, 224],
     ];
+    let formats = [
+        MatrixFormat::Mxfp4,
+        MatrixFormat::Mxint8,
+        MatrixFormat::Bf16,
+    ];
     for stored in [Stored::Mxfp4, Stored::Bf16, Stored::Bf16Transposed] {
-        for held in [MatrixFormat::Mxfp4, MatrixFormat::Bf16] {
+        for held in formats {
             for order in [RowOrder::Natural, RowOrder::GateUp] {
                 for shape in shapes {
                     for values in [Values::Narrow, Values::Wide] {
                         add(experts(stored, held, values, order, shape));
                     }
                 }
-                if stored == Stored::Mxfp4 || held == MatrixFormat::Mxfp4 {
+                if stored == Stored::Mxfp4 || held != MatrixFormat::Bf16 {
                     add(experts(stored, held, Values::Bad, order, [3, 40, 96]));
                 }
             }
         }
     }
-    for head_dim in [16, 64] {
-        for n_heads in [5, 11] {
-            add(Case {
-                in_parts: true,
-                ..experts(
-                    Stored::Bf16,
-                    MatrixFormat::Bf16,
-                    Values::Wide,
-                    RowOrder::Rotary { head_dim },
-                    [1, n_heads * head_dim, 160],
-                )
-            });
+    for (head_dim, n_heads) in [(16, 5), (16, 11), (64, 5), (64, 11)] {
+        for held in formats {
+            for values in [Values::Narrow, Values::Wide] {
+                add(Case {
+                    in_parts: true,
+                    ..experts(
+                        Stored::Bf16,
+                        held,
+                        values,
+                        RowOrder::Rotary { head_dim },
+                        [1, n_heads * head_dim, 160],
+                    )
+                });
+            }
         }
     }
     cases
@@ -273,11 +280,7 @@ impl Case {
 
     /// Bytes of all experts' tiles.
     pub fn n_bytes(&self) -> usize {
-        self.n_experts
-            * match self.held {
-                MatrixFormat::Mxfp4 => pack::mxfp4_bytes(self.n_out, self.n_k),
-                _ => pack::bf16_bytes(self.n_out, self.n_k),
-            }
+        self.n_experts * pack::matrix_bytes(self.held, self.n_out, self.n_k)
     }
 
     /// The tiles by the host's packers, and whether they are in the form for large scales; or
@@ -289,9 +292,13 @@ impl Case {
             let (line, k) = (i / (self.n_k / 32), i % (self.n_k / 32));
             let (expert, row) = (line / self.n_out, line % self.n_out);
             let block = block(&matrix, expert, row, k).map_err(|error| error.to_string())?;
-            if self.held == MatrixFormat::Mxfp4
-                && block.to_mxfp4(&mut Deviation::default()).is_none()
-            {
+            let deviation = &mut Deviation::default();
+            let is_held = match self.held {
+                MatrixFormat::Mxfp4 => block.to_mxfp4(deviation).is_some(),
+                MatrixFormat::Mxint8 => block.to_mxint8(deviation).is_some(),
+                MatrixFormat::Bf16 => true,
+            };
+            if !is_held {
                 let error = blocks(&matrix).not_finite(expert, row, k);
                 return Err(error.to_string());
             }
@@ -333,10 +340,7 @@ fn block(
 /// A matrix's tiles by the host's packers; its values are such as can be held.
 pub fn packed(matrix: &Matrix, wide: bool) -> Result<Vec<u8>, NeedsWide> {
     let (n_out, n_k, order) = (matrix.n_out, matrix.n_k, matrix.order);
-    let n_bytes = match matrix.held {
-        MatrixFormat::Mxfp4 => pack::mxfp4_bytes(n_out, n_k),
-        _ => pack::bf16_bytes(n_out, n_k),
-    };
+    let n_bytes = pack::matrix_bytes(matrix.held, n_out, n_k);
     let mut tiles = vec![0; matrix.n_experts * n_bytes];
     for (expert, tiles) in tiles.chunks_exact_mut(n_bytes).enumerate() {
         let block = |row, k| block(matrix, expert, row, k).expect("a block that can be held");
@@ -347,7 +351,13 @@ pub fn packed(matrix: &Matrix, wide: bool) -> Result<Vec<u8>, NeedsWide> {
                     Ok(block.expect("finite values"))
                 })?;
             }
-            _ => pack::bf16(tiles, n_out, n_k, order, |row, k| {
+            MatrixFormat::Mxint8 => {
+                pack::mxint8::<NeedsWide>(tiles, n_out, n_k, order, wide, |row, k| {
+                    let block = block(row, k).to_mxint8(&mut Deviation::default());
+                    Ok(block.expect("finite values"))
+                })?;
+            }
+            MatrixFormat::Bf16 => pack::bf16(tiles, n_out, n_k, order, |row, k| {
                 block(row, k / 32).to_bf16()[k % 32]
             }),
         }

@@ -44,11 +44,6 @@ pub enum CudaError {
         found: usize,
         expected: &'static str,
     },
-    #[error("{class} weights in {format} are not available on CUDA")]
-    Format {
-        class: &'static str,
-        format: &'static str,
-    },
     #[error("`--exact` is not available on CUDA")]
     Exact,
     #[error("{found} stop ids were given, a slot holds {most}")]
@@ -77,7 +72,6 @@ impl CudaError {
             }
             Self::OutOfMemory { .. } => "lower `--batch` or `--context`, or free the GPU",
             Self::Shape { .. } => "give `--device cpu`",
-            Self::Format { .. } => "give `--precision 4bit` or `16bit`, or `--device cpu`",
             Self::Exact => "leave `--exact` out, or give `--device cpu`",
             Self::StopTokens { .. } => "list fewer ids in generation_config.json",
         }

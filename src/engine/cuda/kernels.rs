@@ -21,6 +21,7 @@ const GEMM: &str = concat!(
     include_str!("../../../kernels/gemm_wgmma.cuh"),
     include_str!("../../../kernels/gemm_split.cuh")
 );
+const MATMUL: &str = include_str!("../../../kernels/matmul.cuh");
 const MOE: &str = include_str!("../../../kernels/moe_matmul.cuh");
 
 /// One text to compile.
@@ -44,29 +45,59 @@ fn kernel(name: &'static str, shared: &[&str], text: &str) -> Kernel {
     }
 }
 
-/// The texts for experts of a format.
-pub fn texts(experts: MatrixFormat) -> Vec<Kernel> {
+/// The file of the dense products on weights of a format.
+pub fn matmul_file(format: MatrixFormat) -> &'static str {
+    match format {
+        MatrixFormat::Bf16 => "matmul_bf16",
+        MatrixFormat::Mxint8 => "matmul_mxint8",
+        MatrixFormat::Mxfp4 => "matmul_mxfp4",
+    }
+}
+
+/// The file of the experts' products on weights of a format.
+pub fn moe_matmul_file(format: MatrixFormat) -> &'static str {
+    match format {
+        MatrixFormat::Bf16 => "moe_matmul_bf16",
+        MatrixFormat::Mxint8 => "moe_matmul_mxint8",
+        MatrixFormat::Mxfp4 => "moe_matmul_mxfp4",
+    }
+}
+
+/// The texts for weights of these formats: one for each format of the dense products.
+pub fn texts(format: WeightFormat) -> Vec<Kernel> {
     macro_rules! text {
         ($name:literal) => {
             include_str!(concat!("../../../kernels/", $name, ".cu"))
         };
     }
-    vec![
+    let matmul = |format| {
+        let text = match format {
+            MatrixFormat::Bf16 => text!("matmul_bf16"),
+            MatrixFormat::Mxint8 => text!("matmul_mxint8"),
+            MatrixFormat::Mxfp4 => text!("matmul_mxfp4"),
+        };
+        kernel(matmul_file(format), &[GEMM, MATMUL], text)
+    };
+    let moe_matmul = match format.experts {
+        MatrixFormat::Bf16 => text!("moe_matmul_bf16"),
+        MatrixFormat::Mxint8 => text!("moe_matmul_mxint8"),
+        MatrixFormat::Mxfp4 => text!("moe_matmul_mxfp4"),
+    };
+    let moe_matmul = kernel(moe_matmul_file(format.experts), &[GEMM, MOE], moe_matmul);
+    let mut kernels = vec![
         kernel("embed", &[], text!("embed")),
         kernel("rmsnorm", &[], text!("rmsnorm")),
         kernel("topk_routing", &[], text!("topk_routing")),
         kernel("attention", &[], text!("attention")),
-        kernel("matmul_bf16", &[GEMM], text!("matmul_bf16")),
-        // `Build::new` lets no third format through.
-        match experts {
-            MatrixFormat::Mxfp4 => {
-                kernel("moe_matmul_mxfp4", &[GEMM, MOE], text!("moe_matmul_mxfp4"))
-            }
-            _ => kernel("moe_matmul_bf16", &[GEMM, MOE], text!("moe_matmul_bf16")),
-        },
+        matmul(format.attention),
+        moe_matmul,
         kernel("sample", &[], text!("sample")),
         kernel("synthetic", &[], text!("synthetic")),
-    ]
+    ];
+    if format.lm_head != format.attention {
+        kernels.push(matmul(format.lm_head));
+    }
+    kernels
 }
 
 /// The text that loading uses, the same for every model.
@@ -84,7 +115,7 @@ pub struct Build {
     /// Query heads that share a KV head.
     pub group: usize,
     pub format: WeightFormat,
-    /// Some MXFP4 scale is above 2.
+    /// Some scale is beyond the narrow form: of MXFP4 above 2, of MXINT8 2^127.
     pub wide_scales: bool,
     /// A block has less than 100 KB of shared memory.
     pub small_shared: bool,
@@ -94,36 +125,13 @@ pub struct Build {
 
 impl Build {
     /// # Errors
-    /// A shape or a format that the kernels do not take.
+    /// A shape that the kernels do not take.
     pub fn new(config: &ModelConfig, format: WeightFormat) -> Result<Self, CudaError> {
         if !config.head_dim.is_multiple_of(16) {
             return Err(CudaError::Shape {
                 key: "head_dim",
                 found: config.head_dim,
                 expected: "a multiple of 16",
-            });
-        }
-        let held = [
-            (
-                "experts",
-                format.experts,
-                format.experts == MatrixFormat::Mxint8,
-            ),
-            (
-                "attention",
-                format.attention,
-                format.attention != MatrixFormat::Bf16,
-            ),
-            (
-                "lm_head",
-                format.lm_head,
-                format.lm_head != MatrixFormat::Bf16,
-            ),
-        ];
-        if let Some((class, format, _)) = held.into_iter().find(|(.., refused)| *refused) {
-            return Err(CudaError::Format {
-                class,
-                format: format.name(),
             });
         }
         Ok(Self {
@@ -174,7 +182,11 @@ impl Build {
         for option in plain.options("") {
             hasher.update(option);
         }
-        for kernel in texts(self.format.experts) {
+        // Which text is whose.
+        for format in [self.format.attention, self.format.lm_head] {
+            hasher.update(format.name());
+        }
+        for kernel in texts(self.format) {
             hasher.update(kernel.text);
         }
         hex(hasher).chars().take(12).collect()
@@ -211,7 +223,7 @@ pub fn common_options(arch: &str) -> Vec<String> {
 /// The compiler's log.
 pub fn compile(nvrtc: &Nvrtc, arch: &str, build: &Build) -> Result<Vec<Cubin>, CudaError> {
     let options = build.options(arch);
-    let kernels = texts(build.format.experts);
+    let kernels = texts(build.format);
     std::thread::scope(|scope| {
         let threads: Vec<_> = kernels
             .iter()

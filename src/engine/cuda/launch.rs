@@ -23,7 +23,7 @@ use super::variants::{self, Room, Variant};
 use crate::engine::checkpoint::MatrixFormat;
 use crate::engine::config::ModelConfig;
 
-/// As `MatmulArgs` in kernels/matmul_bf16.cu.
+/// As `MatmulArgs` in kernels/matmul.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct MatmulArgs {
@@ -139,7 +139,10 @@ pub enum Dense {
 /// All kernels of a model on a device.
 pub struct Kernels {
     device: Arc<Device>,
-    format: MatrixFormat,
+    /// Of the experts' weights.
+    experts_format: MatrixFormat,
+    /// Of the dense products' weights, by [`Dense`].
+    dense_formats: [MatrixFormat; 3],
     room: Room,
     dense_variants: Vec<Variant>,
     moe_variants: Vec<Variant>,
@@ -168,7 +171,7 @@ pub struct Kernels {
     sample: Function,
     fill_bf16: Function,
     fill_f32: Function,
-    fill_mxfp4: Function,
+    fill_blocks: Function,
     /// Times of launches, while somebody asks for them.
     profile: Mutex<Option<Vec<(Function, Event, Event)>>>,
     names: Vec<(Function, String)>,
@@ -241,32 +244,49 @@ impl Kernels {
             modules.push((cubin.name, device.load(&cubin.bytes, cubin.name)?));
         }
         let names = RefCell::new(Vec::new());
-        let function = |file: &str, name: &str, shared: usize| {
-            let module = modules.iter().find(|(name, _)| name.starts_with(file));
+        let named = |file: &str, name: &str, shared: usize, label: String| {
+            let module = modules.iter().find(|(name, _)| *name == file);
             let (_, module) = module.expect("every file is in the list of texts");
             let function = module.function(name, shared as u32)?;
-            names.borrow_mut().push((function, name.to_owned()));
+            names.borrow_mut().push((function, label));
             Ok::<_, CudaError>(function)
         };
-        let format = build.format.experts;
+        let function =
+            |file: &str, name: &str, shared: usize| named(file, name, shared, name.to_owned());
+        let experts_format = build.format.experts;
+        let (attention, lm_head) = (build.format.attention, build.format.lm_head);
         let dense_variants = variants::dense(room);
-        let moe_variants = variants::moe(format, room);
-        let of_variants = |file: &str, name: &str, variants: &[Variant], tile_bytes: usize| {
+        let moe_variants = variants::moe(experts_format, room);
+        // A product's label says on which format it is.
+        let of_variants = |file: &str, name: &str, variants: &[Variant], format: MatrixFormat| {
             let each = variants.iter().map(|variant| {
                 let name = format!("{name}_{}", variant.name);
-                function(file, &name, variant.shared_bytes(tile_bytes))
+                let label = format!("{file}_{}", name.trim_start_matches("matmul_"));
+                let shared = variant.shared_bytes(pack::tile_bytes(format));
+                named(file, &name, shared, label)
             });
             each.collect::<Result<Vec<_>, CudaError>>()
         };
-        let dense_of =
-            |name: &str| of_variants("matmul_bf16", name, &dense_variants, pack::BF16_TILE_BYTES);
-        let moe_of =
-            |name: &str| of_variants("moe_matmul", name, &moe_variants, tile_bytes(format));
+        let dense_of = |name: &str, format: MatrixFormat| {
+            of_variants(kernels::matmul_file(format), name, &dense_variants, format)
+        };
+        let moe_of = |name: &str| {
+            let file = kernels::moe_matmul_file(experts_format);
+            of_variants(file, name, &moe_variants, experts_format)
+        };
+        let dense = [
+            dense_of("matmul_qkv", attention)?,
+            dense_of("matmul_add", attention)?,
+            dense_of("matmul_logits", lm_head)?,
+        ];
+        let ring_append = function(kernels::matmul_file(attention), "ring_append", 0)?;
+        let dense_formats = [attention, attention, lm_head];
         let attention = |name| function("attention", name, attention_shared(config.head_dim));
         let routing_shared = route_shared(config.hidden, config.n_experts);
         let routing_shared_8 = ROUTE_ROWS * routing_shared;
         Ok(Self {
-            format,
+            experts_format,
+            dense_formats,
             room,
             head_dim: config.head_dim,
             group: config.group(),
@@ -286,20 +306,16 @@ impl Kernels {
             attention_sliding_decode: attention("attention_sliding_decode")?,
             attention_shared_decode: attention("attention_shared_decode")?,
             attention_merge: function("attention", "attention_merge", 0)?,
-            dense: [
-                dense_of("matmul_qkv")?,
-                dense_of("matmul_add")?,
-                dense_of("matmul_logits")?,
-            ],
+            dense,
             gate_up: moe_of("gate_up")?,
             down: moe_of("down")?,
             dense_variants,
             moe_variants,
-            ring_append: function("matmul_bf16", "ring_append", 0)?,
+            ring_append,
             sample: function("sample", "sample", 0)?,
             fill_bf16: function("synthetic", "fill_bf16", 0)?,
             fill_f32: function("synthetic", "fill_f32", 0)?,
-            fill_mxfp4: function("synthetic", "fill_mxfp4", 0)?,
+            fill_blocks: function("synthetic", "fill_blocks", 0)?,
             n_compiled,
             profile: Mutex::new(None),
             names: names.into_inner(),
@@ -404,15 +420,25 @@ impl Kernels {
     /// # Errors
     /// The driver refuses the launch.
     pub fn matmul(&self, which: Dense, args: &MatmulArgs) -> Result<(), CudaError> {
-        self.matmul_variant(which, self.chosen_dense(args), args)
+        self.matmul_variant(which, self.chosen_dense(which, args), args)
     }
 
     /// Index of the variant that [`Kernels::matmul`] takes.
-    pub fn chosen_dense(&self, args: &MatmulArgs) -> usize {
+    pub fn chosen_dense(&self, which: Dense, args: &MatmulArgs) -> usize {
         let n_tiles = (args.n_tiles - args.first_tile) as usize;
         let n_groups = pack::n_groups(args.n_k as usize);
         let shape = (n_tiles, n_groups, args.n_rows as usize);
-        variants::choose_dense(&self.dense_variants, self.room, shape)
+        variants::choose_dense(
+            &self.dense_variants,
+            self.room,
+            self.tile_bytes(which),
+            shape,
+        )
+    }
+
+    /// Bytes of a tile of a dense product's weights.
+    fn tile_bytes(&self, which: Dense) -> usize {
+        pack::tile_bytes(self.dense_formats[which as usize])
     }
 
     pub fn dense_name(&self, index: usize) -> &'static str {
@@ -444,7 +470,7 @@ impl Kernels {
         let n_tiles = (args.n_tiles - args.first_tile) as usize;
         let m_blocks = n_tiles.div_ceil(variant.block_tiles());
         let row_blocks = (args.n_rows as usize).div_ceil(variant.columns());
-        let weights = n_tiles * pack::n_groups(args.n_k as usize) * pack::BF16_TILE_BYTES;
+        let weights = n_tiles * pack::n_groups(args.n_k as usize) * self.tile_bytes(which);
         let args = MatmulArgs {
             // Few row blocks share a weight tile while it is in L2.
             rows_first: u32::from(row_blocks <= ROW_BLOCKS_FIRST),
@@ -455,7 +481,7 @@ impl Kernels {
             0 => [m_blocks, row_blocks, 1],
             _ => [row_blocks, m_blocks, 1],
         };
-        let shared = variant.shared_bytes(pack::BF16_TILE_BYTES);
+        let shared = variant.shared_bytes(self.tile_bytes(which));
         let function = self.dense[which as usize][index];
         self.enqueue(
             function,
@@ -532,7 +558,7 @@ impl Kernels {
         let n_entries = n_rows * gate_up.k as usize;
         // Every expert may have one tile that is not full.
         let most = n_entries.min(n_entries / variant.columns() + self.n_experts);
-        let shared = variant.shared_bytes(tile_bytes(self.format));
+        let shared = variant.shared_bytes(pack::tile_bytes(self.experts_format));
         for (functions, args) in [(&self.gate_up, gate_up), (&self.down, down)] {
             let grid = [
                 (args.n_tiles as usize).div_ceil(variant.block_tiles()),
@@ -673,17 +699,24 @@ impl Kernels {
         self.launch(self.fill_f32, [STRIDE_BLOCKS as usize, 1, 1], 256, 0, &args)
     }
 
-    /// `n_chunks` of 16 bytes.
-    pub fn fill_mxfp4(
+    /// `n_chunks` of 16 bytes, `tile_chunks` of them a tile.
+    pub fn fill_blocks(
         &self,
         out: u64,
         n_chunks: u64,
+        tile_chunks: u32,
         seed: u64,
         base: u32,
     ) -> Result<(), CudaError> {
-        let args = [arg(&out), arg(&n_chunks), arg(&seed), arg(&base)];
+        let args = [
+            arg(&out),
+            arg(&n_chunks),
+            arg(&tile_chunks),
+            arg(&seed),
+            arg(&base),
+        ];
         self.launch(
-            self.fill_mxfp4,
+            self.fill_blocks,
             [STRIDE_BLOCKS as usize, 1, 1],
             256,
             0,
@@ -841,13 +874,6 @@ impl Kernels {
 
 fn arg<T>(value: &T) -> *mut c_void {
     ptr::from_ref(value).cast_mut().cast()
-}
-
-fn tile_bytes(format: MatrixFormat) -> usize {
-    match format {
-        MatrixFormat::Mxfp4 => pack::MXFP4_TILE_BYTES,
-        _ => pack::BF16_TILE_BYTES,
-    }
 }
 
 fn architecture(device: &Device) -> String {

@@ -15,8 +15,7 @@ use super::buffer::{DeviceBuffer, PinnedBuffer};
 use super::device::Device;
 use super::error::CudaError;
 use super::graph::Event;
-use super::model::{Bytes, CudaModel, Experts, LayerWeights, Projection, assemble, expert_bytes};
-use super::model::{experts_format, kinds};
+use super::model::{Bytes, CudaModel, Experts, LayerWeights, Projection, assemble, kinds};
 use super::pack::{self, RowOrder};
 use super::pieces::{Matrix, Piece, Source, Then, copies};
 use super::repack::Repack;
@@ -133,10 +132,8 @@ impl CudaModel {
         model.wide_scales = report[n_layers * 4 + 1] > 0;
         if model.wide_scales {
             let stream = Stream::new(device)?;
-            for layer in &model.layers {
-                for experts in [&layer.gate_up, &layer.down] {
-                    repack.widen(&stream, experts.tiles.at(0), experts.tiles.n_bytes())?;
-                }
+            for (format, tiles) in model.matrices() {
+                repack.widen(&stream, format, tiles.at(0), tiles.n_bytes())?;
             }
             stream.synchronize()?;
         }
@@ -160,6 +157,7 @@ impl<'a> Loader<'a> {
     fn allocate(&mut self) -> Result<CudaModel, EngineError> {
         let config = self.config;
         let head_dim = config.head_dim;
+        let attention = self.format.attention;
         let embedding = self.as_stored(self.checkpoint.embedding()?)?;
         let mut layers = Vec::with_capacity(config.n_layers());
         for (i, (kind, kind_index)) in kinds(config).enumerate() {
@@ -169,9 +167,9 @@ impl<'a> Loader<'a> {
                 kind,
                 kind_index,
                 attention_norm: self.vector(&[tensors.attention_norm])?,
-                qkv: self.projection(tensors.qkv, RowOrder::Rotary { head_dim })?,
+                qkv: self.projection(attention, tensors.qkv, RowOrder::Rotary { head_dim })?,
                 sinks: self.vector(&[tensors.sinks])?,
-                out: self.projection(tensors.out, RowOrder::Natural)?,
+                out: self.projection(attention, tensors.out, RowOrder::Natural)?,
                 mlp_norm: self.vector(&[tensors.mlp_norm])?,
                 router: self.as_stored(router.weights.remove(0))?,
                 router_bias: self.vector(&router.biases)?,
@@ -194,7 +192,7 @@ impl<'a> Loader<'a> {
             weights: vec![self.checkpoint.lm_head()?],
             biases: Vec::new(),
         };
-        let lm_head = self.projection(parts, RowOrder::Natural)?;
+        let lm_head = self.projection(self.format.lm_head, parts, RowOrder::Natural)?;
         let ends = (embedding, final_norm, lm_head);
         Ok(assemble(config, self.format, false, ends, layers))
     }
@@ -227,10 +225,15 @@ impl<'a> Loader<'a> {
         Ok(buffer)
     }
 
-    fn projection(&mut self, parts: Parts<'a>, order: RowOrder) -> Result<Projection, CudaError> {
+    fn projection(
+        &mut self,
+        format: MatrixFormat,
+        parts: Parts<'a>,
+        order: RowOrder,
+    ) -> Result<Projection, CudaError> {
         let n_k = parts.weights.first().map_or(0, |tensor| tensor.shape[1]);
         let n_out = parts.weights.iter().map(|tensor| tensor.shape[0]).sum();
-        let n_bytes = pack::bf16_bytes(n_out, n_k);
+        let n_bytes = pack::matrix_bytes(format, n_out, n_k);
         let tiles: Bytes = self.device.alloc("a projection", n_bytes)?;
         let bias = match parts.biases.is_empty() {
             true => None,
@@ -242,12 +245,13 @@ impl<'a> Loader<'a> {
             n_out,
             n_k,
             order,
-            held: MatrixFormat::Bf16,
+            held: format,
             tiles: tiles.at(0),
             bad: 0,
             greatest: 0,
         });
         Ok(Projection {
+            format,
             n_out,
             n_k,
             tiles,
@@ -263,7 +267,8 @@ impl<'a> Loader<'a> {
         order: RowOrder,
     ) -> Result<Experts, CudaError> {
         let n_experts = self.config.n_experts;
-        let n_bytes = n_experts * expert_bytes(self.format, n_out, n_k);
+        let format = self.format.experts;
+        let n_bytes = n_experts * pack::matrix_bytes(format, n_out, n_k);
         let tiles: Bytes = self.device.alloc("experts", n_bytes)?;
         self.note(Matrix {
             source: Source::Experts(tensors),
@@ -271,12 +276,13 @@ impl<'a> Loader<'a> {
             n_out,
             n_k,
             order,
-            held: experts_format(self.format),
+            held: format,
             tiles: tiles.at(0),
             bad: 0,
             greatest: 0,
         });
         Ok(Experts {
+            format,
             n_out,
             n_k,
             tiles,

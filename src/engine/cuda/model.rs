@@ -18,6 +18,7 @@ pub type Bytes = DeviceBuffer<u8>;
 
 /// A dense matrix in tiles, and its bias.
 pub struct Projection {
+    pub format: MatrixFormat,
     pub n_out: usize,
     pub n_k: usize,
     pub tiles: Bytes,
@@ -32,6 +33,7 @@ impl Projection {
 
 /// The experts' matrix of one kind in tiles, an expert behind the other, and their biases.
 pub struct Experts {
+    pub format: MatrixFormat,
     pub n_out: usize,
     pub n_k: usize,
     pub tiles: Bytes,
@@ -59,7 +61,7 @@ pub struct LayerWeights {
 pub struct CudaModel {
     pub config: ModelConfig,
     pub format: WeightFormat,
-    /// Some scale is above 2: kernels are built for that.
+    /// Some scale is beyond the narrow form: kernels are built for that.
     pub wide_scales: bool,
     /// bf16 `[n_vocab, hidden]`.
     pub embedding: Bytes,
@@ -114,6 +116,16 @@ impl CudaModel {
         model.checked()
     }
 
+    /// All matrices in tiles.
+    pub(super) fn matrices(&self) -> impl Iterator<Item = (MatrixFormat, &Bytes)> {
+        let layers = self.layers.iter().flat_map(|layer| {
+            let dense = [&layer.qkv, &layer.out].map(|it| (it.format, &it.tiles));
+            let experts = [&layer.gate_up, &layer.down].map(|it| (it.format, &it.tiles));
+            dense.into_iter().chain(experts)
+        });
+        layers.chain([(self.lm_head.format, &self.lm_head.tiles)])
+    }
+
     /// Bytes of each class as loaded, counted at allocation.
     pub fn loaded_bytes(&self) -> ClassBytes {
         self.loaded
@@ -122,8 +134,11 @@ impl CudaModel {
     /// Bytes of each class that a model of this configuration takes; pure.
     pub fn planned_bytes(config: &ModelConfig, format: WeightFormat) -> ClassBytes {
         let vector = format.vectors.n_bytes();
-        let projection = |n_out: usize, n_k: usize| pack::bf16_bytes(n_out, n_k) + n_out * vector;
-        let expert = |n_out: usize, n_k: usize| expert_bytes(format, n_out, n_k) + n_out * vector;
+        let with_bias = |class: MatrixFormat, n_out: usize, n_k: usize| {
+            pack::matrix_bytes(class, n_out, n_k) + n_out * vector
+        };
+        let projection = |n_out: usize, n_k: usize| with_bias(format.attention, n_out, n_k);
+        let expert = |n_out: usize, n_k: usize| with_bias(format.experts, n_out, n_k);
         let (hidden, n_layers, width) = (config.hidden, config.n_layers(), config.intermediate);
         let experts = config.n_experts * (expert(2 * width, hidden) + expert(hidden, width));
         let qkv = projection(config.qkv_width(), hidden);
@@ -134,24 +149,8 @@ impl CudaModel {
             router: (n_layers * config.n_experts * (hidden * 2 + vector)) as u64,
             norms: ((2 * n_layers + 1) * hidden * vector) as u64,
             embedding: (config.n_vocab * hidden * 2) as u64,
-            lm_head: pack::bf16_bytes(config.n_vocab, hidden) as u64,
+            lm_head: pack::matrix_bytes(format.lm_head, config.n_vocab, hidden) as u64,
         }
-    }
-}
-
-/// The format of the experts' tiles: bf16 where there is no other.
-pub(super) fn experts_format(format: WeightFormat) -> MatrixFormat {
-    match format.experts {
-        MatrixFormat::Mxfp4 => MatrixFormat::Mxfp4,
-        _ => MatrixFormat::Bf16,
-    }
-}
-
-/// Bytes of one expert's packed matrix.
-pub(super) fn expert_bytes(format: WeightFormat, n_out: usize, n_k: usize) -> usize {
-    match format.experts {
-        MatrixFormat::Mxfp4 => pack::mxfp4_bytes(n_out, n_k),
-        _ => pack::bf16_bytes(n_out, n_k),
     }
 }
 
@@ -214,24 +213,26 @@ impl Maker<'_> {
         for n in [hidden, width, config.q_width()] {
             assert!(n % 64 == 0, "a synthetic shape is made of whole tiles");
         }
-        // Uniform values of standard deviation 1 / sqrt(n_k) keep a product's scale.
-        let unit = |n_k: usize| (3.0 / n_k as f32).sqrt();
-        let projection = |n_out: usize, n_k: usize, gain: f32, bias: bool| {
+        let formats = self.format;
+        let projection = |format, n_out: usize, n_k: usize, gain: f32, bias: bool| {
             Ok::<_, EngineError>(Projection {
+                format,
                 n_out,
                 n_k,
-                tiles: self.bf16(pack::bf16_bytes(n_out, n_k) / 2, 0.0, gain * unit(n_k))?,
+                tiles: self.matrices(format, 1, (n_out, n_k), gain)?,
                 bias: match bias {
                     true => Some(self.vector(n_out, 0.0, 0.02)?),
                     false => None,
                 },
             })
         };
-        let experts = |n_out: usize, n_k: usize| {
+        let experts = |n_out: usize, n_k: usize, gain: f32| {
+            let format = formats.experts;
             Ok::<_, EngineError>(Experts {
+                format,
                 n_out,
                 n_k,
-                tiles: self.experts(n_out, n_k)?,
+                tiles: self.matrices(format, n_experts, (n_out, n_k), gain)?,
                 bias: self.vector(n_experts * n_out, 0.0, 0.02)?,
             })
         };
@@ -242,18 +243,19 @@ impl Maker<'_> {
                 kind,
                 kind_index,
                 attention_norm: self.vector(hidden, 1.0, 0.1)?,
-                qkv: projection(config.qkv_width(), hidden, 1.0, true)?,
+                qkv: projection(formats.attention, config.qkv_width(), hidden, 1.0, true)?,
                 sinks: self.vector(config.n_heads, 0.0, 1.0)?,
-                out: projection(hidden, config.q_width(), 0.5, true)?,
+                out: projection(formats.attention, hidden, config.q_width(), 0.5, true)?,
                 mlp_norm: self.vector(hidden, 1.0, 0.1)?,
                 router: self.bf16(n_experts * hidden, 0.0, 1.5 * unit(hidden))?,
                 router_bias: self.vector(n_experts, 0.0, 0.01)?,
-                gate_up: experts(2 * width, hidden)?,
-                down: experts(hidden, width)?,
+                gate_up: experts(2 * width, hidden, 1.0)?,
+                // What SwiGLU gives has a mean, which all rows share: routing would follow it.
+                down: experts(hidden, width, 0.125)?,
             });
         }
         let final_norm = self.vector(hidden, 1.0, 0.1)?;
-        let lm_head = projection(config.n_vocab, hidden, 2.0, false)?;
+        let lm_head = projection(formats.lm_head, config.n_vocab, hidden, 2.0, false)?;
         let ends = (embedding, final_norm, lm_head);
         Ok(assemble(config, self.format, false, ends, layers))
     }
@@ -283,20 +285,40 @@ impl Maker<'_> {
         }
     }
 
-    fn experts(&self, n_out: usize, n_k: usize) -> Result<Bytes, EngineError> {
-        let n_bytes = self.config.n_experts * expert_bytes(self.format, n_out, n_k);
-        match self.format.experts {
-            MatrixFormat::Mxfp4 => {
-                let out: Bytes = self.device.alloc("synthetic weights", n_bytes)?;
-                // Codes of random bits have deviation 2.93; with scales 2^-8 and 2^-7 that is
-                // near 1 / sqrt(2880). Down is eight times smaller: what SwiGLU gives has a mean,
-                // which all rows share, and routing would follow it.
-                let base = 127 - if n_out == self.config.hidden { 11 } else { 8 } + 126;
-                self.kernels
-                    .fill_mxfp4(out.at(0), n_bytes as u64 / 16, self.seed(), base)?;
-                Ok(out)
-            }
-            _ => self.bf16(n_bytes / 2, 0.0, (3.0 / n_k as f32).sqrt()),
-        }
+    /// Tiles of some matrices whose products have `gain` times the scale of what is multiplied.
+    fn matrices(
+        &self,
+        format: MatrixFormat,
+        n: usize,
+        (n_out, n_k): (usize, usize),
+        gain: f32,
+    ) -> Result<Bytes, EngineError> {
+        let n_bytes = n * pack::matrix_bytes(format, n_out, n_k);
+        // Codes of random bits under scale 1 have this root mean square.
+        let (bias, of_codes) = match (pack::narrow_bias(format), format) {
+            (Some(bias), MatrixFormat::Mxfp4) => (bias, 2.926),
+            (Some(bias), _) => (bias, 1.148),
+            (None, _) => return self.bf16(n_bytes / 2, 0.0, gain * unit(n_k)),
+        };
+        // Scales 2^exponent and twice that: together the root of 2.5 of the first.
+        let wanted = gain / (n_k as f32).sqrt();
+        let exponent = (wanted / (of_codes * 2.5f32.sqrt())).log2().round() as i32;
+        let base = (127 + exponent + i32::from(bias)) as u32;
+        let out: Bytes = self.device.alloc("synthetic weights", n_bytes)?;
+        let tile_chunks = pack::tile_bytes(format) as u32 / 16;
+        self.kernels.fill_blocks(
+            out.at(0),
+            n_bytes as u64 / 16,
+            tile_chunks,
+            self.seed(),
+            base,
+        )?;
+        Ok(out)
     }
+}
+
+/// Greatest of uniform values whose standard deviation is 1 / sqrt(n_k): they keep a product's
+/// scale.
+fn unit(n_k: usize) -> f32 {
+    (3.0 / n_k as f32).sqrt()
 }

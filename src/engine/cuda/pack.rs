@@ -4,8 +4,9 @@
 //! ```text
 //! lane l: g = l / 4, t = l % 4
 //! a0 = (g, 2t), a1 = (g + 8, 2t), a2 = (g, 2t + 8), a3 = (g + 8, 2t + 8), each with the next k
-//! bf16   [4 steps][32 lanes][a0 a1 a2 a3]              2048 bytes
-//! mxfp4  [32 lanes][4 steps] words, [8 g][4] scales     544 bytes
+//! bf16   [4 steps][32 lanes][a0 a1 a2 a3]                             2048 bytes
+//! mxint8 [2 halves][32 lanes][2 steps][2] words, [8 g][4] scales      1056 bytes
+//! mxfp4  [32 lanes][4 steps] words, [8 g][4] scales                    544 bytes
 //! matrix [blocks of 64 features][groups of 64 k][4 tiles]
 //! ```
 //!
@@ -15,7 +16,8 @@ use std::convert::Infallible;
 
 use rayon::prelude::*;
 
-use crate::quant::mxfp4;
+use crate::engine::checkpoint::MatrixFormat;
+use crate::quant::{mxfp4, mxint8};
 
 /// Out features of a tile.
 pub const TILE_M: usize = 16;
@@ -23,13 +25,47 @@ pub const TILE_M: usize = 16;
 pub const GROUP_K: usize = 64;
 /// Tiles of a block of 64 out features.
 pub const BLOCK_TILES: usize = 4;
-pub const BF16_TILE_BYTES: usize = TILE_M * GROUP_K * 2;
-pub const MXFP4_TILE_BYTES: usize = TILE_M * GROUP_K / 2 + TILE_M * 2;
+/// Scale bytes of a tile of a block format: its last ones.
+pub const TILE_SCALES: usize = TILE_M * GROUP_K / mxfp4::BLOCK;
 
-/// Greatest scale byte whose product with 2^126 is a bf16.
-const GREATEST_NARROW: u8 = 128;
-/// What is added to a scale byte so that it is the exponent of scale x 2^126.
-const NARROW_BIAS: u8 = 126;
+/// Bytes of a tile.
+pub const fn tile_bytes(format: MatrixFormat) -> usize {
+    match format {
+        MatrixFormat::Bf16 => TILE_M * GROUP_K * 2,
+        MatrixFormat::Mxint8 => TILE_M * GROUP_K + TILE_SCALES,
+        MatrixFormat::Mxfp4 => TILE_M * GROUP_K / 2 + TILE_SCALES,
+    }
+}
+
+/// Scale bytes in the kernels' narrow form, which unpacks with one product: as exponents of a
+/// scale times a power of two.
+struct Narrow {
+    /// Greatest scale byte for which that is a bf16.
+    greatest: u8,
+    /// What is added to a scale byte.
+    bias: u8,
+}
+
+/// Codes are read as 2^-126 of their values.
+const MXFP4_NARROW: Narrow = Narrow {
+    greatest: 128,
+    bias: 126,
+};
+/// Codes are read as significands: one step is 1 / 128, and 128 steps are twice the scale.
+const MXINT8_NARROW: Narrow = Narrow {
+    greatest: 253,
+    bias: 1,
+};
+
+/// What is added to the scale bytes of a block format's tiles in the narrow form; nothing in bf16,
+/// which has none.
+pub fn narrow_bias(format: MatrixFormat) -> Option<u8> {
+    match format {
+        MatrixFormat::Bf16 => None,
+        MatrixFormat::Mxint8 => Some(MXINT8_NARROW.bias),
+        MatrixFormat::Mxfp4 => Some(MXFP4_NARROW.bias),
+    }
+}
 
 /// Which row of the matrix is row `r` of a tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,14 +109,9 @@ fn packed_tiles(n_out: usize) -> usize {
     n_tiles(n_out).next_multiple_of(BLOCK_TILES)
 }
 
-/// Bytes of a packed bf16 matrix.
-pub fn bf16_bytes(n_out: usize, n_k: usize) -> usize {
-    packed_tiles(n_out) * n_groups(n_k) * BF16_TILE_BYTES
-}
-
-/// Bytes of a packed MXFP4 matrix.
-pub fn mxfp4_bytes(n_out: usize, n_k: usize) -> usize {
-    packed_tiles(n_out) * n_groups(n_k) * MXFP4_TILE_BYTES
+/// Bytes of a packed matrix.
+pub fn matrix_bytes(format: MatrixFormat, n_out: usize, n_k: usize) -> usize {
+    packed_tiles(n_out) * n_groups(n_k) * tile_bytes(format)
 }
 
 /// Fills every tile of a packed matrix: `fill(tile, group, bytes)`.
@@ -111,8 +142,10 @@ pub fn bf16(
     order: RowOrder,
     value: impl Fn(usize, usize) -> u16 + Sync,
 ) {
-    assert_eq!(out.len(), bf16_bytes(n_out, n_k), "the caller made room");
-    let filled = each_tile::<Infallible>(out, n_k, BF16_TILE_BYTES, |tile, group, bytes| {
+    let room = matrix_bytes(MatrixFormat::Bf16, n_out, n_k);
+    assert_eq!(out.len(), room, "the caller made room");
+    let tile_bytes = tile_bytes(MatrixFormat::Bf16);
+    let filled = each_tile::<Infallible>(out, n_k, tile_bytes, |tile, group, bytes| {
         for (i, word) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
             let (j, lane, step) = (i % 4, i / 4 % 32, i / 128);
             let row = order.row(tile, lane / 4 + j % 2 * 8);
@@ -162,8 +195,10 @@ pub fn mxfp4<E: From<NeedsWide> + Send>(
     wide: bool,
     block: impl Fn(usize, usize) -> Result<(u8, [u8; mxfp4::BLOCK_BYTES]), E> + Sync,
 ) -> Result<(), E> {
-    assert_eq!(out.len(), mxfp4_bytes(n_out, n_k), "the caller made room");
-    each_tile(out, n_k, MXFP4_TILE_BYTES, |tile, group, bytes| {
+    let room = matrix_bytes(MatrixFormat::Mxfp4, n_out, n_k);
+    assert_eq!(out.len(), room, "the caller made room");
+    let tile_bytes = tile_bytes(MatrixFormat::Mxfp4);
+    each_tile(out, n_k, tile_bytes, |tile, group, bytes| {
         let (codes, scales) = bytes.split_at_mut(TILE_M * GROUP_K / 2);
         let mut words = [[0u32; 4]; 32];
         for r in 0..TILE_M {
@@ -174,7 +209,8 @@ pub fn mxfp4<E: From<NeedsWide> + Send>(
                     true => block(row, index)?,
                     false => (0, [0; mxfp4::BLOCK_BYTES]),
                 };
-                scales[r % 8 * 4 + half * 2 + r / 8] = scale_byte(scale, &block, wide)?;
+                let zeros = block.iter().all(|byte| byte & 0x77 == 0);
+                scales[scale_at(r, half)] = MXFP4_NARROW.byte(scale, zeros, wide)?;
                 for (pair, byte) in block.into_iter().enumerate() {
                     place_pair(&mut words, r, half * mxfp4::BLOCK + 2 * pair, byte);
                 }
@@ -188,17 +224,72 @@ pub fn mxfp4<E: From<NeedsWide> + Send>(
     })
 }
 
-/// The scale as the kernels want it. A block of zeros gets scale 1, whatever its byte was.
-fn scale_byte(scale: u8, block: &[u8; mxfp4::BLOCK_BYTES], wide: bool) -> Result<u8, NeedsWide> {
-    let zeros = block.iter().all(|byte| byte & 0x77 == 0);
-    let scale = if zeros { 127 } else { scale };
-    if wide {
-        Ok(scale)
-    } else if scale > GREATEST_NARROW {
-        Err(NeedsWide)
-    } else {
-        Ok(scale + NARROW_BIAS)
+/// Packs the MXINT8 matrix `[n_out, n_k]` whose blocks are `block(row, k / 32)`: scale byte and
+/// codes, none of them -128. `wide`: scale bytes stay as they are, for kernels built with
+/// `WIDE_SCALES`.
+///
+/// # Errors
+/// What `block` gives, or [`NeedsWide`] through `E` for a scale byte above 253.
+pub fn mxint8<E: From<NeedsWide> + Send>(
+    out: &mut [u8],
+    n_out: usize,
+    n_k: usize,
+    order: RowOrder,
+    wide: bool,
+    block: impl Fn(usize, usize) -> Result<(u8, [i8; mxint8::BLOCK]), E> + Sync,
+) -> Result<(), E> {
+    let room = matrix_bytes(MatrixFormat::Mxint8, n_out, n_k);
+    assert_eq!(out.len(), room, "the caller made room");
+    let tile_bytes = tile_bytes(MatrixFormat::Mxint8);
+    each_tile(out, n_k, tile_bytes, |tile, group, bytes| {
+        let (bytes, scales) = bytes.split_at_mut(TILE_M * GROUP_K);
+        bytes.fill(0);
+        for r in 0..TILE_M {
+            for half in 0..GROUP_K / mxint8::BLOCK {
+                let (row, index) = (order.row(tile, r), group * 2 + half);
+                let inside = row < n_out && index * mxint8::BLOCK < n_k;
+                let (scale, codes) = match inside {
+                    true => block(row, index)?,
+                    false => (0, [0; mxint8::BLOCK]),
+                };
+                let zeros = codes.iter().all(|&code| code == 0);
+                scales[scale_at(r, half)] = MXINT8_NARROW.byte(scale, zeros, wide)?;
+                for (i, code) in codes.into_iter().enumerate() {
+                    place_int8(bytes, r, half * mxint8::BLOCK + i, code);
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Where among a tile's scales that of tile row `r` is, in a half of its k.
+fn scale_at(r: usize, half: usize) -> usize {
+    r % 8 * 4 + half * 2 + r / 8
+}
+
+impl Narrow {
+    /// The scale as the kernels want it. A block of zeros gets scale 1, whatever its byte was.
+    fn byte(&self, scale: u8, zeros: bool, wide: bool) -> Result<u8, NeedsWide> {
+        let scale = if zeros { 127 } else { scale };
+        if wide {
+            Ok(scale)
+        } else if scale > self.greatest {
+            Err(NeedsWide)
+        } else {
+            Ok(scale + self.bias)
+        }
     }
+}
+
+/// Puts the code of k `k` of tile row `r` into its lane's words: the magnitude in bits 0 to 6 of a
+/// byte, the sign at bit 7 of the other byte of the same half.
+fn place_int8(bytes: &mut [u8], r: usize, k: usize, code: i8) {
+    let (step, within) = (k / 16, k % 16);
+    let lane = r % 8 * 4 + within % 8 / 2;
+    let at = step / 2 * 512 + lane * 16 + step % 2 * 8 + within / 8 * 4 + within % 2 * 2;
+    bytes[at + r / 8] |= code.unsigned_abs();
+    bytes[at + 1 - r / 8] |= u8::from(code < 0) << 7;
 }
 
 /// Puts the codes of k `k` (low nibble) and `k + 1` of tile row `r` into their lane's word.
@@ -212,7 +303,7 @@ fn place_pair(words: &mut [[u32; 4]; 32], r: usize, k: usize, byte: u8) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::bf16 as bf16_format;
+    use crate::quant::{bf16 as bf16_format, mxint8 as mxint8_format};
 
     /// The kernels' `unpack_mxfp4` and `mul_bf16x2`, in f32 (all values are exact in bf16).
     fn unpack(word: u32, scales: [f32; 2]) -> [[f32; 2]; 4] {
@@ -234,6 +325,52 @@ mod tests {
     /// Where the kernels look for a tile.
     fn tile_index(tile: usize, group: usize, groups: usize) -> usize {
         (tile / BLOCK_TILES * groups + group) * BLOCK_TILES + tile % BLOCK_TILES
+    }
+
+    const MXFP4_TILE_BYTES: usize = tile_bytes(MatrixFormat::Mxfp4);
+    const MXINT8_TILE_BYTES: usize = tile_bytes(MatrixFormat::Mxint8);
+    const BF16_TILE_BYTES: usize = tile_bytes(MatrixFormat::Bf16);
+
+    fn mxfp4_bytes(n_out: usize, n_k: usize) -> usize {
+        matrix_bytes(MatrixFormat::Mxfp4, n_out, n_k)
+    }
+
+    /// The kernels' `unpack_mxint8` of one half of a word, in f64, where every step is exact.
+    fn unpack_int8(half: u16, scale_byte: u8, wide: bool) -> f32 {
+        let of = |bits: u16| f64::from(bf16_format::to_f32(bits));
+        let significand = of((half & 0x807F) | 0x3F80);
+        let scale = u16::from(scale_byte) << 7;
+        let value = if wide {
+            (significand * of(0x4000) + of((!half & 0x8000) | 0x4000)) * of(scale)
+        } else {
+            significand * of(scale) + of((!half & 0x8000) | scale)
+        };
+        let value = value as f32;
+        assert_eq!(bf16_format::round(value).to_bits(), value.to_bits());
+        value
+    }
+
+    /// What the kernels make of (tile, row of tile, k) of a packed MXINT8 matrix.
+    fn unpacked_int8(
+        bytes: &[u8],
+        groups: usize,
+        tile: usize,
+        r: usize,
+        k: usize,
+        wide: bool,
+    ) -> f32 {
+        let start = tile_index(tile, k / GROUP_K, groups) * MXINT8_TILE_BYTES;
+        let bytes = &bytes[start..start + MXINT8_TILE_BYTES];
+        let (k, g) = (k % GROUP_K, r % 8);
+        let (step, within) = (k / 16, k % 16);
+        let lane = g * 4 + within % 8 / 2;
+        // Two words a step: of near k and of far.
+        let at = step / 2 * 512 + lane * 16 + step % 2 * 8 + within / 8 * 4;
+        let word = u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
+        let half = (word >> (within % 2 * 16)) as u16;
+        let half = if r < 8 { half } else { half.swap_bytes() };
+        let scale = bytes[1024 + g * 4 + step / 2 * 2 + r / 8];
+        unpack_int8(half, scale, wide)
     }
 
     /// What lane and word of a packed matrix say of (tile, row of tile, k).
@@ -313,8 +450,72 @@ mod tests {
     }
 
     #[test]
+    fn unpacked_mxint8_is_what_was_packed() {
+        let orders = [
+            (RowOrder::Natural, 68, 96),
+            (RowOrder::GateUp, 128, 160),
+            (RowOrder::Rotary { head_dim: 64 }, 192, 64),
+        ];
+        for (order, n_out, n_k) in orders {
+            for wide in [false, true] {
+                let most = if wide { 254 } else { 253 };
+                let block = |row: usize, index: usize| {
+                    let at = row * 7 + index * 31;
+                    let codes = std::array::from_fn(|i| ((at + i * 13) % 255) as i32 - 127);
+                    (1 + (at % most) as u8, codes.map(|code| code as i8))
+                };
+                let mut bytes = vec![0xFF; matrix_bytes(MatrixFormat::Mxint8, n_out, n_k)];
+                mxint8::<NeedsWide>(&mut bytes, n_out, n_k, order, wide, |row, i| {
+                    Ok(block(row, i))
+                })
+                .expect("the scales fit");
+                for tile in 0..n_tiles(n_out) {
+                    for r in 0..TILE_M {
+                        let row = order.row(tile, r);
+                        for k in 0..n_groups(n_k) * GROUP_K {
+                            let got = unpacked_int8(&bytes, n_groups(n_k), tile, r, k, wide);
+                            let expected = if row < n_out && k < n_k {
+                                let (scale, codes) = block(row, k / 32);
+                                mxint8_format::unpack(scale, &codes)[k % 32]
+                            } else {
+                                0.0
+                            };
+                            assert_eq!(got, expected, "{order:?} wide {wide} row {row} k {k}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn all_int8_codes_and_scales_are_exact() {
+        for scale in mxint8_format::SCALE_MIN..=mxint8_format::SCALE_MAX {
+            for code in -127..=127i8 {
+                for r in [3, 11] {
+                    let mut bytes = [0; 1024];
+                    place_int8(&mut bytes, r, 0, code);
+                    let half = u16::from_le_bytes([bytes[192], bytes[193]]);
+                    let half = if r < 8 { half } else { half.swap_bytes() };
+                    let expected = f32::from(code) * mxint8_format::step(scale);
+                    let wide = MXINT8_NARROW.byte(scale, false, true);
+                    let wide = unpack_int8(half, wide.expect("it holds every scale"), true);
+                    assert_eq!(wide, expected, "{code} at {scale}");
+                    match MXINT8_NARROW.byte(scale, false, false) {
+                        Ok(byte) => {
+                            let narrow = unpack_int8(half, byte, false);
+                            assert_eq!(narrow.to_bits(), expected.to_bits(), "{code} at {scale}");
+                        }
+                        Err(NeedsWide) => assert_eq!(scale, mxint8_format::SCALE_MAX),
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn all_codes_and_narrow_scales_are_exact() {
-        for scale in 2..=GREATEST_NARROW {
+        for scale in 2..=MXFP4_NARROW.greatest {
             for code in 0..16u8 {
                 for j in 0..4 {
                     for half in 0..2 {
@@ -355,7 +556,7 @@ mod tests {
     fn bf16_is_laid_out_as_the_lanes_read_it() {
         let (n_out, n_k) = (40, 96);
         let value = |row: usize, k: usize| (row * 1000 + k) as u16;
-        let mut bytes = vec![0xFF; bf16_bytes(n_out, n_k)];
+        let mut bytes = vec![0xFF; matrix_bytes(MatrixFormat::Bf16, n_out, n_k)];
         bf16(&mut bytes, n_out, n_k, RowOrder::Natural, value);
         let groups = n_groups(n_k);
         for row in 0..n_tiles(n_out) * TILE_M {

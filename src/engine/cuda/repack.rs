@@ -62,17 +62,19 @@ pub fn order_number(order: RowOrder) -> u32 {
     }
 }
 
-/// The kernel from a stored format to a held one; nothing where there is none.
-pub fn kernel_name(stored: Stored, held: MatrixFormat) -> Option<&'static str> {
-    Some(match (stored, held) {
+/// The kernel from a stored format to a held one.
+pub fn kernel_name(stored: Stored, held: MatrixFormat) -> &'static str {
+    match (stored, held) {
         (Stored::Mxfp4, MatrixFormat::Mxfp4) => "mxfp4_to_mxfp4",
+        (Stored::Mxfp4, MatrixFormat::Mxint8) => "mxfp4_to_mxint8",
         (Stored::Mxfp4, MatrixFormat::Bf16) => "mxfp4_to_bf16",
         (Stored::Bf16, MatrixFormat::Mxfp4) => "bf16_to_mxfp4",
+        (Stored::Bf16, MatrixFormat::Mxint8) => "bf16_to_mxint8",
         (Stored::Bf16, MatrixFormat::Bf16) => "bf16_to_bf16",
         (Stored::Bf16Transposed, MatrixFormat::Mxfp4) => "bf16_transposed_to_mxfp4",
+        (Stored::Bf16Transposed, MatrixFormat::Mxint8) => "bf16_transposed_to_mxint8",
         (Stored::Bf16Transposed, MatrixFormat::Bf16) => "bf16_transposed_to_bf16",
-        (_, MatrixFormat::Mxint8) => return None,
-    })
+    }
 }
 
 /// The kernels, loaded: the same for every model.
@@ -99,7 +101,7 @@ impl Repack {
     /// Enqueues a piece.
     ///
     /// # Errors
-    /// No kernel from and to these formats, or the driver fails.
+    /// The driver fails.
     pub fn repack(
         &self,
         stream: &Stream,
@@ -107,23 +109,30 @@ impl Repack {
         held: MatrixFormat,
         args: &RepackArgs,
     ) -> Result<(), CudaError> {
-        let name = kernel_name(stored, held).ok_or(CudaError::Format {
-            class: "these",
-            format: held.name(),
-        })?;
-        let function = self.module.function(name, 0)?;
+        let function = self.module.function(kernel_name(stored, held), 0)?;
         self.launch(stream, function, args.n_blocks(), &mut [arg(args)])
     }
 
-    /// Enqueues the change of MXFP4 tiles to the form for kernels built with `WIDE_SCALES`.
+    /// Enqueues the change of a format's tiles to the form for kernels built with `WIDE_SCALES`;
+    /// bf16 has but one form.
     ///
     /// # Errors
     /// The driver fails.
-    pub fn widen(&self, stream: &Stream, tiles: u64, n_bytes: u64) -> Result<(), CudaError> {
-        let n_tiles = n_bytes / pack::MXFP4_TILE_BYTES as u64;
-        let n_blocks = (n_tiles * 2 * pack::TILE_M as u64).div_ceil(256) as u32;
+    pub fn widen(
+        &self,
+        stream: &Stream,
+        format: MatrixFormat,
+        tiles: u64,
+        n_bytes: u64,
+    ) -> Result<(), CudaError> {
+        let Some(bias) = pack::narrow_bias(format).map(u32::from) else {
+            return Ok(());
+        };
+        let tile_bytes = pack::tile_bytes(format) as u32;
+        let n_tiles = n_bytes / u64::from(tile_bytes);
+        let n_blocks = (n_tiles * pack::TILE_SCALES as u64).div_ceil(256) as u32;
         let function = self.module.function("widen", 0)?;
-        let mut args = [arg(&tiles), arg(&n_tiles)];
+        let mut args = [arg(&tiles), arg(&n_tiles), arg(&tile_bytes), arg(&bias)];
         self.launch(stream, function, n_blocks, &mut args)
     }
 

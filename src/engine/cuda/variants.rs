@@ -1,5 +1,5 @@
 //! The variants of the products: block shapes that all give the same bits, and which one serves
-//! how many rows. The numbers are those of `kernels/matmul_bf16.cu` and `kernels/moe_matmul.cuh`.
+//! how many rows. The numbers are those of `kernels/matmul.cuh` and `kernels/moe_matmul.cuh`.
 
 use super::pack;
 use crate::engine::checkpoint::MatrixFormat;
@@ -157,7 +157,7 @@ pub fn dense(room: Room) -> Vec<Variant> {
 
 /// Variants of the experts' products.
 pub fn moe(format: MatrixFormat, room: Room) -> Vec<Variant> {
-    let narrow = format == MatrixFormat::Mxfp4;
+    let narrow = format != MatrixFormat::Bf16;
     if room.warpgroups {
         let (few, many) = if narrow { (2, 3) } else { (1, 2) };
         return vec![
@@ -198,7 +198,12 @@ impl Variant {
 
     /// About how long a dense product takes, in ns: the longest of what its blocks take one behind
     /// the other, what L2 gives all of them, what memory gives, what the matrix units do.
-    fn dense_ns(&self, room: Room, n_tiles: usize, n_groups: usize, n_rows: usize) -> f64 {
+    fn dense_ns(
+        &self,
+        room: Room,
+        tile: usize,
+        (n_tiles, n_groups, n_rows): (usize, usize, usize),
+    ) -> f64 {
         // Measured on an H100 (kernels/NOTES.md). A stage of a block: so many ns, and bytes a ns;
         // bytes a ns of L2 and memory; FLOP a ns of a multiprocessor. Elsewhere they are other
         // numbers in about the same ratios.
@@ -211,7 +216,6 @@ impl Variant {
         if room.warpgroups && !self.is_warpgroups() && n_rows > self.columns() {
             return f64::INFINITY;
         }
-        let tile = pack::BF16_TILE_BYTES;
         let stage = self.stage_bytes(tile) as f64;
         let n_blocks = self.n_blocks(n_tiles, n_rows);
         let resident = (SHARED_BYTES / self.shared_bytes(tile)).clamp(1, 16);
@@ -231,13 +235,14 @@ impl Variant {
     }
 }
 
-/// Index of the variant for a dense product.
+/// Index of the variant for a dense product on tiles of so many bytes.
 pub fn choose_dense(
     variants: &[Variant],
     room: Room,
-    (n_tiles, n_groups, n_rows): (usize, usize, usize),
+    tile_bytes: usize,
+    shape: (usize, usize, usize),
 ) -> usize {
-    let time = |variant: &Variant| variant.dense_ns(room, n_tiles, n_groups, n_rows);
+    let time = |variant: &Variant| variant.dense_ns(room, tile_bytes, shape);
     let best = variants
         .iter()
         .enumerate()

@@ -9,7 +9,6 @@ use crate::engine::config::ModelConfig;
 use crate::engine::cpu::model::CpuModel;
 use crate::engine::cpu::{CpuBackend, CpuOptions};
 use crate::engine::cuda;
-use crate::engine::cuda::kernels::Build;
 use crate::engine::cuda::model::CudaModel;
 use crate::engine::plan::{
     self, BatchSize, Budget, LedgerEntry, MemoryPlan, PlanRequest, PrecisionFit, available_memory,
@@ -98,21 +97,12 @@ impl<'a> Planned<'a> {
         precision.formats(self.experts, self.vectors)
     }
 
-    /// Whether the engine of this place can hold the model so.
-    pub fn is_held(&self, precision: Precision) -> bool {
-        match self.place {
-            Place::Cpu(_) => true,
-            Place::Gpu => Build::new(self.config, self.format(precision)).is_ok(),
-        }
-    }
-
-    /// Bytes of each class as held. What the GPU's engine does not hold yet is counted as the CPU
-    /// holds it.
+    /// Bytes of each class as held.
     fn loaded(&self, precision: Precision) -> ClassBytes {
         let format = self.format(precision);
         match self.place {
-            Place::Gpu if self.is_held(precision) => CudaModel::planned_bytes(self.config, format),
-            _ => CpuModel::planned_bytes(self.config, format),
+            Place::Cpu(_) => CpuModel::planned_bytes(self.config, format),
+            Place::Gpu => CudaModel::planned_bytes(self.config, format),
         }
     }
 
@@ -121,10 +111,7 @@ impl<'a> Planned<'a> {
         let format = self.format(precision);
         match self.place {
             Place::Cpu(options) => CpuBackend::planned_memory(self.config, format, shape, options),
-            Place::Gpu => BackendMemory {
-                weights_bytes: self.loaded(precision).total(),
-                ..cuda::memory::planned(self.config, format, shape)
-            },
+            Place::Gpu => cuda::memory::planned(self.config, format, shape),
         }
     }
 
