@@ -5,7 +5,6 @@
 #define R4(a, b, c, d) "%" #a ", %" #b ", %" #c ", %" #d
 #define R8 R4(0, 1, 2, 3) ", " R4(4, 5, 6, 7)
 #define R16 R8 ", " R4(8, 9, 10, 11) ", " R4(12, 13, 14, 15)
-#define R20 R16 ", " R4(16, 17, 18, 19)
 #define R24 R16 ", " R4(16, 17, 18, 19) ", " R4(20, 21, 22, 23)
 #define R32 R24 ", " R4(24, 25, 26, 27) ", " R4(28, 29, 30, 31)
 #define R48 R32 ", " R4(32, 33, 34, 35) ", " R4(36, 37, 38, 39) ", " R4(40, 41, 42, 43) ", " R4(44, 45, 46, 47)
@@ -25,10 +24,8 @@ template <int NT> __device__ __forceinline__ void wgmma_bf16(float (&c)[NT][4], 
     if constexpr (NT == 1) WGMMA(8, R4(0, 1, 2, 3), R4(4, 5, 6, 7), 8, 9, C1(0));
     else if constexpr (NT == 2) WGMMA(16, R8, R4(8, 9, 10, 11), 12, 13, C2(0));
     else if constexpr (NT == 4) WGMMA(32, R16, R4(16, 17, 18, 19), 20, 21, C4(0));
-    else if constexpr (NT == 5) WGMMA(40, R20, R4(20, 21, 22, 23), 24, 25, C4(0), C1(4));
     else if constexpr (NT == 6) WGMMA(48, R24, R4(24, 25, 26, 27), 28, 29, C4(0), C2(4));
     else if constexpr (NT == 8) WGMMA(64, R32, R4(32, 33, 34, 35), 36, 37, C8(0));
-    else if constexpr (NT == 12) WGMMA(96, R48, R4(48, 49, 50, 51), 52, 53, C8(0), C4(8));
     else if constexpr (NT == 16) WGMMA(128, R64, R4(64, 65, 66, 67), 68, 69, C8(0), C8(8));
     else static_assert(NT == 1, "no such token tile");
 }

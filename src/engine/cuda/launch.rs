@@ -1,5 +1,5 @@
 //! The only place that launches: one typed function a kernel, which picks the variant and the
-//! grid. Argument records have the layout of those in `kernels/`.
+//! grid. Their argument records are in `arguments`.
 
 #![allow(unsafe_code, reason = "launches kernels")]
 
@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys;
 
+pub use super::arguments::{AttentionArgs, Dense, MatmulArgs, MoeArgs, RouteArgs, SampleArgs};
 use super::counts::{Calls, Recorded, add};
 use super::decode::Slot;
 use super::device::{Device, Function, Module, check};
@@ -22,119 +23,6 @@ use super::pack;
 use super::variants::{self, Room, Variant};
 use crate::engine::checkpoint::MatrixFormat;
 use crate::engine::config::ModelConfig;
-
-/// As `MatmulArgs` in kernels/matmul.cuh.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub struct MatmulArgs {
-    pub weights: u64,
-    pub bias: u64,
-    pub x: u64,
-    pub out: u64,
-    pub qkv: u64,
-    pub rows: u64,
-    pub rope: u64,
-    pub cache: u64,
-    pub page_table: u64,
-    pub n_rows: u32,
-    pub n_out: u32,
-    pub n_k: u32,
-    pub n_tiles: u32,
-    pub first_tile: u32,
-    pub n_heads: u32,
-    pub n_kv_heads: u32,
-    pub layer: u32,
-    pub n_layers: u32,
-    pub max_pages: u32,
-    pub ring: u32,
-    pub rows_first: u32,
-    pub prefetch: u32,
-}
-
-/// As `MoeArgs` in kernels/moe_matmul.cuh.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub struct MoeArgs {
-    pub weights: u64,
-    pub bias: u64,
-    pub x: u64,
-    pub act: u64,
-    pub y: u64,
-    pub offsets: u64,
-    pub entries: u64,
-    pub n_experts: u32,
-    pub k: u32,
-    pub n_k: u32,
-    pub n_tiles: u32,
-    pub n_out: u32,
-    pub limit: f32,
-}
-
-/// As `RouteArgs` in kernels/topk_routing.cu.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub struct RouteArgs {
-    pub x: u64,
-    pub norm: u64,
-    pub t: u64,
-    pub weights: u64,
-    pub bias: u64,
-    pub rows: u64,
-    pub experts: u64,
-    pub gates: u64,
-    pub n_experts: u32,
-    pub k: u32,
-    pub n_rows: u32,
-    pub eps: f32,
-}
-
-/// As `AttentionArgs` in kernels/attention.cu.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub struct AttentionArgs {
-    pub qkv: u64,
-    pub out: u64,
-    pub rows: u64,
-    pub blocks: u64,
-    pub sinks: u64,
-    pub cache: u64,
-    pub page_table: u64,
-    pub partial: u64,
-    pub items: u64,
-    pub n_items: u64,
-    pub shared: u64,
-    pub n_heads: u32,
-    pub n_kv_heads: u32,
-    pub layer: u32,
-    pub n_layers: u32,
-    pub max_pages: u32,
-    pub ring: u32,
-    pub window: u32,
-    pub max_splits: u32,
-    pub scale: f32,
-}
-
-/// As `SampleArgs` in kernels/sample.cu.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub struct SampleArgs {
-    pub logits: u64,
-    pub slots: u64,
-    pub rows: u64,
-    pub events: u64,
-    pub step: u64,
-    pub n_vocab: u32,
-    pub max_context: u32,
-    pub trace_hash: u32,
-}
-
-/// Which dense product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dense {
-    Qkv,
-    Add,
-    Logits,
-}
 
 /// All kernels of a model on a device.
 pub struct Kernels {

@@ -6,6 +6,7 @@
 //! `kernels/` at the root holds the texts. A row's bits depend on the
 //! row alone: each output is one accumulator chain along ascending k, whatever variant computes it.
 
+pub mod arguments;
 pub mod backend;
 pub mod buffer;
 pub mod counts;
