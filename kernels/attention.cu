@@ -379,18 +379,18 @@ extern "C" __global__ void __launch_bounds__(32 * PREFILL_WARPS) attention_slidi
 }
 
 extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, 1) attention_full_decode(const AttentionArgs args) {
-    follow_previous();
+    follow_between();
     attend<SPLITS, DECODE_WARPS>(args, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, 1) attention_sliding_decode(const AttentionArgs args) {
-    follow_previous();
+    follow_between();
     attend<WINDOW, DECODE_WARPS>(args, 0);
 }
 
 // Grid (any, n_kv_heads): a block goes through every so many items.
 extern "C" __global__ void __launch_bounds__(32 * SHARED_WARPS, 1) attention_shared_decode(const AttentionArgs args) {
-    follow_previous();
+    follow_between();
     u32 n_items = *args.n_items;
     for (u32 i = blockIdx.x; i < n_items; i += gridDim.x) {
         attend<SHARED, SHARED_WARPS>(args, args.items + i);
@@ -402,7 +402,7 @@ extern "C" __global__ void __launch_bounds__(32 * SHARED_WARPS, 1) attention_sha
 // Folds a row's splits in position order and adds the sink. Grid (n_rows, n_heads HEAD_DIM / 256
 // rounded up), block 256: a thread an output.
 extern "C" __global__ void __launch_bounds__(256) attention_merge(const AttentionArgs args) {
-    follow_previous();
+    follow_between();
     u32 r = blockIdx.x;
     u32 i = blockIdx.y * 256 + threadIdx.x;
     Row row = args.rows[r];

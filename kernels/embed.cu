@@ -21,7 +21,7 @@ __device__ __forceinline__ void copy_row(const u16* from, float* x, u32 hidden) 
 extern "C" __global__ void __launch_bounds__(256) embed(
     const u16* embedding, const u32* tokens, float* x, u32 hidden
 ) {
-    follow_previous();
+    follow_between();
     u64 row = blockIdx.x;
     copy_row(embedding + (u64)tokens[row] * hidden, x + row * hidden, hidden);
 }
@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(256) embed(
 extern "C" __global__ void __launch_bounds__(256) embed_step(
     const u16* embedding, const Slot* slots, const u32* slot_of, Row* rows, u32* step, float* x, u32 hidden
 ) {
-    follow_previous();
+    follow_between();
     u64 r = blockIdx.x;
     u32 slot = slot_of[r];
     bool live = slot != NONE && slots[slot].live != 0;

@@ -210,8 +210,8 @@ template <class G, class Store> __device__ __forceinline__ void matmul(const Mat
 #define VARIANT(NAME, STORE, THREADS, BLOCKS, ...) \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MatmulArgs args) { matmul<__VA_ARGS__, STORE>(args); }
 #define SMALL_VARIANTS(FORMAT, NAME, STORE) \
-    VARIANT(NAME##_8, STORE, 32, 1, Gemm<FORMAT, 1, 1, 1, 1, 16>) \
-    VARIANT(NAME##_16, STORE, 64, 1, Gemm<FORMAT, 2, 1, 1, 2, 10>)
+    VARIANT(NAME##_d8, STORE, 32, 1, DirectGemm<FORMAT, 1, 1, 8>) \
+    VARIANT(NAME##_d16, STORE, 192, 1, DirectGemm<FORMAT, 6, 2, 8>)
 #ifdef WARPGROUPS
 #define VARIANTS(FORMAT, NAME, STORE) SMALL_VARIANTS(FORMAT, NAME, STORE) \
     VARIANT(NAME##_w16, STORE, 128, 3, WarpgroupGemm<FORMAT, 1, 1, 2, 3>) \
@@ -221,6 +221,7 @@ template <class G, class Store> __device__ __forceinline__ void matmul(const Mat
     VARIANT(NAME##_w256x128, STORE, 256, 1, WarpgroupGemm<FORMAT, 2, 2, 16, 1>)
 #else
 #define VARIANTS(FORMAT, NAME, STORE) SMALL_VARIANTS(FORMAT, NAME, STORE) \
+    VARIANT(NAME##_16, STORE, 64, 1, Gemm<FORMAT, 2, 1, 1, 2, 10>) \
     VARIANT(NAME##_32, STORE, 64, 1, Gemm<FORMAT, 2, 1, 1, 4, 8>) \
     VARIANT(NAME##_64, STORE, 128, 1, Gemm<FORMAT, 4, 1, 1, 8, 4>) \
     VARIANT(NAME##_128, STORE, 256, 1, Gemm<FORMAT, 4, 2, 2, 8, BIG_STAGES>)

@@ -3,7 +3,7 @@
 //
 //   gate_up  act[entry, f] = bf16(swiglu(gate f, up f)) of x[entry / k]; a tile holds the gates of
 //            8 features above their ups, so both are one thread's
-//   down     y[entry, m] = product + bias, of act[entry]
+//   down     y[entry, m] = bf16(product + bias), of act[entry]
 //
 //   weights  tiles (gemm.cuh), an expert's behind the other's
 //   offsets  u32 [n_experts + 1], entries u32: the entries (row * k + rank) of expert e are
@@ -18,7 +18,8 @@ struct MoeArgs {
     const vector_t* bias;
     const u16* x;
     u16* act;
-    float* y;
+    u16* y;
+    // NULL where every entry is its own list: one row, `entries` the experts of its ranks.
     const u32* offsets;
     const u32* entries;
     u32 n_experts;
@@ -65,7 +66,7 @@ struct GateUp {
 
 struct Down {
     float low_bias, high_bias;
-    float* out;
+    u16* out;
     u32 n_out;
 
     __device__ __forceinline__ Down(const MoeArgs& args, u32 expert, u32 tile, int g) {
@@ -77,9 +78,9 @@ struct Down {
         n_out = args.n_out;
     }
     __device__ __forceinline__ void store(u32 entry, float low, float high) const {
-        float* y = out + (u64)entry * n_out;
-        y[0] = low + low_bias;
-        y[8] = high + high_bias;
+        u16* y = out + (u64)entry * n_out;
+        y[0] = f32_to_bf16(low + low_bias);
+        y[8] = f32_to_bf16(high + high_bias);
     }
     static constexpr bool OF_ROWS = false;
 };
@@ -119,7 +120,7 @@ template <class G, class Store> __device__ __forceinline__ void expert_tile(
     const u8* weights = args.weights + expert * blocks * n_groups * BLOCK_TILES * G::TILE_BYTES;
     auto prepare = [&] {
         for (int c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
-            u32 entry = first + c < end ? args.entries[first + c] : NONE;
+            u32 entry = first + c >= end ? NONE : args.offsets == 0 ? first + c : args.entries[first + c];
             entries[c] = entry;
             columns[c] = entry == NONE ? -1 : (int)(Store::OF_ROWS ? entry / args.k : entry);
         }
@@ -136,8 +137,14 @@ template <class G, class Store, class Narrow = G> __device__ __forceinline__ voi
     __shared__ int columns[G::COLUMNS];
     __shared__ u32 found[3];
     follow_previous();
-    // The expert and the first of its entries, by one warp.
-    if (threadIdx.x < 32) {
+    if (args.offsets == 0) {
+        if (threadIdx.x == 0) {
+            found[0] = args.entries[blockIdx.y];
+            found[1] = blockIdx.y;
+            found[2] = blockIdx.y + 1;
+        }
+    } else if (threadIdx.x < 32) {
+        // The expert and the first of its entries, by one warp.
         if (threadIdx.x == 0) found[0] = NONE;
         __syncwarp();
         u32 before = 0;
@@ -185,15 +192,15 @@ template <class G, class Store, class Narrow = G> __device__ __forceinline__ voi
     }
 #ifdef WARPGROUPS
 // FEW and MANY: blocks a multiprocessor of the larger and of the smaller token tiles.
-#define VARIANTS(FORMAT, NAME, STORE, SMALL, BIG, FEW, MANY) \
-    VARIANT(NAME##_w8, STORE, 128, 4, WarpgroupGemm<FORMAT, 1, 1, 1, 4>) \
+#define VARIANTS(FORMAT, NAME, STORE, SMALL, BIG, FEW, MANY, DEPTH) \
+    VARIANT(NAME##_d8, STORE, 128, 1, DirectGemm<FORMAT, 4, 1, DEPTH>) \
     VARIANT(NAME##_w16, STORE, 256, MANY, WarpgroupGemm<FORMAT, 2, 1, 2, MANY>) \
     VARIANT(NAME##_w32, STORE, 256, FEW, WarpgroupGemm<FORMAT, 2, 2, 4, FEW>) \
     VARIANT(NAME##_w48, STORE, 256, FEW, WarpgroupGemm<FORMAT, 2, 2, 6, FEW>) \
     VARIANT_OF_TWO(FORMAT, NAME##_w128, STORE, 16, 8)
 #else
-#define VARIANTS(FORMAT, NAME, STORE, SMALL, BIG, FEW, MANY) \
-    VARIANT(NAME##_8, STORE, 128, 1, Gemm<FORMAT, 4, 1, 1, 1, SMALL>) \
+#define VARIANTS(FORMAT, NAME, STORE, SMALL, BIG, FEW, MANY, DEPTH) \
+    VARIANT(NAME##_d8, STORE, 128, 1, DirectGemm<FORMAT, 4, 1, DEPTH>) \
     VARIANT(NAME##_16, STORE, 128, 1, Gemm<FORMAT, 4, 1, 1, 2, SMALL>) \
     VARIANT(NAME##_32, STORE, 128, 1, Gemm<FORMAT, 4, 1, 3, 4, 3>) \
     VARIANT(NAME##_48, STORE, 128, 1, Gemm<FORMAT, 4, 1, 3, 6, BIG>) \

@@ -46,6 +46,12 @@ __device__ __forceinline__ void follow_previous() {
     wait_for_previous();
     let_next_start();
 }
+// For the kernels of few instructions between two products: the product behind may take its place,
+// and ask for its weights, while the one before still runs.
+__device__ __forceinline__ void follow_between() {
+    let_next_start();
+    wait_for_previous();
+}
 
 // Asks for the 128 bytes at `global` to be brought to L2.
 __device__ __forceinline__ void prefetch_l2(const void* global) {

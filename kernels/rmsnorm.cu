@@ -2,7 +2,7 @@
 // outputs: x + (((w0 y0 + w1 y1) + w2 y2) + w3 y3) in rank order.
 //
 //   x        f32 [n_rows, hidden], updated by moe_combine
-//   y        f32 [n_rows * k, hidden]; gates f32 [n_rows * k]
+//   y        bf16 [n_rows * k, hidden]; gates f32 [n_rows * k]
 //   scale    [hidden]
 //   t        bf16 [n_rows, hidden]
 //
@@ -11,7 +11,7 @@
 
 extern "C" __global__ void __launch_bounds__(256) rmsnorm(const float* x, const vector_t* scale, u16* t, float eps) {
     __shared__ float scratch[8];
-    follow_previous();
+    follow_between();
     u64 row = blockIdx.x;
     RowValues values;
     values.load(x + row * HIDDEN);
@@ -19,10 +19,10 @@ extern "C" __global__ void __launch_bounds__(256) rmsnorm(const float* x, const 
 }
 
 extern "C" __global__ void __launch_bounds__(256) moe_combine(
-    float* x, const float* y, const float* gates, const vector_t* scale, u16* t, float eps
+    float* x, const u16* y, const float* gates, const vector_t* scale, u16* t, float eps
 ) {
     __shared__ float scratch[8];
-    follow_previous();
+    follow_between();
     u64 row = blockIdx.x;
     x += row * HIDDEN;
     y += row * TOP_K * HIDDEN;
@@ -35,12 +35,12 @@ extern "C" __global__ void __launch_bounds__(256) moe_combine(
         float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
         #pragma unroll
         for (int rank = 0; rank < TOP_K; rank++) {
-            float4 of_rank = *(const float4*)(y + (u64)rank * HIDDEN + RowValues::at(n));
+            uint2 of_rank = *(const uint2*)(y + (u64)rank * HIDDEN + RowValues::at(n));
             float gate = gates[rank];
-            sum.x = __fmaf_rn(gate, of_rank.x, sum.x);
-            sum.y = __fmaf_rn(gate, of_rank.y, sum.y);
-            sum.z = __fmaf_rn(gate, of_rank.z, sum.z);
-            sum.w = __fmaf_rn(gate, of_rank.w, sum.w);
+            sum.x = __fmaf_rn(gate, bf16_to_f32((u16)of_rank.x), sum.x);
+            sum.y = __fmaf_rn(gate, bf16_to_f32((u16)(of_rank.x >> 16)), sum.y);
+            sum.z = __fmaf_rn(gate, bf16_to_f32((u16)of_rank.y), sum.z);
+            sum.w = __fmaf_rn(gate, bf16_to_f32((u16)(of_rank.y >> 16)), sum.w);
         }
         values.v[n].x += sum.x;
         values.v[n].y += sum.y;

@@ -82,7 +82,7 @@ template <int ROWS> __device__ __forceinline__ void route_rows(const RouteArgs& 
     if (first_row == 0) {
         for (u32 i = threadIdx.x; i < args.n_experts * HIDDEN / 64; i += 256) prefetch_l2(args.weights + i * 64);
     }
-    follow_previous();
+    follow_between();
     int n_rows = args.n_rows - first_row < ROWS ? (int)(args.n_rows - first_row) : ROWS;
     if constexpr (ROWS == 1) {
         RowValues values;
@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(256) group(
     const u32* experts, u32 n_entries, u32 n_experts, u32* offsets, u32* entries
 ) {
     __shared__ u32 sums[2][8];
-    follow_previous();
+    follow_between();
     u32 expert = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // A thread has consecutive entries, so that their order is kept; fours of them.
     u32 share = (n_entries + 1023) / 1024 * 4;

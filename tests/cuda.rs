@@ -318,7 +318,7 @@ fn check_experts(format: MatrixFormat, wide: bool) -> Vec<(Vec<u16>, Vec<f32>)> 
             .flat_map(|kernels| (0..kernels.n_moe()).map(move |variant| (kernels, variant)));
         for (kernels, variant) in variants {
             let act: DeviceBuffer<u16> = device.alloc("act", n_rows * k * width).unwrap();
-            let y: DeviceBuffer<f32> = device.alloc("y", n_rows * k * hidden).unwrap();
+            let y: DeviceBuffer<u16> = device.alloc("y", n_rows * k * hidden).unwrap();
             act.fill(0, act.len(), 0xFF).unwrap();
             y.fill(0, y.len(), 0xFF).unwrap();
             let common = MoeArgs {
@@ -352,7 +352,7 @@ fn check_experts(format: MatrixFormat, wide: bool) -> Vec<(Vec<u16>, Vec<f32>)> 
             kernels
                 .experts_variant(&gate_up, &down_args, n_rows, variant)
                 .unwrap();
-            let (act, y) = (download(&act), download(&y));
+            let (act, y) = (download(&act), to_f32(&download(&y)));
             let what = format!("{format:?}, {n_rows} rows on {offsets:?}, variant {variant}");
             if let Some((first_act, first_y)) = &first {
                 assert_eq!(*first_act, act, "{what}: gate_up");
@@ -386,7 +386,7 @@ fn check_experts(format: MatrixFormat, wide: bool) -> Vec<(Vec<u16>, Vec<f32>)> 
                         })
                         .collect();
                     let got = &y[entry * hidden..][..hidden];
-                    assert_close(got, &expected, PRODUCT, &format!("{what}: down of {entry}"));
+                    assert_close(got, &expected, 8e-3, &format!("{what}: down of {entry}"));
                 }
             }
             first = Some((act, y));

@@ -169,6 +169,9 @@ impl<'a> Bench<'a> {
     ) -> Result<(), CudaError> {
         let kernels = &self.loaded.kernels;
         for index in 0..kernels.n_dense() {
+            if !kernels.dense_fits(index, &self.matmul(projections[0], n_rows)) {
+                continue;
+            }
             let mut best = f64::INFINITY;
             for _ in 0..REPEATS {
                 let mut sum = 0.0;

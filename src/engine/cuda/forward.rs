@@ -221,20 +221,30 @@ impl Pass<'_> {
             eps: config.rms_norm_eps,
         };
         kernels.route(&route)?;
-        kernels.group_entries(
-            work.experts.at(0),
-            (n_rows * k) as u32,
-            work.offsets.at(0),
-            work.entries.at(0),
-        )?;
+        // One row's entries need no order.
+        let (offsets, entries) = if n_rows == 1 {
+            (0, work.experts.at(0))
+        } else {
+            kernels.group_entries(
+                work.experts.at(0),
+                (n_rows * k) as u32,
+                work.offsets.at(0),
+                work.entries.at(0),
+            )?;
+            (work.offsets.at(0), work.entries.at(0))
+        };
         let gate_up = MoeArgs {
             act: work.act.at(0),
             n_out: config.intermediate as u32,
             limit: config.swiglu_limit,
+            offsets,
+            entries,
             ..self.expert_args(&layer.gate_up, work.t.at(0))
         };
         let down = MoeArgs {
             y: work.y.at(0),
+            offsets,
+            entries,
             ..self.expert_args(&layer.down, work.act.at(0))
         };
         Ok(kernels.experts(&gate_up, &down, n_rows)?)
@@ -245,8 +255,6 @@ impl Pass<'_> {
             weights: experts.tiles.at(0),
             bias: experts.bias.at(0),
             x,
-            offsets: self.work.offsets.at(0),
-            entries: self.work.entries.at(0),
             n_experts: self.model.config.n_experts as u32,
             k: self.model.config.n_experts_per_token as u32,
             n_k: experts.n_k as u32,

@@ -150,7 +150,7 @@ impl Kernels {
             let each = variants.iter().map(|variant| {
                 let name = format!("{name}_{}", variant.name);
                 let label = format!("{file}_{}", name.trim_start_matches("matmul_"));
-                let shared = variant.shared_bytes(pack::tile_bytes(format));
+                let shared = variant.most_shared_bytes(pack::tile_bytes(format), room);
                 named(file, &name, shared, label)
             });
             each.collect::<Result<Vec<_>, CudaError>>()
@@ -333,6 +333,12 @@ impl Kernels {
         self.dense_variants[index].name
     }
 
+    /// Whether a block of variant `index` has the shared memory that the product takes.
+    pub fn dense_fits(&self, index: usize, args: &MatmulArgs) -> bool {
+        let n_groups = pack::n_groups(args.n_k as usize);
+        self.dense_variants[index].fits(self.room, n_groups, args.n_rows as usize)
+    }
+
     pub fn moe_name(&self, index: usize) -> &'static str {
         self.moe_variants[index].name
     }
@@ -369,7 +375,8 @@ impl Kernels {
             0 => [m_blocks, row_blocks, 1],
             _ => [row_blocks, m_blocks, 1],
         };
-        let shared = variant.shared_bytes(self.tile_bytes(which));
+        let n_groups = pack::n_groups(args.n_k as usize);
+        let shared = variant.shared_bytes(self.tile_bytes(which), n_groups, args.n_rows as usize);
         let function = self.dense[which as usize][index];
         self.enqueue(
             function,
@@ -430,7 +437,8 @@ impl Kernels {
         let n_entries = n_rows * gate_up.k as usize;
         // Half as many again as the mean: most experts then need one tile of tokens.
         let tokens = (n_entries * 3).div_ceil(self.n_experts * 2).min(n_rows);
-        let index = variants::choose_moe(&self.moe_variants, tokens);
+        let n_groups = pack::n_groups(gate_up.n_k.max(down.n_k) as usize);
+        let index = variants::choose_moe(&self.moe_variants, self.room, n_groups, tokens);
         self.experts_variant(gate_up, down, n_rows, index)
     }
 
@@ -446,8 +454,10 @@ impl Kernels {
         let n_entries = n_rows * gate_up.k as usize;
         // Every expert may have one tile that is not full.
         let most = n_entries.min(n_entries / variant.columns() + self.n_experts);
-        let shared = variant.shared_bytes(pack::tile_bytes(self.experts_format));
+        let tile_bytes = pack::tile_bytes(self.experts_format);
         for (functions, args) in [(&self.gate_up, gate_up), (&self.down, down)] {
+            let shared =
+                variant.shared_bytes(tile_bytes, pack::n_groups(args.n_k as usize), n_rows);
             let grid = [
                 (args.n_tiles as usize).div_ceil(variant.block_tiles()),
                 most,
@@ -772,6 +782,7 @@ fn room(device: &Device, build: &Build) -> Room {
     Room {
         warpgroups: build.warpgroups && architecture(device) == "sm_90a",
         small_shared: device.shared_bytes < 130 << 10,
+        shared_bytes: device.shared_bytes as usize,
         n_multiprocessors: device.n_multiprocessors as usize,
     }
 }

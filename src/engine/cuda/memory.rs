@@ -131,7 +131,6 @@ impl Lengths {
             self.x,
             3usize.saturating_mul(self.entries),
             self.offsets,
-            self.y,
             self.logits,
             self.rope,
             self.page_table,
@@ -141,7 +140,7 @@ impl Lengths {
             // The slots' map, the number of shared items, what rows share (2 words), the step counter.
             3 * self.step_rows + 2,
         ];
-        let two = [self.t, self.qkv, self.attended, self.act];
+        let two = [self.t, self.qkv, self.attended, self.act, self.y];
         let words = |lens: &[usize], width: u64| {
             lens.iter().fold(0u64, |sum, &len| {
                 sum.saturating_add((len as u64).saturating_mul(width))

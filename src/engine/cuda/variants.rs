@@ -13,6 +13,10 @@ const MOST_STAGES: usize = 8;
 /// Bytes of a token's 64 k in shared memory, for warps (padded) and for warpgroups (swizzled).
 const PADDED_BYTES: usize = 144;
 const SWIZZLED_BYTES: usize = 128;
+/// Bytes behind all of a token's k, so that eight tokens lie in different banks.
+const ROW_PADDING: usize = 16;
+/// Room for the arrays of fixed size.
+const STATIC_BYTES: usize = 2 << 10;
 /// Room to align swizzled tokens.
 const ALIGNMENT: usize = 1 << 10;
 
@@ -28,6 +32,9 @@ enum Unit {
         blocks: usize,
         fillers: usize,
     },
+    /// `mma.sync` by so many warps that take their weights straight from memory, with all of K of
+    /// the tokens in shared memory.
+    Direct { warps: usize },
 }
 
 /// A block shape of a product.
@@ -65,8 +72,18 @@ impl Variant {
         }
     }
 
+    const fn direct(name: &'static str, warps: usize, octets: usize) -> Self {
+        Self {
+            name,
+            unit: Unit::Direct { warps },
+            tiles: 1,
+            octets,
+        }
+    }
+
     pub fn threads(&self) -> usize {
         match self.unit {
+            Unit::Direct { warps } => 32 * warps,
             Unit::Warps { m, n, .. } => 32 * m * n,
             Unit::Warpgroups { m, fillers, .. } => 128 * m + 32 * fillers,
         }
@@ -75,7 +92,7 @@ impl Variant {
     /// Tiles of 16 features of a block.
     pub fn block_tiles(&self) -> usize {
         match self.unit {
-            Unit::Warps { m, .. } => m * self.tiles,
+            Unit::Warps { m, .. } | Unit::Direct { warps: m } => m * self.tiles,
             Unit::Warpgroups { m, .. } => m * self.tiles * pack::BLOCK_TILES,
         }
     }
@@ -84,28 +101,48 @@ impl Variant {
     pub fn columns(&self) -> usize {
         match self.unit {
             Unit::Warps { n, .. } => n * self.octets * 8,
-            Unit::Warpgroups { .. } => self.octets * 8,
+            Unit::Warpgroups { .. } | Unit::Direct { .. } => self.octets * 8,
         }
     }
 
+    /// Bytes that a block takes in for 64 k.
     fn stage_bytes(&self, tile_bytes: usize) -> usize {
         let token = match self.unit {
             Unit::Warps { .. } => PADDED_BYTES,
-            Unit::Warpgroups { .. } => SWIZZLED_BYTES,
+            Unit::Warpgroups { .. } | Unit::Direct { .. } => SWIZZLED_BYTES,
         };
         self.block_tiles() * tile_bytes + self.columns() * token
     }
 
-    /// Dynamic shared memory.
-    pub fn shared_bytes(&self, tile_bytes: usize) -> usize {
+    /// Dynamic shared memory for tokens of `n_groups` groups of 64 k, when a block may have at
+    /// most `n_rows` of them.
+    pub fn shared_bytes(&self, tile_bytes: usize, n_groups: usize, n_rows: usize) -> usize {
         let stage = self.stage_bytes(tile_bytes);
         match self.unit {
+            Unit::Direct { .. } => {
+                self.columns().min(n_rows) * (n_groups * SWIZZLED_BYTES + ROW_PADDING)
+            }
             Unit::Warps { stages, .. } => stages * stage,
             Unit::Warpgroups { blocks, .. } => {
                 let stages = (SHARED_BYTES / blocks - RESERVED_BYTES) / stage;
                 stages.min(MOST_STAGES) * stage + ALIGNMENT
             }
         }
+    }
+
+    /// What the kernel may be given of dynamic shared memory: the variant with all of K in it
+    /// takes as much as the product needs.
+    pub fn most_shared_bytes(&self, tile_bytes: usize, room: Room) -> usize {
+        match self.unit {
+            Unit::Direct { .. } => room.shared_bytes - STATIC_BYTES,
+            _ => self.shared_bytes(tile_bytes, 0, 0),
+        }
+    }
+
+    /// Whether the GPU's blocks have the shared memory.
+    pub fn fits(&self, room: Room, n_groups: usize, n_rows: usize) -> bool {
+        !matches!(self.unit, Unit::Direct { .. })
+            || self.shared_bytes(0, n_groups, n_rows) <= room.shared_bytes - STATIC_BYTES
     }
 
     /// Blocks of a product with `n_rows` rows.
@@ -121,6 +158,8 @@ pub struct Room {
     pub warpgroups: bool,
     /// A block has less than 130 KB of shared memory.
     pub small_shared: bool,
+    /// Most shared memory of a block.
+    pub shared_bytes: usize,
     pub n_multiprocessors: usize,
 }
 
@@ -133,10 +172,7 @@ impl Room {
 
 /// Variants of the dense products.
 pub fn dense(room: Room) -> Vec<Variant> {
-    let mut variants = vec![
-        Variant::warps("8", [1, 1, 1, 1, 16]),
-        Variant::warps("16", [2, 1, 1, 2, 10]),
-    ];
+    let mut variants = vec![Variant::direct("d8", 1, 1), Variant::direct("d16", 6, 2)];
     if room.warpgroups {
         variants.extend([
             Variant::warpgroups("w16", [1, 1, 2, 3, 0]),
@@ -147,6 +183,7 @@ pub fn dense(room: Room) -> Vec<Variant> {
         ]);
     } else {
         variants.extend([
+            Variant::warps("16", [2, 1, 1, 2, 10]),
             Variant::warps("32", [2, 1, 1, 4, 8]),
             Variant::warps("64", [4, 1, 1, 8, 4]),
             Variant::warps("128", [4, 2, 2, 8, room.big_stages()]),
@@ -158,10 +195,11 @@ pub fn dense(room: Room) -> Vec<Variant> {
 /// Variants of the experts' products.
 pub fn moe(format: MatrixFormat, room: Room) -> Vec<Variant> {
     let narrow = format != MatrixFormat::Bf16;
+    let direct = Variant::direct("d8", 4, 1);
     if room.warpgroups {
         let (few, many) = if narrow { (2, 3) } else { (1, 2) };
         return vec![
-            Variant::warpgroups("w8", [1, 1, 1, 4, 0]),
+            direct,
             Variant::warpgroups("w16", [2, 1, 2, many, 0]),
             Variant::warpgroups("w32", [2, 2, 4, few, 0]),
             Variant::warpgroups("w48", [2, 2, 6, few, 0]),
@@ -174,7 +212,7 @@ pub fn moe(format: MatrixFormat, room: Room) -> Vec<Variant> {
         (4, room.big_stages())
     };
     vec![
-        Variant::warps("8", [4, 1, 1, 1, small]),
+        direct,
         Variant::warps("16", [4, 1, 1, 2, small]),
         Variant::warps("32", [4, 1, 3, 4, 3]),
         Variant::warps("48", [4, 1, 3, 6, big]),
@@ -184,10 +222,10 @@ pub fn moe(format: MatrixFormat, room: Room) -> Vec<Variant> {
 }
 
 /// Index of the variant for experts that have about `tokens` tokens.
-pub fn choose_moe(variants: &[Variant], tokens: usize) -> usize {
+pub fn choose_moe(variants: &[Variant], room: Room, n_groups: usize, tokens: usize) -> usize {
     let found = variants
         .iter()
-        .position(|variant| variant.columns() >= tokens);
+        .position(|variant| variant.columns() >= tokens && variant.fits(room, n_groups, tokens));
     found.unwrap_or(variants.len() - 1)
 }
 
@@ -207,18 +245,24 @@ impl Variant {
         // Measured on an H100 (kernels/NOTES.md). A stage of a block: so many ns, and bytes a ns;
         // bytes a ns of L2 and memory; FLOP a ns of a multiprocessor. Elsewhere they are other
         // numbers in about the same ratios.
-        const STAGE: f64 = 320.0;
         const INTAKE: f64 = 100.0;
-        const L2: f64 = 7500.0;
         const MEMORY: f64 = 3000.0;
         let flops = if self.is_warpgroups() { 4500.0 } else { 2600.0 };
-        // Beside warpgroups, warps serve the few rows that one of their blocks takes.
-        if room.warpgroups && !self.is_warpgroups() && n_rows > self.columns() {
+        if !self.fits(room, n_groups, n_rows) {
             return f64::INFINITY;
         }
+        // The narrowest takes the few rows of one of its blocks: it has nothing to share.
+        if self.octets == 1 && n_rows > self.columns() {
+            return f64::INFINITY;
+        }
+        let (stage_ns, l2) = match self.unit {
+            Unit::Direct { .. } => (120.0, 6000.0),
+            _ => (320.0, 7500.0),
+        };
         let stage = self.stage_bytes(tile) as f64;
         let n_blocks = self.n_blocks(n_tiles, n_rows);
-        let resident = (SHARED_BYTES / self.shared_bytes(tile)).clamp(1, 16);
+        let shared = self.shared_bytes(tile, n_groups, n_rows);
+        let resident = (SHARED_BYTES / shared).clamp(1, 16);
         let waves = n_blocks.div_ceil(room.n_multiprocessors * resident) as f64;
         let rounds = n_blocks.div_ceil(room.n_multiprocessors) as f64;
         let block_flops =
@@ -226,9 +270,9 @@ impl Variant {
                 as f64;
         let n_groups = n_groups as f64;
         let times = [
-            waves * n_groups * (STAGE + stage / INTAKE),
+            waves * n_groups * (stage_ns + stage / INTAKE),
             rounds * block_flops / flops,
-            n_blocks as f64 * n_groups * stage / L2,
+            n_blocks as f64 * n_groups * stage / l2,
             n_tiles as f64 * n_groups * tile as f64 / MEMORY,
         ];
         times.into_iter().fold(0.0, f64::max)

@@ -40,7 +40,7 @@ pub struct Workspace {
     pub offsets: DeviceBuffer<u32>,
     pub entries: DeviceBuffer<u32>,
     pub act: DeviceBuffer<u16>,
-    pub y: DeviceBuffer<f32>,
+    pub y: DeviceBuffer<u16>,
     pub logits: DeviceBuffer<f32>,
     pub rope: DeviceBuffer<f32>,
     pub page_table: DeviceBuffer<u32>,
@@ -113,11 +113,10 @@ impl Workspace {
     }
 
     pub(super) fn workspace_bytes(&self) -> u64 {
-        let two = [&self.t, &self.qkv, &self.attended, &self.act];
+        let two = [&self.t, &self.qkv, &self.attended, &self.act, &self.y];
         let words = [
             &self.x,
             &self.gates,
-            &self.y,
             &self.logits,
             &self.rope,
             &self.partial,

@@ -1,0 +1,166 @@
+// The product of gemm.cuh for few tokens, where nothing but the weights' way from memory counts.
+// Every warp has one tile of 16 out features and goes along K without waiting for another:
+//
+//   weights  memory -> registers, DEPTH groups of 64 k ahead, the first before the kernel that
+//            writes x is done
+//   tokens   all of K in shared memory, rows of n_k and 16 bytes, so that the eight rows of a
+//            matrix lie in different banks; those that do not exist are not read
+//
+// The same chain of sums as Gemm, so the same bits.
+
+// 16 bytes that are read once.
+__device__ __forceinline__ uint4 load_once(const u8* global) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(global));
+    return v;
+}
+__device__ __forceinline__ u32 load_once4(const u8* global) {
+    u32 v;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(global));
+    return v;
+}
+
+// A packed tile on its way from memory, all of it in registers.
+template <Format FORMAT> struct Fetched;
+
+template <> struct Fetched<MXFP4> : Tile<MXFP4> {
+    __device__ __forceinline__ void fetch(const u8* tile, int lane) {
+        codes = load_once(tile + lane * 16);
+        scales = load_once4(tile + 512 + lane / 4 * 4);
+    }
+};
+
+template <> struct Fetched<MXINT8> : Tile<MXINT8> {
+    __device__ __forceinline__ void fetch(const u8* tile, int lane) {
+        codes[0] = load_once(tile + lane * 16);
+        codes[1] = load_once(tile + 512 + lane * 16);
+        scales = load_once4(tile + 1024 + lane / 4 * 4);
+    }
+};
+
+template <> struct Fetched<BF16> {
+    uint4 steps[4];
+
+    __device__ __forceinline__ void fetch(const u8* tile, int lane) {
+        #pragma unroll
+        for (int step = 0; step < 4; step++) steps[step] = load_once(tile + step * 512 + lane * 16);
+    }
+    __device__ __forceinline__ void fragment(const u8* tile, int lane, int step, u32 (&a)[4]) const {
+        a[0] = steps[step].x;
+        a[1] = steps[step].y;
+        a[2] = steps[step].z;
+        a[3] = steps[step].w;
+    }
+};
+
+template <Format FORMAT, int WARPS, int NT, int DEPTH> struct DirectGemm {
+    static constexpr int THREADS = 32 * WARPS;
+    static constexpr int M_TILES = 1, N_TILES = NT;
+    static constexpr int TILES = WARPS;
+    static constexpr int COLUMNS = NT * 8;
+    static constexpr int TILE_BYTES = Tile<FORMAT>::BYTES;
+
+    // Which of the block's tiles accumulators [0] are, and which tokens [n].
+    __device__ static __forceinline__ int tile(int m) { return (int)threadIdx.x / 32; }
+    __device__ static __forceinline__ int column(int n) { return n * 8; }
+
+    // Where a warp's weights begin; for a tile behind the matrix's n_tiles the last is read.
+    __device__ static __forceinline__ const u8* weights_of_warp(const u8* matrix, int first_tile, int n_tiles, int n_groups) {
+        int of_matrix = first_tile + tile(0) < n_tiles ? first_tile + tile(0) : n_tiles - 1;
+        return matrix + ((u64)(of_matrix / BLOCK_TILES) * n_groups * BLOCK_TILES + of_matrix % BLOCK_TILES) * TILE_BYTES;
+    }
+
+    // Brings the weights behind those that are fetched at once to L2.
+    __device__ static __forceinline__ void prefetch(const u8* matrix, int first_tile, int n_tiles, int n_groups) {
+        const u8* weights = weights_of_warp(matrix, first_tile, n_tiles, n_groups);
+        for (int group = DEPTH + (int)threadIdx.x % 32; group < n_groups; group += 32) {
+            prefetch_l2(weights + group * (BLOCK_TILES * TILE_BYTES), TILE_BYTES);
+        }
+    }
+
+    // Groups first..end of all tokens, to be waited for as one.
+    __device__ static __forceinline__ void copy_tokens(
+        u32 shared, int row_bytes, const u16* x, u32 x_stride, int n_k, const int* columns, int first, int end
+    ) {
+        for (int c = 0; c < COLUMNS; c++) {
+            int row = columns[c];
+            if (row < 0) continue;
+            for (int i = first * 8 + (int)threadIdx.x; i < end * 8; i += THREADS) {
+                copy_async16(shared + c * row_bytes + i * 16, x + (u64)row * x_stride + i * 8, i * 8 < n_k);
+            }
+        }
+        copy_async_commit();
+    }
+
+    // As Gemm::run.
+    template <class Prepare, class Outputs> __device__ static __forceinline__ void run(
+        u8* dynamic, const u8* matrix, int first_tile, int n_tiles, int n_groups,
+        const u16* x, u32 x_stride, int n_k, const int* columns, Prepare prepare, Outputs outputs
+    ) {
+        int lane = threadIdx.x % 32;
+        u32 shared = shared_address(dynamic);
+        int row_bytes = n_groups * (GROUP_K * 2) + 16;
+        const u8* weights = weights_of_warp(matrix, first_tile, n_tiles, n_groups);
+        Fetched<FORMAT> ahead[DEPTH];
+        #pragma unroll
+        for (int i = 0; i < DEPTH; i++) {
+            if (i < n_groups) ahead[i].fetch(weights + i * BLOCK_TILES * TILE_BYTES, lane);
+        }
+        prepare();
+        __syncthreads();
+        int n_first = DEPTH < n_groups ? DEPTH : n_groups;
+        copy_tokens(shared, row_bytes, x, x_stride, n_k, columns, 0, n_first);
+        copy_tokens(shared, row_bytes, x, x_stride, n_k, columns, n_first, n_groups);
+        // The lane's rows of the matrices: a token that does not exist reads as the first.
+        constexpr int PAIRS = NT == 1 ? 1 : NT / 2;
+        u32 rows[PAIRS];
+        #pragma unroll
+        for (int pair = 0; pair < PAIRS; pair++) {
+            int c = NT == 1 ? lane % 8 : (pair * 2 + lane / 16) * 8 + lane % 8;
+            if (columns[c] < 0) c = 0;
+            rows[pair] = shared + c * row_bytes + (NT == 1 ? lane / 8 : lane / 8 % 2) * 16;
+        }
+        float acc[1][NT][4];
+        #pragma unroll
+        for (int n = 0; n < NT; n++)
+            #pragma unroll
+            for (int i = 0; i < 4; i++) acc[0][n][i] = 0.0f;
+        for (int first = 0; first < n_groups; first += DEPTH) {
+            if (first == 0) {
+                copy_async_wait<1>();
+                __syncthreads();
+            } else if (first == DEPTH) {
+                copy_async_wait<0>();
+                __syncthreads();
+            }
+            #pragma unroll
+            for (int i = 0; i < DEPTH; i++) {
+                int group = first + i;
+                if (group >= n_groups) break;
+                u32 q[4];
+                #pragma unroll
+                for (int step = 0; step < 4; step++) {
+                    u32 a[4];
+                    ahead[i].fragment(0, lane, step, a);
+                    u32 k = group * (GROUP_K * 2) + step * 32;
+                    if constexpr (NT == 1) {
+                        // One load serves two steps.
+                        if (step % 2 == 0) load_matrix_x4(q, rows[0] + k);
+                        mma_bf16(acc[0][0], a, q[step % 2 * 2], q[step % 2 * 2 + 1]);
+                    } else {
+                        #pragma unroll
+                        for (int pair = 0; pair < PAIRS; pair++) {
+                            load_matrix_x4(q, rows[pair] + k);
+                            mma_bf16(acc[0][pair * 2], a, q[0], q[1]);
+                            mma_bf16(acc[0][pair * 2 + 1], a, q[2], q[3]);
+                        }
+                    }
+                }
+                int next = group + DEPTH;
+                if (next < n_groups) ahead[i].fetch(weights + next * (BLOCK_TILES * TILE_BYTES), lane);
+            }
+        }
+        outputs(acc);
+    }
+};
