@@ -94,8 +94,8 @@ struct RowValues {
         }
     }
 
-    // t = bf16(x / sqrt(mean(x^2) + eps) * scale), to one place or two (`copy` may be NULL).
-    __device__ __forceinline__ void normalize(const vector_t* scale, float eps, u16* t, u16* copy, float* scratch) const {
+    // t = bf16(x / sqrt(mean(x^2) + eps) * scale).
+    __device__ __forceinline__ void normalize(const vector_t* scale, float eps, u16* t, float* scratch) const {
         float sum = 0.0f;
         #pragma unroll
         for (int n = 0; n < N; n++) {
@@ -115,43 +115,7 @@ struct RowValues {
             four.x = f32x2_to_bf16x2(v[n].x * factor * vector_at(scale, i), v[n].y * factor * vector_at(scale, i + 1));
             four.y = f32x2_to_bf16x2(v[n].z * factor * vector_at(scale, i + 2), v[n].w * factor * vector_at(scale, i + 3));
             *(uint2*)(t + i) = four;
-            if (copy != 0) *(uint2*)(copy + i) = four;
         }
     }
 };
-
-// RowValues::normalize by one warp, whose lanes are the block's threads 32 apart: the same sums in
-// the same order.
-__device__ __forceinline__ void normalize_by_warp(
-    const float* x, const vector_t* scale, float eps, u16* t, u16* copy
-) {
-    constexpr int FOURS = HIDDEN / 4;
-    int lane = threadIdx.x % 32;
-    float sum = 0.0f;
-    #pragma unroll
-    for (int warp = 0; warp < 8; warp++) {
-        float of_thread = 0.0f;
-        #pragma unroll
-        for (int n = 0; n < RowValues::N; n++) {
-            int four = n * 256 + warp * 32 + lane;
-            if (four >= FOURS) continue;
-            float4 v = *(const float4*)(x + four * 4);
-            of_thread = __fmaf_rn(v.x, v.x, of_thread);
-            of_thread = __fmaf_rn(v.y, v.y, of_thread);
-            of_thread = __fmaf_rn(v.z, v.z, of_thread);
-            of_thread = __fmaf_rn(v.w, v.w, of_thread);
-        }
-        float of_warp = warp_sum(of_thread);
-        sum = warp == 0 ? of_warp : sum + of_warp;
-    }
-    float factor = 1.0f / __fsqrt_rn(sum / (float)HIDDEN + eps);
-    for (int i = lane * 4; i < HIDDEN; i += 128) {
-        float4 v = *(const float4*)(x + i);
-        uint2 four;
-        four.x = f32x2_to_bf16x2(v.x * factor * vector_at(scale, i), v.y * factor * vector_at(scale, i + 1));
-        four.y = f32x2_to_bf16x2(v.z * factor * vector_at(scale, i + 2), v.w * factor * vector_at(scale, i + 3));
-        *(uint2*)(t + i) = four;
-        *(uint2*)(copy + i) = four;
-    }
-}
 #endif

@@ -119,3 +119,10 @@ __device__ __forceinline__ float exp2_approx(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
     return d;
 }
+
+// 1 / sqrt(x) to about 2 units in the last place.
+__device__ __forceinline__ float rsqrt_approx(float x) {
+    float d;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+    return d;
+}

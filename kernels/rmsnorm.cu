@@ -15,7 +15,7 @@ extern "C" __global__ void __launch_bounds__(256) rmsnorm(const float* x, const 
     u64 row = blockIdx.x;
     RowValues values;
     values.load(x + row * HIDDEN);
-    values.normalize(scale, eps, t + row * HIDDEN, 0, scratch);
+    values.normalize(scale, eps, t + row * HIDDEN, scratch);
 }
 
 extern "C" __global__ void __launch_bounds__(256) moe_combine(
@@ -48,5 +48,5 @@ extern "C" __global__ void __launch_bounds__(256) moe_combine(
         values.v[n].w += sum.w;
     }
     values.store(x);
-    values.normalize(scale, eps, t + row * HIDDEN, 0, scratch);
+    values.normalize(scale, eps, t + row * HIDDEN, scratch);
 }

@@ -7,10 +7,21 @@
 //   experts  u32 [n_rows * k], NONE for padding rows;  gates f32 [n_rows * k]
 //   offsets  u32 [n_experts + 1];  entries u32 [n_rows * k]
 //
-// route: grid (n_rows) or, route_8, (n_rows / 8), block 256, shared HIDDEN bf16 and n_experts
-// floats a row. One warp an expert: the lanes' sums over k = 8 lane.., then a butterfly: one order
-// whatever the batch.
+// route, route_16: block 512; grid any: a block takes every gridDim.x-th tile of up to 8 or 16
+// rows. Shared: n_slots * 32 KB of weights, 2 KB a row of sums, and with more than 32 experts a
+// key for each of them a row.
 // group: grid (n_experts), block 256.
+//
+// mma.sync with 32 experts as its rows and tokens as its columns. k is cut into pieces of 32, piece
+// i to warp i % 16; of a piece, lane 4 g + t has k = 8 t..8 t + 7 of expert or token g: 16 bytes
+// of a weight row, and 8 values of x that are normed in the registers they are multiplied from.
+//
+//   piece    k  0 .. 7 | 8 .. 15 | 16 .. 23 | 24 .. 31
+//   lane t      0      | 1       | 2        | 3          (4 to one mma, 4 to the next)
+//
+// One order of the sums whatever the batch. Of squares: a lane's first fours and its second fours,
+// pieces ascending; both; lanes t by butterfly; warps by halves (i and i + 8, then + 4, 2, 1). Of
+// products: a warp's first mma's and its second ones, pieces ascending; both; warps by halves.
 
 struct RouteArgs {
     const float* x;
@@ -25,129 +36,311 @@ struct RouteArgs {
     u32 k;
     u32 n_rows;
     float eps;
+    // Rows of a tile.
+    u32 tile_rows;
+    // A warp's pieces of 32 experts' weights in shared memory: all there are, where they stay, or
+    // AHEAD, or as many as there are if fewer, each of which is filled again when it has been read.
+    u32 n_slots;
 };
 
-// The k greatest of a row's logits and their softmax, by one warp; `logits` is used up.
-__device__ __forceinline__ void choose_experts(const RouteArgs& args, u64 row, float* logits) {
-    u32 lane = threadIdx.x % 32;
-    u32* experts = args.experts + row * args.k;
-    float* gates = args.gates + row * args.k;
-    bool padding = args.rows[row].sequence == NONE;
-    float greatest = 0.0f, gate_sum = 0.0f;
-    for (u32 rank = 0; rank < args.k; rank++) {
-        // Greatest first, the lower expert among equals; a NaN is never chosen before a number.
-        float best = NEG_INFINITY;
-        u32 at = NONE;
-        for (u32 expert = lane; expert < args.n_experts; expert += 32) {
-            float logit = logits[expert];
-            if (logit > best || (at == NONE && logit == best)) {
-                best = logit;
-                at = expert;
-            }
-        }
-        for (int mask = 16; mask > 0; mask >>= 1) {
-            float other = __shfl_xor_sync(NONE, best, mask);
-            u32 other_at = __shfl_xor_sync(NONE, at, mask);
-            if (other_at != NONE && (at == NONE || other > best || (other == best && other_at < at))) {
-                best = other;
-                at = other_at;
-            }
-        }
-        // All are NaN: any expert not chosen yet; the row's logits will not be finite.
-        bool nan_row = at == NONE;
-        if (nan_row) {
-            at = rank;
-            best = __int_as_float(0x7FC00000);
-        }
-        if (rank == 0) greatest = best;
-        float gate = exp_fast(best - greatest);
-        gate_sum += gate;
-        if (lane == 0) {
-            if (!nan_row) logits[at] = __int_as_float(0x7FC00000);
-            experts[rank] = padding ? NONE : at;
-            gates[rank] = gate;
-        }
-        __syncwarp();
-    }
-    for (u32 rank = lane; rank < args.k; rank += 32) gates[rank] = gates[rank] / gate_sum;
+constexpr int WARPS = 16;
+constexpr int N_PIECES = HIDDEN / 32;
+// Of a warp.
+constexpr int PIECES = (N_PIECES + WARPS - 1) / WARPS;
+// From one of them to the next.
+constexpr int STEP = WARPS * 32;
+
+// src/engine/cuda/launch.rs has the same numbers.
+#ifdef SMALL_SHARED
+constexpr int AHEAD = 2;
+#else
+constexpr int AHEAD = 3;
+#endif
+
+struct __align__(16) Scales {
+    vector_t v[8];
+};
+
+// Sum of 16 values: one order.
+__device__ __forceinline__ float sum_of_warps(float (&v)[WARPS]) {
+    #pragma unroll
+    for (int i = 0; i < 8; i++) v[i] += v[i + 8];
+    #pragma unroll
+    for (int i = 0; i < 4; i++) v[i] += v[i + 4];
+    return (v[0] + v[2]) + (v[1] + v[3]);
 }
 
-template <int ROWS> __device__ __forceinline__ void route_rows(const RouteArgs& args) {
-    extern __shared__ __align__(16) u16 normed[];
-    float* logits = (float*)(normed + ROWS * HIDDEN);
-    __shared__ float scratch[8];
-    u64 first_row = (u64)blockIdx.x * ROWS;
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    // One block brings the weights to L2 while the kernel before runs.
-    if (first_row == 0) {
-        for (u32 i = threadIdx.x; i < args.n_experts * HIDDEN / 64; i += 256) prefetch_l2(args.weights + i * 64);
+// A logit as an integer of the same order, above 0; 0 for NaN.
+__device__ __forceinline__ u32 key_of(float logit) {
+    if (logit != logit) return 0;
+    // -0 becomes 0, its equal.
+    u32 bits = (u32)__float_as_int(logit + 0.0f);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float logit_of(u32 key) {
+    return __int_as_float((int)(key >> 31 ? key & 0x7FFFFFFFu : ~key));
+}
+
+// The greatest key among a lane's experts lane, lane + 32..; the lowest such expert.
+struct Best {
+    u32 key = 0, expert = NONE;
+    __device__ __forceinline__ void offer(u32 of, u32 key_of_it) {
+        if (key_of_it > key) {
+            key = key_of_it;
+            expert = of;
+        }
+    }
+};
+
+// The k greatest (32 at most) of a row's logits and their softmax, by one warp; `keys` are used up.
+__device__ __forceinline__ void choose_experts(const RouteArgs& args, u64 row, bool padding, Best best, u32* keys) {
+    u32 lane = threadIdx.x % 32;
+    float greatest = 0.0f, gate_sum = 0.0f, own = 0.0f;
+    u32 own_expert = 0;
+    for (u32 rank = 0; rank < args.k; rank++) {
+        u32 key = __reduce_max_sync(NONE, best.key);
+        u32 at = __reduce_min_sync(NONE, best.key == key ? best.expert : NONE);
+        if (at == NONE) {
+            // All are NaN: any expert; the row's logits will not be finite.
+            at = rank;
+        } else if (at == best.expert) {
+            keys[at] = 0;
+            best = Best();
+            for (u32 expert = lane; expert < args.n_experts; expert += 32) best.offer(expert, keys[expert]);
+        }
+        float logit = key == 0 ? __int_as_float(0x7FC00000) : logit_of(key);
+        if (rank == 0) greatest = logit;
+        float gate = exp_fast(logit - greatest);
+        gate_sum += gate;
+        if (lane == rank) {
+            own = gate;
+            own_expert = at;
+        }
+    }
+    if (lane < args.k) {
+        args.experts[row * args.k + lane] = padding ? NONE : own_expert;
+        args.gates[row * args.k + lane] = __fdividef(own, gate_sum);
+    }
+}
+
+template <int OCTETS> __device__ __forceinline__ void route_rows(const RouteArgs& args) {
+    constexpr int ROWS = OCTETS * 8;
+    // A long row is read again from memory: x to norm it, t to multiply it.
+    constexpr bool KEPT = OCTETS * PIECES <= 12;
+    constexpr int N_KEPT = KEPT ? PIECES : 1, UNROLL = KEPT ? PIECES : 2;
+    extern __shared__ __align__(16) u8 shared[];
+    __shared__ __align__(16) float squares[ROWS][WARPS];
+    __shared__ u32 sequences[WARPS];
+    u32 thread, lane, warp, g, t, first_k;
+    // Reads them anew, so that addresses are made where they are used: kept, they would take the
+    // registers of values.
+    auto forget = [&] {
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+        lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+        // A lane's first k of a row; its pieces are STEP apart.
+        first_k = warp * 32 + t * 8;
+    };
+    forget();
+    u32 n_experts = args.n_experts, n_slots = args.n_slots;
+    uint4* held = (uint4*)shared;
+    float* sums = (float*)(shared + n_slots * 4 * 512 * 16);
+    auto has = [&](int i) { return N_PIECES % WARPS == 0 || i + 1 < PIECES || i * WARPS + (int)warp < N_PIECES; };
+    // A set is 32 experts; the pieces of all sets go through the slots in order.
+    u32 total = (n_experts + 31) / 32 * PIECES;
+    // A lane reads just what it has copied, so nobody waits for others.
+    auto copy_piece = [&](u32 at, u32 slot) {
+        u32 expert = at / PIECES * 32 + g, i = at % PIECES;
+        if (!has((int)i)) return;
+        const u16* from = args.weights + (u64)expert * HIDDEN + first_k + i * STEP;
+        #pragma unroll
+        for (int e = 0; e < 4; e++) {
+            copy_async16(shared_address(held + (slot * 4 + e) * 512 + thread), from + e * 8 * HIDDEN, expert + e * 8 < n_experts);
+        }
+    };
+    for (u32 at = 0; at < n_slots || at < AHEAD; at++) {
+        if (at < n_slots) copy_piece(at, at);
+        copy_async_commit();
+    }
+    // One block brings the others to L2 while the kernel before runs.
+    if (blockIdx.x == 0 && n_slots < total) {
+        for (u32 i = thread; i < n_experts * HIDDEN / 64; i += 512) prefetch_l2(args.weights + i * 64);
+    }
+    auto scales_of = [&](int i) { return *(const Scales*)(args.norm + first_k + i * STEP); };
+    constexpr bool SCALES_KEPT = OCTETS == 1 && PIECES <= 6 && sizeof(vector_t) == 2;
+    Scales scales[SCALES_KEPT ? PIECES : 1];
+    if constexpr (SCALES_KEPT) {
+        #pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            if (has(i)) scales[i] = scales_of(i);
+        }
     }
     follow_between();
-    int n_rows = args.n_rows - first_row < ROWS ? (int)(args.n_rows - first_row) : ROWS;
-    if constexpr (ROWS == 1) {
-        RowValues values;
-        values.load(args.x + first_row * HIDDEN);
-        values.normalize(args.norm, args.eps, args.t + first_row * HIDDEN, normed, scratch);
-    } else {
-        static_assert(ROWS == 8, "a warp a row");
-        u64 row = first_row + warp;
-        if ((int)warp < n_rows) normalize_by_warp(args.x + row * HIDDEN, args.norm, args.eps, args.t + row * HIDDEN, normed + warp * HIDDEN);
-    }
-    __syncthreads();
-    // Four experts at a time, so that many loads are under way. Past the last expert the last one
-    // is read again; rows past the last are not told.
-    for (u32 first = warp * 4; first < args.n_experts; first += 32) {
-        float dots[ROWS][4];
-        const u16* w[4];
-        #pragma unroll
-        for (u32 e = 0; e < 4; e++) {
-            u32 expert = first + e < args.n_experts ? first + e : args.n_experts - 1;
-            w[e] = args.weights + (u64)expert * HIDDEN;
+
+    float4 x[OCTETS][N_KEPT][2];
+    u32 tile_rows = OCTETS == 1 ? args.tile_rows : ROWS;
+    u32 step = gridDim.x * tile_rows;
+    auto has_row = [&](u32 tile, u32 row) { return row < tile_rows && tile + row < args.n_rows; };
+    // Where the lane's values of an octet begin; past the last row they are the last one's.
+    auto values_of = [&](u32 tile, u32 row) {
+        u32 r = tile + (row < tile_rows ? row : tile_rows - 1);
+        return (u64)(r < args.n_rows ? r : args.n_rows - 1) * HIDDEN + first_k;
+    };
+    auto load_piece = [&](const float* from, int i, float4 (&v)[2]) {
+        const float4* piece = (const float4*)(from + i * STEP);
+        const float4 zero = {0.0f, 0.0f, 0.0f, 0.0f};
+        v[0] = has(i) ? piece[0] : zero;
+        v[1] = has(i) ? piece[1] : zero;
+    };
+    auto load = [&](u32 tile) {
+        if constexpr (KEPT) {
             #pragma unroll
-            for (int r = 0; r < ROWS; r++) dots[r][e] = 0.0f;
-        }
-        auto add = [&](u32 i) {
-            uint4 a[4];
-            #pragma unroll
-            for (u32 e = 0; e < 4; e++) a[e] = *(const uint4*)(w[e] + i);
-            #pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                uint4 b = *(const uint4*)(normed + r * HIDDEN + i);
-                u32 tb[4] = {b.x, b.y, b.z, b.w};
+            for (int o = 0; o < OCTETS; o++) {
+                const float* from = args.x + values_of(tile, o * 8 + g);
                 #pragma unroll
-                for (u32 e = 0; e < 4; e++) {
-                    u32 wa[4] = {a[e].x, a[e].y, a[e].z, a[e].w};
+                for (int i = 0; i < PIECES; i++) load_piece(from, i, x[o][i]);
+            }
+        }
+    };
+    // A tile by its first row.
+    u32 tile = blockIdx.x * tile_rows;
+    load(tile);
+    for (; tile < args.n_rows; tile += step) {
+        forget();
+        u32 sequence = has_row(tile, warp) ? args.rows[tile + warp].sequence : NONE;
+        #pragma unroll
+        for (int o = 0; o < OCTETS; o++) {
+            float sum[2] = {0.0f, 0.0f};
+            #pragma unroll UNROLL
+            for (int i = 0; i < PIECES; i++) {
+                if constexpr (!KEPT) load_piece(args.x + values_of(tile, o * 8 + g), i, x[o][0]);
+                #pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float4 v = x[o][KEPT ? i : 0][half];
+                    sum[half] = __fmaf_rn(v.x, v.x, sum[half]);
+                    sum[half] = __fmaf_rn(v.y, v.y, sum[half]);
+                    sum[half] = __fmaf_rn(v.z, v.z, sum[half]);
+                    sum[half] = __fmaf_rn(v.w, v.w, sum[half]);
+                }
+            }
+            float of_warp = sum[0] + sum[1];
+            of_warp += __shfl_xor_sync(NONE, of_warp, 1);
+            of_warp += __shfl_xor_sync(NONE, of_warp, 2);
+            if (t == 0) squares[o * 8 + g][warp] = of_warp;
+        }
+        if (lane == 0) sequences[warp] = sequence;
+        __syncthreads();
+        // The next tile's rows are on their way to L2 while this one is multiplied.
+        if (OCTETS > 1 && lane == 0 && has_row(tile + step, warp)) {
+            prefetch_l2(args.x + (u64)(tile + step + warp) * HIDDEN, HIDDEN * 4);
+        }
+        float factor[OCTETS];
+        #pragma unroll
+        for (int o = 0; o < OCTETS; o++) {
+            float4 four = *(const float4*)&squares[o * 8 + g][t * 4];
+            float sum = (four.x + four.y) + (four.z + four.w);
+            sum += __shfl_xor_sync(NONE, sum, 1);
+            sum += __shfl_xor_sync(NONE, sum, 2);
+            factor[o] = rsqrt_approx(sum * (1.0f / HIDDEN) + args.eps);
+        }
+        u16* to = args.t + (u64)(tile + g) * HIDDEN + first_k;
+        uint4 b[OCTETS][N_KEPT];
+        #pragma unroll UNROLL
+        for (int i = 0; i < PIECES; i++) {
+            if (!has(i)) continue;
+            Scales s = SCALES_KEPT ? scales[SCALES_KEPT ? i : 0] : scales_of(i);
+            #pragma unroll
+            for (int o = 0; o < OCTETS; o++) {
+                if constexpr (!KEPT) load_piece(args.x + values_of(tile, o * 8 + g), i, x[o][0]);
+                const float4 (&v)[2] = x[o][KEPT ? i : 0];
+                auto pair = [&](float low, float high, int at) {
+                    return f32x2_to_bf16x2(low * factor[o] * vector_at(s.v, at), high * factor[o] * vector_at(s.v, at + 1));
+                };
+                uint4 eight = {pair(v[0].x, v[0].y, 0), pair(v[0].z, v[0].w, 2), pair(v[1].x, v[1].y, 4), pair(v[1].z, v[1].w, 6)};
+                if (has_row(tile, o * 8 + g)) *(uint4*)(to + o * 8 * HIDDEN + i * STEP) = eight;
+                b[o][KEPT ? i : 0] = eight;
+            }
+        }
+        // One warp's sums of a row are used up when its keys are made.
+        u32* keys = (u32*)(n_experts <= 32 ? sums + warp * 32 : sums + WARPS * ROWS * 32 + warp * n_experts);
+        // Of the tile's first piece: those of earlier tiles went through them.
+        u32 slot = OCTETS == 1 ? 0 : tile / step * total % n_slots;
+        Best best;
+        for (u32 first = 0; first < n_experts; first += 32) {
+            // The sums of those before are read.
+            if (first > 0) __syncthreads();
+            u32 expert = first + lane;
+            float bias = expert < n_experts ? vector_at(args.bias, expert) : 0.0f;
+            // Of each tile of 16 experts and octet of tokens, by which four of a lane's eights.
+            float c[2][OCTETS][2][4] = {};
+            #pragma unroll UNROLL
+            for (int i = 0; i < PIECES; i++) {
+                copy_async_wait<AHEAD - 1>();
+                if (has(i)) {
+                    uint4 a[4];
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++) a[e] = held[(slot * 4 + e) * 512 + thread];
+                    #pragma unroll
+                    for (int o = 0; o < OCTETS; o++) {
+                        uint4 eight = b[o][KEPT ? i : 0];
+                        // What this lane has written, or, past the last row, what does not count.
+                        if constexpr (!KEPT) eight = *(const uint4*)(args.t + values_of(tile, o * 8 + g) + i * STEP);
+                        #pragma unroll
+                        for (int m = 0; m < 2; m++) {
+                            const u32 low[4] = {a[2 * m].x, a[2 * m + 1].x, a[2 * m].y, a[2 * m + 1].y};
+                            const u32 high[4] = {a[2 * m].z, a[2 * m + 1].z, a[2 * m].w, a[2 * m + 1].w};
+                            mma_bf16(c[m][o][0], low, eight.x, eight.y);
+                            mma_bf16(c[m][o][1], high, eight.z, eight.w);
+                        }
+                    }
+                }
+                if (n_slots < total) {
+                    // Behind a tile's last piece comes the next tile's first.
+                    u32 next = first / 32 * PIECES + i + n_slots;
+                    if (OCTETS > 1 && next >= total) next -= total;
+                    if (next < total) copy_piece(next, slot);
+                }
+                copy_async_commit();
+                slot = slot + 1 == n_slots ? 0 : slot + 1;
+            }
+            forget();
+            // sums [warp][row][expert], experts turned by the row so that lanes meet no bank twice.
+            #pragma unroll
+            for (int m = 0; m < 2; m++) {
+                #pragma unroll
+                for (int o = 0; o < OCTETS; o++) {
                     #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        dots[r][e] = __fmaf_rn(__int_as_float((int)(wa[j] << 16)), __int_as_float((int)(tb[j] << 16)), dots[r][e]);
-                        dots[r][e] = __fmaf_rn(__int_as_float((int)(wa[j] & 0xFFFF0000u)), __int_as_float((int)(tb[j] & 0xFFFF0000u)), dots[r][e]);
+                        u32 row = o * 8 + t * 2 + j % 2, of = m * 16 + g + j / 2 * 8;
+                        sums[(warp * ROWS + row) * 32 + (of ^ t * 8)] = c[m][o][0][j] + c[m][o][1][j];
                     }
                 }
             }
-        };
-        constexpr int AHEAD = ROWS == 1 ? 4 : 1;
-        #pragma unroll AHEAD
-        for (u32 chunk = 0; chunk < HIDDEN / 256; chunk++) add(chunk * 256 + lane * 8);
-        if (HIDDEN % 256 != 0 && HIDDEN / 256 * 256 + lane * 8 < HIDDEN) add(HIDDEN / 256 * 256 + lane * 8);
-        #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            #pragma unroll
-            for (u32 e = 0; e < 4; e++) {
-                float dot = warp_sum(dots[r][e]);
-                if (lane == 0 && first + e < args.n_experts) {
-                    logits[r * args.n_experts + first + e] = dot + vector_at(args.bias, first + e);
-                }
+            __syncthreads();
+            // A warp a row.
+            if (has_row(tile, warp)) {
+                float of_warps[WARPS];
+                #pragma unroll
+                for (int i = 0; i < WARPS; i++) of_warps[i] = sums[(i * ROWS + warp) * 32 + (lane ^ warp / 2 % 4 * 8)];
+                u32 key = expert < n_experts ? key_of(sum_of_warps(of_warps) + bias) : 0;
+                __syncwarp();
+                if (expert < n_experts) keys[expert] = key;
+                best.offer(expert, key);
             }
         }
+        // Behind the last tile nobody looks at them.
+        if constexpr (OCTETS > 1) load(tile + step);
+        if (has_row(tile, warp)) choose_experts(args, tile + warp, sequences[warp] == NONE, best, keys);
+        // A block of few rows has but one tile.
+        if constexpr (OCTETS == 1) return;
     }
-    __syncthreads();
-    if ((int)warp < n_rows) choose_experts(args, first_row + warp, logits + warp * args.n_experts);
+    copy_async_wait<0>();
 }
 
-extern "C" __global__ void __launch_bounds__(256) route(const RouteArgs args) { route_rows<1>(args); }
+// The bound, more than the 512 threads there are, leaves registers to the blocks of the kernel before.
+extern "C" __global__ void __launch_bounds__(544, 1) route(const RouteArgs args) { route_rows<1>(args); }
 
-// Many rows: the weights are read once for eight of them.
-extern "C" __global__ void __launch_bounds__(256) route_8(const RouteArgs args) { route_rows<8>(args); }
+// Many rows: the weights are read once for sixteen of them.
+extern "C" __global__ void __launch_bounds__(512, 1) route_16(const RouteArgs args) { route_rows<2>(args); }
 
 extern "C" __global__ void __launch_bounds__(256) group(
     const u32* experts, u32 n_entries, u32 n_experts, u32* offsets, u32* entries

@@ -103,10 +103,14 @@ fn same_bits(a: &[f32], b: &[f32], what: &str) {
 }
 
 fn small_config(n_experts: usize) -> ModelConfig {
+    routing_config(n_experts, 96, 2)
+}
+
+fn routing_config(n_experts: usize, hidden: usize, k: usize) -> ModelConfig {
     let text = format!(
-        r#"{{"num_hidden_layers": 2, "hidden_size": 96, "num_attention_heads": 8,
+        r#"{{"num_hidden_layers": 2, "hidden_size": {hidden}, "num_attention_heads": 8,
         "num_key_value_heads": 2, "head_dim": 64, "num_local_experts": {n_experts},
-        "num_experts_per_tok": 2, "intermediate_size": 64, "vocab_size": 500,
+        "num_experts_per_tok": {k}, "intermediate_size": 64, "vocab_size": 500,
         "sliding_window": 32, "rope_theta": 10000, "max_position_embeddings": 4096}}"#
     );
     ModelConfig::parse(text.as_bytes(), Path::new("test")).unwrap()
@@ -424,8 +428,32 @@ fn check_copies(wide: bool) {
 #[ignore = "needs a GPU"]
 fn routing_takes_the_greatest_logits_in_any_number_of_rows() {
     let device = device();
-    let (n_experts, hidden, k, eps) = (5usize, 96usize, 2usize, 1e-5f32);
-    let kernels = kernels(&device, MatrixFormat::Mxfp4, n_experts, false);
+    // Fewer experts than a tile has, a tile and some, several times 32; rows shorter than one
+    // piece a warp, of the released length, and too long to be kept in registers.
+    for (n_experts, hidden, k) in [
+        (5, 96, 2),
+        (32, 2880, 4),
+        (128, 2880, 4),
+        (20, 672, 4),
+        (72, 3616, 3),
+        (8, 6688, 4),
+    ] {
+        routing_takes_the_greatest_logits(&device, n_experts, hidden, k);
+    }
+}
+
+fn routing_takes_the_greatest_logits(
+    device: &Arc<Device>,
+    n_experts: usize,
+    hidden: usize,
+    k: usize,
+) {
+    let eps = 1e-5f32;
+    let config = routing_config(n_experts, hidden, k);
+    let formats = Precision::Stored.formats(MatrixFormat::Mxfp4, VectorFormat::Bf16);
+    let build = Build::new(&config, formats).unwrap();
+    let nvrtc = Nvrtc::load().expect("NVRTC");
+    let kernels = Kernels::load(device, &nvrtc, &config, build).unwrap();
     let mut random = Random(4);
     let (norm, weights) = (random.bits(hidden), random.bits(n_experts * hidden));
     let bias = random.bits(n_experts);
@@ -439,16 +467,20 @@ fn routing_takes_the_greatest_logits_in_any_number_of_rows() {
         })
         .collect();
     kinds[1].fill(0.0);
-    let norm_device = upload(&device, &norm);
-    let weights_device = upload(&device, &weights);
+    let norm_device = upload(device, &norm);
+    let weights_device = upload(device, &weights);
     // Experts, bits of their gates, the normed row.
     type Routed = (Vec<u32>, Vec<u32>, Vec<u16>);
     let mut first: Vec<Option<Routed>> = vec![None; N_KINDS];
-    for bias in [bias, vec![bf16::from_f32(0.5); n_experts]] {
-        let bias_device = upload(&device, &bias);
+    // As they come, all equal, and one that makes its expert's logit no number.
+    let mut with_nan = bias.clone();
+    with_nan[1] = bf16::from_f32(f32::NAN);
+    for bias in [bias, vec![bf16::from_f32(0.5); n_experts], with_nan] {
+        let bias_device = upload(device, &bias);
         first.fill(None);
-        // From about 1,056 rows on four share a block.
-        for n_rows in [1usize, 2, 9, 1055, 1056, 1057, 4099] {
+        // An H100 takes a row a tile up to 33 rows, then more, 16 from 1,057 on; with 4,099 some
+        // blocks take several tiles.
+        for n_rows in [1usize, 2, 9, 34, 131, 1055, 1056, 1057, 4099] {
             let x: Vec<f32> = (0..n_rows)
                 .flat_map(|row| kinds[row % N_KINDS].clone())
                 .collect();
@@ -461,7 +493,7 @@ fn routing_takes_the_greatest_logits_in_any_number_of_rows() {
                     [if is_padding { u32::MAX } else { row as u32 }, 0, 0, 0]
                 })
                 .collect();
-            let (x_device, rows) = (upload(&device, &x), upload(&device, &rows));
+            let (x_device, rows) = (upload(device, &x), upload(device, &rows));
             let t: DeviceBuffer<u16> = device.alloc("t", n_rows * hidden).unwrap();
             let experts: DeviceBuffer<u32> = device.alloc("experts", n_rows * k).unwrap();
             let gates: DeviceBuffer<f32> = device.alloc("gates", n_rows * k).unwrap();
@@ -479,6 +511,7 @@ fn routing_takes_the_greatest_logits_in_any_number_of_rows() {
                 k: k as u32,
                 n_rows: n_rows as u32,
                 eps,
+                ..RouteArgs::default()
             };
             kernels.route(&args).unwrap();
             let offsets: DeviceBuffer<u32> = device.alloc("offsets", n_experts + 1).unwrap();
@@ -496,7 +529,7 @@ fn routing_takes_the_greatest_logits_in_any_number_of_rows() {
                 let what = format!("row {row} of {n_rows}");
                 let chosen = experts[row * k..][..k].to_vec();
                 if padding == Some(row) {
-                    assert_eq!(chosen, [u32::MAX; 2], "{what}");
+                    assert!(chosen.iter().all(|e| *e == u32::MAX), "{what}");
                     continue;
                 }
                 let t = &t[row * hidden..][..hidden];
@@ -526,6 +559,7 @@ fn routing_takes_the_greatest_logits_in_any_number_of_rows() {
                     })
                     .collect();
                 let mut order: Vec<u32> = (0..n_experts as u32).collect();
+                order.retain(|&e| !logits[e as usize].is_nan());
                 // Stable: the lower expert among equals.
                 order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
                 assert_eq!(chosen, order[..k], "{what}: {logits:?}");

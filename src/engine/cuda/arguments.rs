@@ -63,6 +63,9 @@ pub struct RouteArgs {
     pub k: u32,
     pub n_rows: u32,
     pub eps: f32,
+    /// Set by the launch: rows of a tile, and pieces of weights in shared memory.
+    pub tile_rows: u32,
+    pub n_slots: u32,
 }
 
 /// As `AttentionArgs` in kernels/attention.cu.

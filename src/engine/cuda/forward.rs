@@ -219,6 +219,7 @@ impl Pass<'_> {
             k: k as u32,
             n_rows: n_rows as u32,
             eps: config.rms_norm_eps,
+            ..RouteArgs::default()
         };
         kernels.route(&route)?;
         // One row's entries need no order.

@@ -42,7 +42,7 @@ fn kernel(name: &'static str, shared: &[&str], text: &str) -> Kernel {
     Kernel {
         name,
         text: whole,
-        uses_matrix_units: name.contains("matmul") || name == "attention",
+        uses_matrix_units: name.contains("matmul") || ["attention", "topk_routing"].contains(&name),
     }
 }
 

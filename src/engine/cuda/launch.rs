@@ -36,15 +36,15 @@ pub struct Kernels {
     moe_variants: Vec<Variant>,
     head_dim: usize,
     group: usize,
-    hidden: usize,
     n_experts: usize,
     embed: Function,
     embed_step: Function,
     start_slot: Function,
     rmsnorm: Function,
     moe_combine: Function,
-    route: Function,
-    route_8: Function,
+    route: Route,
+    /// For many rows, where it fits.
+    route_16: Option<Route>,
     group_entries: Function,
     attention_full: Function,
     attention_sliding: Function,
@@ -73,8 +73,19 @@ pub struct Kernels {
 /// Rows from which the experts' products may start early.
 const OVERLAP_ROWS: usize = 32;
 
-/// Rows of a block of `route_8`.
-const ROUTE_ROWS: usize = 8;
+/// A kernel that routes, and what its blocks have.
+struct Route {
+    function: Function,
+    /// Most rows of a tile.
+    rows: usize,
+    /// A warp's pieces of weights in shared memory.
+    n_slots: usize,
+    shared: usize,
+}
+
+/// With few rows there is about a block for so many multiprocessors: each brings all weights
+/// through L2.
+const ROUTE_SPREAD: usize = 4;
 
 /// Row blocks of a dense product up to which they follow each other.
 const ROW_BLOCKS_FIRST: usize = 8;
@@ -170,23 +181,39 @@ impl Kernels {
         let ring_append = function(kernels::matmul_file(attention), "ring_append", 0)?;
         let dense_formats = [attention, attention, lm_head];
         let attention = |name| function("attention", name, attention_shared(config.head_dim));
-        let routing_shared = route_shared(config.hidden, config.n_experts);
-        let routing_shared_8 = ROUTE_ROWS * routing_shared;
+        let route = |name: &str, rows: usize, n_slots: usize| {
+            let shared = route_shared(config, rows, n_slots);
+            let function = function("topk_routing", name, shared)?;
+            Ok::<_, CudaError>(Route {
+                function,
+                rows,
+                n_slots,
+                shared,
+            })
+        };
+        let all = config.hidden.div_ceil(32 * 16) * config.n_experts.div_ceil(32);
+        // With more a block of few rows would not start beside blocks of the kernel before.
+        let ahead = all.min(if room.small_shared { 2 } else { 3 });
+        let fits = |n_slots: &usize| {
+            route_shared(config, 16, *n_slots) + ROUTE_STATIC <= device.shared_bytes as usize
+        };
+        let many_slots = [all, ahead].into_iter().find(fits);
         Ok(Self {
             experts_format,
             dense_formats,
             room,
             head_dim: config.head_dim,
             group: config.group(),
-            hidden: config.hidden,
             n_experts: config.n_experts,
             embed: function("embed", "embed", 0)?,
             embed_step: function("embed", "embed_step", 0)?,
             start_slot: function("embed", "start_slot", 0)?,
             rmsnorm: function("rmsnorm", "rmsnorm", 0)?,
             moe_combine: function("rmsnorm", "moe_combine", 0)?,
-            route: function("topk_routing", "route", routing_shared)?,
-            route_8: function("topk_routing", "route_8", routing_shared_8)?,
+            route: route("route", 8, ahead)?,
+            route_16: many_slots
+                .map(|n_slots| route("route_16", 16, n_slots))
+                .transpose()?,
             group_entries: function("topk_routing", "group", 0)?,
             attention_full: attention("attention_full")?,
             attention_sliding: attention("attention_sliding")?,
@@ -399,14 +426,31 @@ impl Kernels {
     }
 
     pub fn route(&self, args: &RouteArgs) -> Result<(), CudaError> {
-        let shared = route_shared(self.hidden, self.n_experts);
-        let n_rows = args.n_rows as usize;
-        // From so many rows on every multiprocessor has some even when eight share a block.
-        if n_rows < 2 * ROUTE_ROWS * self.room.n_multiprocessors {
-            return self.follow(self.route, [n_rows, 1, 1], 256, shared, &[arg(args)]);
-        }
-        let grid = [n_rows.div_ceil(ROUTE_ROWS), 1, 1];
-        self.follow(self.route_8, grid, 256, ROUTE_ROWS * shared, &[arg(args)])
+        let (n_rows, n_blocks) = (args.n_rows as usize, self.room.n_multiprocessors);
+        let few = &self.route;
+        let many = self.route_16.as_ref();
+        let (route, tile_rows, grid) = match many.filter(|_| n_rows > few.rows * n_blocks) {
+            // A block takes tile after tile and keeps the weights.
+            Some(many) => (many, many.rows, n_rows.div_ceil(many.rows).min(n_blocks)),
+            None => {
+                let tile_rows = (n_rows * ROUTE_SPREAD)
+                    .div_ceil(n_blocks)
+                    .clamp(1, few.rows);
+                (few, tile_rows, n_rows.div_ceil(tile_rows))
+            }
+        };
+        let args = RouteArgs {
+            tile_rows: tile_rows as u32,
+            n_slots: route.n_slots as u32,
+            ..*args
+        };
+        self.follow(
+            route.function,
+            [grid, 1, 1],
+            512,
+            route.shared,
+            &[arg(&args)],
+        )
     }
 
     pub fn group_entries(
@@ -796,7 +840,17 @@ fn attention_shared(head_dim: usize) -> usize {
     2 * 2 * 64 * (head_dim + 8) * 2
 }
 
-/// The normed row in bf16, and a logit for each expert.
-fn route_shared(hidden: usize, n_experts: usize) -> usize {
-    hidden * size_of::<u16>() + n_experts * size_of::<f32>()
+/// For the static shared memory of `route_16`.
+const ROUTE_STATIC: usize = 2 << 10;
+
+/// Dynamic shared memory of a block of `route` with so many rows (kernels/topk_routing.cu).
+fn route_shared(config: &ModelConfig, rows: usize, n_slots: usize) -> usize {
+    // Of 16 warps: 16 bytes a lane of four weight rows; a sum of a row for 32 experts.
+    const PIECE: usize = 32 << 10;
+    const SUMS: usize = 16 * 32;
+    let keys = match config.n_experts {
+        ..=32 => 0,
+        more => more,
+    };
+    n_slots * PIECE + rows * (SUMS + keys) * size_of::<f32>()
 }
