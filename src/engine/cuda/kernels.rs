@@ -19,7 +19,8 @@ const GEMM: &str = concat!(
     include_str!("../../../kernels/gemm.cuh"),
     include_str!("../../../kernels/wgmma.cuh"),
     include_str!("../../../kernels/gemm_wgmma.cuh"),
-    include_str!("../../../kernels/gemm_split.cuh")
+    include_str!("../../../kernels/gemm_split.cuh"),
+    include_str!("../../../kernels/gemm_cluster.cuh")
 );
 const MATMUL: &str = include_str!("../../../kernels/matmul.cuh");
 const MOE: &str = include_str!("../../../kernels/moe_matmul.cuh");
