@@ -37,6 +37,8 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupTi
     static constexpr int WEIGHT_BYTES = WGS * MT * BLOCK_BYTES;
     static constexpr int STAGES = warpgroup_stages(BLOCKS, TOKEN_BYTES + WEIGHT_BYTES);
     static_assert(STAGES >= 4, "at least two stages are under way");
+    // Whether blocks come in clusters of two (gemm_cluster.cuh).
+    static constexpr bool PAIRS = false;
 
     // Which of the block's tiles accumulators [m] are, and which tokens [n].
     __device__ static __forceinline__ int tile(int m) {
@@ -44,6 +46,9 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupTi
         return (m * WGS + warp / 4) * BLOCK_TILES + warp % 4;
     }
     __device__ static __forceinline__ int column(int n) { return n * 8; }
+
+    // A barrier of the threads that multiply.
+    __device__ static __forceinline__ void sync_workers() { asm volatile("bar.sync 1, %0;" :: "n"(WORKERS) : "memory"); }
 
     // Brings the block's weights to L2.
     __device__ static __forceinline__ void prefetch(const u8* matrix, int first_tile, int n_tiles, int n_groups) {

@@ -8,8 +8,8 @@
 //   add      x_out[n_rows, n_out] f32 += product + bias
 //   logits   out[n_rows, n_out] f32 = product
 //
-// Grid (tiles / (WM MT), rows / (WN NT 8)), block 32 WM WN, dynamic shared memory
-// STAGES * STAGE_BYTES. Expected error: f32 sums of bf16 products, about 1e-6 relative.
+// Grid (tiles / (WM MT), rows / (WN NT 8)), or in one dimension where blocks come in pairs
+// (gemm_cluster.cuh); block 32 WM WN; dynamic shared memory STAGES * STAGE_BYTES. Expected error: f32 sums of bf16 products, about 1e-6 relative.
 
 struct MatmulArgs {
     const u8* weights;
@@ -53,142 +53,251 @@ __device__ __forceinline__ u16* cache_row(
     return cache + ((of_head * 2 + is_value) * n_positions + position % n_positions) * HEAD_DIM;
 }
 
-// What becomes of a thread's sums: rows g and g + 8 of a tile, of any token.
-struct Add {
-    float low_bias, high_bias;
+// W features of a token that follow each other.
+template <int W> struct __align__(4 * W) Floats { float v[W]; };
+
+template <int W> __device__ __forceinline__ void store_bf16(u16* to, const Floats<W>& x) {
+    static_assert(W == 1 || W == 4, "one, or 8 bytes of them");
+    if constexpr (W == 1) *to = f32_to_bf16(x.v[0]);
+    else *(uint2*)to = make_uint2(f32x2_to_bf16x2(x.v[0], x.v[1]), f32x2_to_bf16x2(x.v[2], x.v[3]));
+}
+
+// What becomes of sums. A thread has two runs of W features of a token, APART features apart: W is 1
+// where they are a tile's rows g and g + 8, 4 where they come by way of shared memory, if a block
+// is whole UNITs of features. `first` is the feature of a tile's row 0. `load` reads what is joined
+// to the sums, for many tokens before the first is stored.
+template <int W> struct Add {
+    static constexpr u32 APART = W == 1 ? 8 : 32, UNIT = 64;
+    static constexpr bool AT_ROWS = false;
+    Floats<W> bias[2];
     float* out;
     u32 n_out;
-    bool has_low, has_high;
+    // Features of the runs; of one that is not there, any.
+    u32 at[2];
+    bool has[2];
 
-    __device__ __forceinline__ Add(const MatmulArgs& args, u32 tile, int g) {
-        u32 m = tile * TILE_M + g;
+    __device__ static __forceinline__ u32 first(u32 tile) { return tile * TILE_M; }
+    // n_out is a multiple of 4.
+    __device__ __forceinline__ Add(const MatmulArgs& args, u32 feature) {
+        out = args.out;
         n_out = args.n_out;
-        has_low = m < n_out;
-        has_high = m + 8 < n_out;
-        low_bias = has_low ? vector_at(args.bias, m) : 0.0f;
-        high_bias = has_high ? vector_at(args.bias, m + 8) : 0.0f;
-        out = args.out + m;
+        #pragma unroll
+        for (int run = 0; run < 2; run++) {
+            has[run] = feature + run * APART < n_out;
+            at[run] = has[run] ? feature + run * APART : 0;
+            #pragma unroll
+            for (int i = 0; i < W; i++) bias[run].v[i] = vector_at(args.bias, at[run] + i);
+        }
     }
-    // What is added to is read for all tokens at once, before the first is written.
-    __device__ __forceinline__ void load(u32 row, float& low, float& high) const {
-        const float* from = out + (u64)row * n_out;
-        if (has_low) low = from[0] + (low + low_bias);
-        if (has_high) high = from[8] + (high + high_bias);
+    __device__ __forceinline__ void load(const MatmulArgs& args, u32 row, const Row& place, Floats<W> (&joined)[2]) const {
+        #pragma unroll
+        for (int run = 0; run < 2; run++) joined[run] = *(const Floats<W>*)(out + (u64)row * n_out + at[run]);
     }
-    __device__ __forceinline__ void store(const MatmulArgs& args, u32 row, Row at, float low, float high) const {
-        float* to = out + (u64)row * n_out;
-        if (has_low) to[0] = low;
-        if (has_high) to[8] = high;
+    __device__ __forceinline__ void store(
+        const MatmulArgs& args, u32 row, const Row& place, const Floats<W> (&sums)[2], const Floats<W> (&joined)[2]
+    ) const {
+        #pragma unroll
+        for (int run = 0; run < 2; run++) {
+            Floats<W> x;
+            #pragma unroll
+            for (int i = 0; i < W; i++) x.v[i] = joined[run].v[i] + (sums[run].v[i] + bias[run].v[i]);
+            if (has[run]) *(Floats<W>*)(out + (u64)row * n_out + at[run]) = x;
+        }
     }
-    static constexpr bool ADDS = true;
-    static constexpr bool AT_ROWS = false;
 };
 
-struct Logits {
+// Not by way of shared memory: a vocabulary is of any size.
+template <int W> struct Logits {
+    static constexpr u32 APART = 8, UNIT = 0;
+    static constexpr bool AT_ROWS = false;
     float* out;
     u32 n_out;
-    bool has_low, has_high;
+    bool has[2];
 
-    __device__ __forceinline__ Logits(const MatmulArgs& args, u32 tile, int g) {
-        u32 m = tile * TILE_M + g;
+    __device__ static __forceinline__ u32 first(u32 tile) { return tile * TILE_M; }
+    __device__ __forceinline__ Logits(const MatmulArgs& args, u32 feature) {
         n_out = args.n_out;
-        has_low = m < n_out;
-        has_high = m + 8 < n_out;
-        out = args.out + m;
+        out = args.out + feature;
+        has[0] = feature < n_out;
+        has[1] = feature + APART < n_out;
     }
-    __device__ __forceinline__ void store(const MatmulArgs& args, u32 row, Row at, float low, float high) const {
+    __device__ __forceinline__ void load(const MatmulArgs& args, u32 row, const Row& place, Floats<W> (&joined)[2]) const {}
+    __device__ __forceinline__ void store(
+        const MatmulArgs& args, u32 row, const Row& place, const Floats<W> (&sums)[2], const Floats<W> (&joined)[2]
+    ) const {
         float* to = out + (u64)row * n_out;
-        if (has_low) to[0] = low;
-        if (has_high) to[8] = high;
+        if (has[0]) *(Floats<W>*)to = sums[0];
+        if (has[1]) *(Floats<W>*)(to + APART) = sums[1];
     }
-    __device__ __forceinline__ void load(u32 row, float& low, float& high) const {}
-    static constexpr bool ADDS = false;
-    static constexpr bool AT_ROWS = false;
 };
 
 // A tile holds dims p..p+8 of a head above dims p + HEAD_DIM/2..: a rotary pair is one thread's.
-struct Qkv {
-    float low_bias, high_bias;
+template <int W> struct Qkv {
+    static constexpr u32 APART = HEAD_DIM / 2, UNIT = HEAD_DIM;
+    static constexpr bool AT_ROWS = true;
+    Floats<W> bias[2];
     u32 head, dim;
 
-    __device__ __forceinline__ Qkv(const MatmulArgs& args, u32 tile, int g) {
+    __device__ static __forceinline__ u32 first(u32 tile) {
         constexpr u32 TILES_A_HEAD = HEAD_DIM / TILE_M;
-        head = tile / TILES_A_HEAD;
-        dim = tile % TILES_A_HEAD * 8 + g;
-        low_bias = vector_at(args.bias, head * HEAD_DIM + dim);
-        high_bias = vector_at(args.bias, head * HEAD_DIM + dim + HEAD_DIM / 2);
+        return tile / TILES_A_HEAD * HEAD_DIM + tile % TILES_A_HEAD * 8;
     }
-    __device__ __forceinline__ void store(const MatmulArgs& args, u32 row, Row at, float low, float high) const {
-        low += low_bias;
-        high += high_bias;
-        if (head < args.n_heads + args.n_kv_heads) {
-            const float* turn = args.rope + (u64)at.position * HEAD_DIM + dim;
-            float cos = turn[0], sin = turn[HEAD_DIM / 2];
-            float first = low * cos - high * sin;
-            high = high * cos + low * sin;
-            low = first;
+    __device__ __forceinline__ Qkv(const MatmulArgs& args, u32 feature) {
+        head = feature / HEAD_DIM;
+        dim = feature % HEAD_DIM;
+        if (head >= args.n_heads + 2 * args.n_kv_heads) return;
+        #pragma unroll
+        for (int run = 0; run < 2; run++) {
+            #pragma unroll
+            for (int i = 0; i < W; i++) bias[run].v[i] = vector_at(args.bias, feature + run * APART + i);
         }
-        u16 low_bits = f32_to_bf16(low), high_bits = f32_to_bf16(high);
-        u32 width = (args.n_heads + 2 * args.n_kv_heads) * HEAD_DIM;
-        u16* out = args.qkv + (u64)row * width + head * HEAD_DIM + dim;
-        out[0] = low_bits;
-        out[HEAD_DIM / 2] = high_bits;
-        if (args.cache != 0 && head >= args.n_heads && at.sequence != NONE) {
+    }
+    // Cosines and sines.
+    __device__ __forceinline__ void load(const MatmulArgs& args, u32 row, const Row& place, Floats<W> (&joined)[2]) const {
+        const float* turn = args.rope + (u64)place.position * HEAD_DIM + dim;
+        joined[0] = *(const Floats<W>*)turn;
+        joined[1] = *(const Floats<W>*)(turn + APART);
+    }
+    __device__ __forceinline__ void store(
+        const MatmulArgs& args, u32 row, const Row& place, const Floats<W> (&sums)[2], const Floats<W> (&joined)[2]
+    ) const {
+        u32 n_heads = args.n_heads + 2 * args.n_kv_heads;
+        if (head >= n_heads) return;
+        bool turns = head < args.n_heads + args.n_kv_heads;
+        Floats<W> x[2];
+        #pragma unroll
+        for (int i = 0; i < W; i++) {
+            float low = sums[0].v[i] + bias[0].v[i], high = sums[1].v[i] + bias[1].v[i];
+            float cos = joined[0].v[i], sin = joined[1].v[i];
+            x[0].v[i] = turns ? low * cos - high * sin : low;
+            x[1].v[i] = turns ? high * cos + low * sin : high;
+        }
+        u16* out = args.qkv + ((u64)row * n_heads + head) * HEAD_DIM + dim;
+        store_bf16(out, x[0]);
+        store_bf16(out + APART, x[1]);
+        if (args.cache != 0 && head >= args.n_heads && place.sequence != NONE) {
             u32 kv_head = head - args.n_heads;
             u32 is_value = kv_head >= args.n_kv_heads;
             if (is_value) kv_head -= args.n_kv_heads;
             u16* to = cache_row(args.cache, args.page_table, args.max_pages, args.ring, args.layer, args.n_layers,
-                                args.n_kv_heads, at.sequence, kv_head, is_value, at.position);
-            to[dim] = low_bits;
-            to[dim + HEAD_DIM / 2] = high_bits;
+                                args.n_kv_heads, place.sequence, kv_head, is_value, place.position);
+            store_bf16(to + dim, x[0]);
+            store_bf16(to + dim + APART, x[1]);
         }
     }
-    __device__ __forceinline__ void load(u32 row, float& low, float& high) const {}
-    static constexpr bool ADDS = false;
-    static constexpr bool AT_ROWS = true;
 };
 
 // What becomes of a thread's sums.
-template <class G, class Store> struct DenseOutputs {
+template <class G, template <int> class Store> struct DenseOutputs {
     const MatmulArgs& args;
     const Row* rows;
     u32 first_row;
     int first_tile, n_tiles;
+    // The stages.
+    u8* shared;
 
     template <int M> __device__ __forceinline__ void operator()(float (&acc)[M][G::N_TILES][4]) const {
+        constexpr u32 UNIT = Store<4>::UNIT;
+        // The second block of a pair may have no rows.
+        if (first_row >= args.n_rows) return;
+        if constexpr (G::N_TILES >= 16 && UNIT != 0 && G::TILES * TILE_M % (UNIT + (UNIT == 0)) == 0) by_rows(acc);
+        else from_registers(acc);
+    }
+
+    // Column `column` or, behind the rows, the last.
+    __device__ __forceinline__ u32 inside(u32 column) const {
+        u32 last = args.n_rows - 1 - first_row;
+        return column < last ? column : last;
+    }
+    __device__ __forceinline__ const Row& place(u32 column) const { return rows[Store<1>::AT_ROWS ? column : 0]; }
+
+    template <int M> __device__ __forceinline__ void from_registers(float (&acc)[M][G::N_TILES][4]) const {
         int lane = threadIdx.x % 32;
         #pragma unroll
         for (int m = 0; m < M; m++) {
             int tile = first_tile + G::tile(m);
             if (tile >= n_tiles) continue;
-            const Store to(args, tile, lane / 4);
-            if (Store::ADDS) {
+            const Store<1> to(args, Store<1>::first(tile) + lane / 4);
+            Floats<1> joined[G::N_TILES][2][2];
+            #pragma unroll
+            for (int n = 0; n < G::N_TILES; n++) {
                 #pragma unroll
-                for (int n = 0; n < G::N_TILES; n++) {
-                    u32 row = first_row + G::column(n) + lane % 4 * 2;
-                    float* c = acc[m][n];
-                    if (row < args.n_rows) to.load(row, c[0], c[2]);
-                    if (row + 1 < args.n_rows) to.load(row + 1, c[1], c[3]);
+                for (int i = 0; i < 2; i++) {
+                    u32 column = inside(G::column(n) + lane % 4 * 2 + i);
+                    to.load(args, first_row + column, place(column), joined[n][i]);
                 }
             }
             #pragma unroll
             for (int n = 0; n < G::N_TILES; n++) {
-                u32 column = G::column(n) + lane % 4 * 2;
-                u32 row = first_row + column;
-                float* c = acc[m][n];
-                if (row < args.n_rows) to.store(args, row, rows[Store::AT_ROWS ? column : 0], c[0], c[2]);
-                if (row + 1 < args.n_rows) to.store(args, row + 1, rows[Store::AT_ROWS ? column + 1 : 0], c[1], c[3]);
+                #pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    u32 column = G::column(n) + lane % 4 * 2 + i;
+                    const Floats<1> sums[2] = {{{acc[m][n][i]}}, {{acc[m][n][2 + i]}}};
+                    if (first_row + column < args.n_rows) to.store(args, first_row + column, place(column), sums, joined[n][i]);
+                }
+            }
+        }
+    }
+
+    // By way of shared memory, whose stages are free: there a token's sums lie in a row, and what
+    // is read and written in memory is 16 bytes (8 of bf16) a thread, side by side.
+    template <int M> __device__ __forceinline__ void by_rows(float (&acc)[M][G::N_TILES][4]) const {
+        typedef Store<1> From;
+        typedef Store<4> To;
+        // Four floats more than there are, so that what a warp writes at once is in 32 banks.
+        constexpr u32 PITCH = G::TILES * TILE_M + 4;
+        static_assert(G::COLUMNS * PITCH * 4 <= G::STAGES * (G::TOKEN_BYTES + G::WEIGHT_BYTES), "stages hold all sums");
+        int lane = threadIdx.x % 32;
+        float* all = (float*)shared;
+        G::sync_workers();
+        #pragma unroll
+        for (int m = 0; m < M; m++) {
+            float* of_tile = all + From::first(G::tile(m)) + lane / 4;
+            #pragma unroll
+            for (int n = 0; n < G::N_TILES; n++) {
+                float* to = of_tile + (G::column(n) + lane % 4 * 2) * PITCH;
+                to[0] = acc[m][n][0];
+                to[PITCH] = acc[m][n][1];
+                to[From::APART] = acc[m][n][2];
+                to[PITCH + From::APART] = acc[m][n][3];
+            }
+        }
+        G::sync_workers();
+        constexpr u32 THREADS_A_TOKEN = G::TILES * TILE_M / 8, STEP = G::WORKERS / THREADS_A_TOKEN;
+        // Tokens of a thread at a time.
+        constexpr u32 MANY = 8;
+        u32 i = threadIdx.x % THREADS_A_TOKEN, of_run = To::APART / 4;
+        u32 feature = i / of_run * 2 * To::APART + i % of_run * 4;
+        const To to(args, first_tile * TILE_M + feature);
+        #pragma unroll 1
+        for (u32 first = threadIdx.x / THREADS_A_TOKEN; first < G::COLUMNS; first += MANY * STEP) {
+            Floats<4> joined[MANY][2];
+            #pragma unroll
+            for (u32 n = 0; n < MANY; n++) {
+                u32 column = inside(first + n * STEP);
+                to.load(args, first_row + column, place(column), joined[n]);
+            }
+            #pragma unroll
+            for (u32 n = 0; n < MANY; n++) {
+                u32 column = first + n * STEP;
+                const float* from = all + column * PITCH + feature;
+                const Floats<4> sums[2] = {*(const Floats<4>*)from, *(const Floats<4>*)(from + To::APART)};
+                if (first_row + column < args.n_rows) to.store(args, first_row + column, place(column), sums, joined[n]);
             }
         }
     }
 };
 
-template <class G, class Store> __device__ __forceinline__ void matmul(const MatmulArgs& args) {
+template <class G, template <int> class Store> __device__ __forceinline__ void matmul(const MatmulArgs& args) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ int columns[G::COLUMNS];
-    __shared__ Row rows[Store::AT_ROWS ? G::COLUMNS : 1];
+    __shared__ Row rows[Store<1>::AT_ROWS ? G::COLUMNS : 1];
     // Few token tiles: they follow each other, so that a weight tile is read once from memory.
     u32 m_block = args.rows_first ? blockIdx.y : blockIdx.x, row_block = args.rows_first ? blockIdx.x : blockIdx.y;
+    if constexpr (G::PAIRS) {
+        u32 m_blocks = (args.n_tiles - args.first_tile + G::TILES - 1) / G::TILES;
+        place_of_pair(m_blocks, (args.n_rows + 2 * G::COLUMNS - 1) / (2 * G::COLUMNS), m_block, row_block);
+    }
     u32 first_row = row_block * G::COLUMNS;
     int first_tile = (int)(args.first_tile + m_block * G::TILES), n_tiles = (int)args.n_tiles;
     int n_groups = (int)(args.n_k + GROUP_K - 1) / GROUP_K;
@@ -199,16 +308,20 @@ template <class G, class Store> __device__ __forceinline__ void matmul(const Mat
         for (u32 c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
             bool has = first_row + c < args.n_rows;
             columns[c] = has ? (int)(first_row + c) : -1;
-            if (Store::AT_ROWS && has) rows[c] = args.rows[first_row + c];
+            if (Store<1>::AT_ROWS && has) rows[c] = args.rows[first_row + c];
         }
     };
-    const DenseOutputs<G, Store> outputs = {args, rows, first_row, first_tile, n_tiles};
+    const DenseOutputs<G, Store> outputs = {args, rows, first_row, first_tile, n_tiles, shared};
     G::run(shared, args.weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns, prepare, outputs);
 }
 
 // Variants by how many rows there are; src/engine/cuda/variants.rs has the same numbers.
 #define VARIANT(NAME, STORE, THREADS, BLOCKS, ...) \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MatmulArgs args) { matmul<__VA_ARGS__, STORE>(args); }
+#define PAIR_VARIANT(NAME, STORE, THREADS, ...) \
+    extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) NAME(const MatmulArgs args) { \
+        matmul<__VA_ARGS__, STORE>(args); \
+    }
 #define SMALL_VARIANTS(FORMAT, NAME, STORE) \
     VARIANT(NAME##_d8, STORE, 32, 1, DirectGemm<FORMAT, 1, 1, 8>) \
     VARIANT(NAME##_d16, STORE, 192, 1, DirectGemm<FORMAT, 6, 2, 8>)
@@ -218,6 +331,7 @@ template <class G, class Store> __device__ __forceinline__ void matmul(const Mat
     VARIANT(NAME##_w32, STORE, 128, 2, WarpgroupGemm<FORMAT, 1, 1, 4, 2>) \
     VARIANT(NAME##_w64, STORE, 128, 2, WarpgroupGemm<FORMAT, 1, 1, 8, 2>) \
     VARIANT(NAME##_w128x128, STORE, 256, 1, WarpgroupGemm<FORMAT, 2, 1, 16, 1>) \
+    PAIR_VARIANT(NAME##_p256x128, STORE, 384, PairGemm<FORMAT, 2, 16>) \
     VARIANT(NAME##_w256x128, STORE, 256, 1, WarpgroupGemm<FORMAT, 2, 2, 16, 1>)
 #else
 #define VARIANTS(FORMAT, NAME, STORE) SMALL_VARIANTS(FORMAT, NAME, STORE) \

@@ -390,7 +390,7 @@ impl Kernels {
         let variant = self.dense_variants[index];
         let n_tiles = (args.n_tiles - args.first_tile) as usize;
         let m_blocks = n_tiles.div_ceil(variant.block_tiles());
-        let row_blocks = (args.n_rows as usize).div_ceil(variant.columns());
+        let row_blocks = variant.row_blocks(args.n_rows as usize);
         let weights = n_tiles * pack::n_groups(args.n_k as usize) * self.tile_bytes(which);
         let args = MatmulArgs {
             // Few row blocks share a weight tile while it is in L2.
@@ -399,6 +399,7 @@ impl Kernels {
             ..*args
         };
         let grid = match args.rows_first {
+            _ if variant.in_pairs() => [m_blocks * row_blocks, 1, 1],
             0 => [m_blocks, row_blocks, 1],
             _ => [row_blocks, m_blocks, 1],
         };

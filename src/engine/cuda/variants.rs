@@ -35,6 +35,9 @@ enum Unit {
     /// `mma.sync` by so many warps that take their weights straight from memory, with all of K of
     /// the tokens in shared memory.
     Direct { warps: usize },
+    /// `wgmma` by two blocks that share their weights, each of `m` warpgroups and one that fills,
+    /// alone on its multiprocessor.
+    Pairs { m: usize },
 }
 
 /// A block shape of a product.
@@ -81,11 +84,23 @@ impl Variant {
         }
     }
 
+    const fn pairs(name: &'static str, shape: [usize; 3]) -> Self {
+        let [m, tiles, octets] = shape;
+        let unit = Unit::Pairs { m };
+        Self {
+            name,
+            unit,
+            tiles,
+            octets,
+        }
+    }
+
     pub fn threads(&self) -> usize {
         match self.unit {
             Unit::Direct { warps } => 32 * warps,
             Unit::Warps { m, n, .. } => 32 * m * n,
             Unit::Warpgroups { m, fillers, .. } => 128 * m + 32 * fillers,
+            Unit::Pairs { m } => 128 * m + 128,
         }
     }
 
@@ -93,7 +108,7 @@ impl Variant {
     pub fn block_tiles(&self) -> usize {
         match self.unit {
             Unit::Warps { m, .. } | Unit::Direct { warps: m } => m * self.tiles,
-            Unit::Warpgroups { m, .. } => m * self.tiles * pack::BLOCK_TILES,
+            Unit::Warpgroups { m, .. } | Unit::Pairs { m } => m * self.tiles * pack::BLOCK_TILES,
         }
     }
 
@@ -101,7 +116,7 @@ impl Variant {
     pub fn columns(&self) -> usize {
         match self.unit {
             Unit::Warps { n, .. } => n * self.octets * 8,
-            Unit::Warpgroups { .. } | Unit::Direct { .. } => self.octets * 8,
+            Unit::Warpgroups { .. } | Unit::Pairs { .. } | Unit::Direct { .. } => self.octets * 8,
         }
     }
 
@@ -109,7 +124,7 @@ impl Variant {
     fn stage_bytes(&self, tile_bytes: usize) -> usize {
         let token = match self.unit {
             Unit::Warps { .. } => PADDED_BYTES,
-            Unit::Warpgroups { .. } | Unit::Direct { .. } => SWIZZLED_BYTES,
+            _ => SWIZZLED_BYTES,
         };
         self.block_tiles() * tile_bytes + self.columns() * token
     }
@@ -118,15 +133,30 @@ impl Variant {
     /// most `n_rows` of them.
     pub fn shared_bytes(&self, tile_bytes: usize, n_groups: usize, n_rows: usize) -> usize {
         let stage = self.stage_bytes(tile_bytes);
-        match self.unit {
+        let blocks = match self.unit {
             Unit::Direct { .. } => {
-                self.columns().min(n_rows) * (n_groups * SWIZZLED_BYTES + ROW_PADDING)
+                return self.columns().min(n_rows) * (n_groups * SWIZZLED_BYTES + ROW_PADDING);
             }
-            Unit::Warps { stages, .. } => stages * stage,
-            Unit::Warpgroups { blocks, .. } => {
-                let stages = (SHARED_BYTES / blocks - RESERVED_BYTES) / stage;
-                stages.min(MOST_STAGES) * stage + ALIGNMENT
-            }
+            Unit::Warps { stages, .. } => return stages * stage,
+            Unit::Warpgroups { blocks, .. } => blocks,
+            Unit::Pairs { .. } => 1,
+        };
+        let stages = (SHARED_BYTES / blocks - RESERVED_BYTES) / stage;
+        stages.min(MOST_STAGES) * stage + ALIGNMENT
+    }
+
+    /// Whether blocks come in pairs along the rows, in a grid of one dimension.
+    pub fn in_pairs(&self) -> bool {
+        matches!(self.unit, Unit::Pairs { .. })
+    }
+
+    /// Blocks along the rows; one of a pair may have none.
+    pub fn row_blocks(&self, n_rows: usize) -> usize {
+        let row_blocks = n_rows.div_ceil(self.columns());
+        if self.in_pairs() {
+            row_blocks.next_multiple_of(2)
+        } else {
+            row_blocks
         }
     }
 
@@ -147,7 +177,7 @@ impl Variant {
 
     /// Blocks of a product with `n_rows` rows.
     pub fn n_blocks(&self, n_tiles: usize, n_rows: usize) -> usize {
-        n_tiles.div_ceil(self.block_tiles()) * n_rows.div_ceil(self.columns())
+        n_tiles.div_ceil(self.block_tiles()) * self.row_blocks(n_rows)
     }
 }
 
@@ -179,6 +209,8 @@ pub fn dense(room: Room) -> Vec<Variant> {
             Variant::warpgroups("w32", [1, 1, 4, 2, 0]),
             Variant::warpgroups("w64", [1, 1, 8, 2, 0]),
             Variant::warpgroups("w128x128", [2, 1, 16, 1, 0]),
+            // Before its like of single blocks: of equals the first is taken.
+            Variant::pairs("p256x128", [2, 2, 16]),
             Variant::warpgroups("w256x128", [2, 2, 16, 1, 0]),
         ]);
     } else {
@@ -231,7 +263,7 @@ pub fn choose_moe(variants: &[Variant], room: Room, n_groups: usize, tokens: usi
 
 impl Variant {
     fn is_warpgroups(&self) -> bool {
-        matches!(self.unit, Unit::Warpgroups { .. })
+        matches!(self.unit, Unit::Warpgroups { .. } | Unit::Pairs { .. })
     }
 
     /// About how long a dense product takes, in ns: the longest of what its blocks take one behind
@@ -261,6 +293,15 @@ impl Variant {
         };
         let stage = self.stage_bytes(tile) as f64;
         let n_blocks = self.n_blocks(n_tiles, n_rows);
+        // What does not come through L2 because the other block of a pair brings it.
+        let mut spared = 0.0;
+        if self.in_pairs() {
+            spared = (self.block_tiles() * tile) as f64 / 2.0;
+            // Pairs wait for each other: not for little, nor where they leave much of the GPU idle.
+            if 3.0 * spared < stage || n_blocks < 2 * room.n_multiprocessors {
+                return f64::INFINITY;
+            }
+        }
         let shared = self.shared_bytes(tile, n_groups, n_rows);
         let resident = (SHARED_BYTES / shared).clamp(1, 16);
         let waves = n_blocks.div_ceil(room.n_multiprocessors * resident) as f64;
@@ -272,7 +313,7 @@ impl Variant {
         let times = [
             waves * n_groups * (stage_ns + stage / INTAKE),
             rounds * block_flops / flops,
-            n_blocks as f64 * n_groups * stage / l2,
+            n_blocks as f64 * n_groups * (stage - spared) / l2,
             n_tiles as f64 * n_groups * tile as f64 / MEMORY,
         ];
         times.into_iter().fold(0.0, f64::max)
@@ -292,4 +333,35 @@ pub fn choose_dense(
         .enumerate()
         .min_by(|a, b| time(a.1).total_cmp(&time(b.1)));
     best.map_or(0, |(index, _)| index)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_rows_of_large_weights_share_them() {
+        let room = Room {
+            warpgroups: true,
+            small_shared: false,
+            shared_bytes: 227 << 10,
+            n_multiprocessors: 132,
+        };
+        let variants = dense(room);
+        let chosen = |format, (n_out, n_k): (usize, usize), n_rows| {
+            let shape = (pack::n_tiles(n_out), pack::n_groups(n_k), n_rows);
+            variants[choose_dense(&variants, room, pack::tile_bytes(format), shape)]
+        };
+        for shape in [(5120, 2880), (2880, 4096)] {
+            for n_rows in [4096, 8192, 16_384] {
+                let of_bf16 = chosen(MatrixFormat::Bf16, shape, n_rows);
+                assert!(of_bf16.in_pairs(), "{shape:?}, {n_rows} rows: {of_bf16:?}");
+                assert!(!chosen(MatrixFormat::Mxfp4, shape, n_rows).in_pairs());
+            }
+            for n_rows in [1, 64, 256, 1024] {
+                assert!(!chosen(MatrixFormat::Bf16, shape, n_rows).in_pairs());
+            }
+        }
+        assert!(!chosen(MatrixFormat::Bf16, (201_088, 2880), 64).in_pairs());
+    }
 }
