@@ -1,17 +1,23 @@
-//! A GPU that is lost: the failure is named, and so is that the device cannot be had again, where
-//! the driver gives it to new processes alone (580.159.04 does, after an illegal address). On its
-//! own, since everything in the process that is on the GPU goes with it.
+//! A GPU that is lost: the failure is named, the process does not get it back, a new one gets it
+//! with the same bits, and a run goes on in one by itself. The driver gives it to new processes
+//! alone (580.159.04 does, after an illegal address).
 
 #![allow(clippy::unwrap_used, reason = "a test's failure is a panic")]
 
 mod support;
 
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 
 use podium::engine::checkpoint::{Checkpoint, Precision};
-use podium::engine::cuda::launch::{Dense, MatmulArgs};
-use podium::engine::cuda::{CudaBackend, CudaError, CudaOptions, Loaded, device};
-use podium::engine::{Backend, EngineError, EngineShape, PageId, SequenceId, Span};
+use podium::engine::cuda::{CudaBackend, CudaError, CudaOptions, Loaded};
+use podium::engine::{Backend, EngineShape, PageId, SequenceId, Span};
+
+fn load(model: &Path) -> Arc<Loaded> {
+    let checkpoint = Checkpoint::open(model).unwrap();
+    Arc::new(Loaded::open(&checkpoint, Precision::Stored, 0).expect("a GPU"))
+}
 
 /// Logits' hash of a few tokens.
 fn score(loaded: &Arc<Loaded>) -> Vec<u64> {
@@ -37,38 +43,88 @@ fn score(loaded: &Arc<Loaded>) -> Vec<u64> {
     hashes
 }
 
+/// Names the model's folder to a process that shall write its hashes into it.
+const CHILD: &str = "PODIUM_LOST_CHILD";
+
+/// The hashes of a new process.
+fn score_elsewhere(model: &Path) -> Vec<u64> {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "a_lost_device_is_named_and_a_new_process_has_it"])
+        .args(["--ignored", "--nocapture"])
+        .env(CHILD, model)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}\n{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let bytes = std::fs::read(model.join("hashes.json")).unwrap();
+    std::fs::remove_file(model.join("hashes.json")).unwrap();
+    serde_json::from_slice(&bytes).unwrap()
+}
+
 #[test]
 #[ignore = "needs a GPU"]
-fn a_lost_device_is_named_and_bits_stay_where_it_comes_back() {
+fn a_lost_device_is_named_and_a_new_process_has_it() {
+    if let Some(model) = std::env::var_os(CHILD).map(PathBuf::from) {
+        let hashes = serde_json::to_vec(&score(&load(&model))).unwrap();
+        std::fs::write(model.join("hashes.json"), hashes).unwrap();
+        return;
+    }
     let folder = support::Scratch::new("lost-model");
     support::checkpoint::write(folder.path(), 3);
-    let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    let load = || Loaded::open(&checkpoint, Precision::Stored, 0).map(Arc::new);
-    let loaded = load().expect("a GPU");
+    let loaded = load(folder.path());
     let before = score(&loaded);
-    // Weights at an address that is nobody's.
-    let args = MatmulArgs {
-        weights: 1 << 20,
-        x: 1 << 20,
-        out: 1 << 20,
-        n_rows: 8,
-        n_out: 64,
-        n_k: 96,
-        n_tiles: 4,
-        ..MatmulArgs::default()
-    };
-    let launched = loaded.kernels.matmul(Dense::Logits, &args);
-    let failed = launched.and_then(|()| loaded.device.synchronize());
-    let error = failed.expect_err("there is nothing there");
+    assert_eq!(score_elsewhere(folder.path()), before);
+
+    let error = loaded.lose().expect_err("there is nothing there");
     assert!(matches!(error, CudaError::Lost { .. }), "{error}");
-    // And it stays so.
+    // And it stays so here, and nowhere else.
     assert!(loaded.device.synchronize().is_err());
-    drop(loaded);
-    match device::reset(0)
-        .map_err(EngineError::from)
-        .and_then(|()| load())
-    {
-        Ok(loaded) => assert_eq!(score(&loaded), before),
-        Err(error) => assert!(error.is_lost_device(), "{error}"),
-    }
+    assert_eq!(score_elsewhere(folder.path()), before);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_run_goes_on_in_a_new_process() {
+    let scratch = support::Scratch::new("lost-run");
+    let rows = support::nano_rows("mixed.jsonl", 24).join("\n");
+    scratch.write("rows.jsonl", rows);
+    let eval = |out: &str, more: &[&str]| {
+        let mut podium = support::podium(scratch.path());
+        match std::env::var_os("CUDA_VISIBLE_DEVICES") {
+            Some(devices) => podium.env("CUDA_VISIBLE_DEVICES", devices),
+            None => podium.env_remove("CUDA_VISIBLE_DEVICES"),
+        };
+        let output = podium
+            .args(["eval", "rows.jsonl", "--out", out, "--quiet"])
+            .args(["--trace-hash", "--batch", "4", "--device", "cuda"])
+            .args(more)
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        (output.status.code(), stderr)
+    };
+    let (code, stderr) = eval("whole", &[]);
+    assert_eq!(code, Some(0), "{stderr}");
+
+    let (code, stderr) = eval("once", &["--lose-device", "5"]);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stderr.contains("the GPU was lost at"), "{stderr}");
+    assert!(
+        !stderr.contains("an injected fault"),
+        "the driver says so, not podium: {stderr}"
+    );
+    assert!(stderr.contains("begins anew"), "{stderr}");
+    assert_eq!(
+        support::bits(&scratch.join("once")),
+        support::bits(&scratch.join("whole"))
+    );
+    let run = std::fs::read(scratch.join("once/run.json")).unwrap();
+    let run: serde_json::Value = serde_json::from_slice(&run).unwrap();
+    let sessions = run["sessions"].as_array().unwrap();
+    let n_lost = sessions.iter().map(|session| &session["n_lost_devices"]);
+    assert_eq!(n_lost.collect::<Vec<_>>(), [1, 0]);
 }

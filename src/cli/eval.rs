@@ -48,7 +48,8 @@ pub struct EvalArgs {
     /// Fill memory that holds nothing with NaN first, so that a wrong read shows in the output
     #[arg(long, hide = true)]
     pub poison: bool,
-    /// Lose the device after so many calls of decode steps, once for each number
+    /// Lose the device after so many calls of decode steps: in a run of the first attempt, of the
+    /// second
     #[arg(long, hide = true, value_delimiter = ',', value_name = "N")]
     pub lose_device: Vec<usize>,
 }

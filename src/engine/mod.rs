@@ -226,7 +226,7 @@ pub enum EngineError {
 }
 
 impl EngineError {
-    /// Whether everything on the device is gone: fresh state may do.
+    /// Whether everything on the device is gone: a new process may have it again.
     pub fn is_lost_device(&self) -> bool {
         matches!(self, Self::Cuda(cuda::CudaError::Lost { .. }))
     }

@@ -21,7 +21,7 @@ use crate::submission::environment::Environment;
 use crate::telemetry::device::DeviceMeter;
 
 /// What runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Engine {
     Cpu,
     /// The GPU of this index.
@@ -100,17 +100,6 @@ impl Engine {
             Self::Cpu => "cpu".to_owned(),
             Self::Cuda(index) => format!("cuda:{index}"),
         }
-    }
-
-    /// Clears a device that was lost: nothing on it is held any more.
-    ///
-    /// # Errors
-    /// It cannot be cleared.
-    pub fn reset(self) -> Result<(), JobError> {
-        if let Self::Cuda(index) = self {
-            cuda::device::reset(index).map_err(EngineError::from)?;
-        }
-        Ok(())
     }
 
     /// The GPU's meter; nothing on a CPU, or where the driver's library of figures is missing.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::JobError;
+use super::attempt::Attempt;
 use super::datasets;
 use super::device;
 use super::folder::{Opening, SUBMISSIONS};
@@ -57,39 +58,43 @@ pub fn eval(args: &EvalArgs, config: ConfigFile) -> Result<u8, JobError> {
     let model_word = layers.model();
     let model = OpenModel::open(&model_word.value)?;
     let mut weights: Weights = None;
-    let mut code = 0;
     let mut begun = process_start();
-    let mut folders = Vec::new();
+    let mut attempt = Attempt::current();
     // Precision outside, so that each is loaded once.
-    for &value in &wanted {
-        for path in &paths {
-            let precision = Effective {
-                value,
-                origin: precision.origin,
-            };
-            let mut run = assemble(&layers, &model, &model_word, precision, path, args.poison)?;
-            run.begun = begun;
-            run.faults.clone_from(&args.lose_device);
-            let (one, folder) = eval_one(args, &run, &mut weights)?;
-            code = code.max(one);
-            folders.push((path, folder));
-            begun = Instant::now();
-            if let Some(signal) = signal::received() {
-                return Ok(128 + signal as u8);
-            }
+    let runs = wanted
+        .iter()
+        .flat_map(|&value| paths.iter().map(move |path| (value, path)));
+    for (value, path) in runs.skip(attempt.done.len()) {
+        let precision = Effective {
+            value,
+            origin: precision.origin,
+        };
+        let mut run = assemble(&layers, &model, &model_word, precision, path, args.poison)?;
+        run.begun = begun;
+        run.fault = args.lose_device.get(attempt.n_lost_devices).copied();
+        if let Some(engine) = attempt.broken_off.take() {
+            run.engine = engine;
+            run.goes_on = true;
+        }
+        let (code, folder) = eval_one(args, &run, &mut weights, &attempt)?;
+        attempt.code = attempt.code.max(code);
+        attempt.done.push(folder);
+        begun = Instant::now();
+        if let Some(signal) = signal::received() {
+            return Ok(128 + signal as u8);
         }
     }
     if wanted.len() > 1 && !args.json && !args.dry_run {
-        for path in &paths {
-            let of_path = folders.iter().filter(|(of, _)| *of == path);
-            let names: Vec<String> = of_path.map(|(_, folder)| run_word(folder)).collect();
+        for index in 0..paths.len() {
+            let of_path = attempt.done.iter().skip(index).step_by(paths.len());
+            let names: Vec<String> = of_path.map(|folder| run_word(folder)).collect();
             print::result(&format!(
                 "\nside by side: podium compare {}",
                 names.join(" ")
             ));
         }
     }
-    Ok(code)
+    Ok(attempt.code)
 }
 
 /// How `compare` is told of a run: its name where it lies in the usual place, else its path.
@@ -161,7 +166,8 @@ pub fn assemble<'a>(
         options,
         engine,
         begun: Instant::now(),
-        faults: Vec::new(),
+        fault: None,
+        goes_on: false,
     })
 }
 
@@ -205,13 +211,18 @@ fn choose_context(settings: &Settings, model: &OpenModel, prepared: &Prepared) -
 }
 
 /// Runs one data set in one precision; gives the exit code and the run's folder.
-fn eval_one(args: &EvalArgs, run: &Run, weights: &mut Weights) -> Result<(u8, PathBuf), JobError> {
+fn eval_one(
+    args: &EvalArgs,
+    run: &Run,
+    weights: &mut Weights,
+    attempt: &Attempt,
+) -> Result<(u8, PathBuf), JobError> {
     let identity = run.identity()?;
     let opening = Opening {
         dataset: &run.prepared.dataset.path,
         identity: &identity,
         out: args.out.as_deref(),
-        fresh: args.fresh,
+        fresh: args.fresh && !run.goes_on,
         allow_mixed: args.allow_mixed,
     };
     let path = opening.path();
@@ -249,7 +260,9 @@ fn eval_one(args: &EvalArgs, run: &Run, weights: &mut Weights) -> Result<(u8, Pa
         let code = finish(args, run, &manifest, &path, vec![note]);
         return Ok((code, path));
     }
-    let finished = run.execute(&opening, &plan, weights, args.quiet)?;
+    let finished = run
+        .execute(&opening, &plan, weights, args.quiet)
+        .map_err(|error| attempt.begin_anew_after(error, run.engine))?;
     page_after(&path, None);
     let mut notes = Vec::new();
     if finished.repaired_bytes > 0 {

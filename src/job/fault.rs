@@ -1,6 +1,10 @@
-//! A backend that loses its device when told to: what a run does then is tested without one.
+//! A backend that loses its device when told to: what a run does then can be tested. A GPU is really
+//! lost; a CPU, which cannot be, says that it was.
 
-use crate::engine::cuda::CudaError;
+use std::sync::Arc;
+
+use super::device::AnyBackend;
+use crate::engine::cuda::{CudaError, Loaded};
 use crate::engine::{
     Backend, BackendInfo, BackendMemory, EngineError, Fork, PageId, SequenceId, SlotStart, Span,
     TokenEvent,
@@ -9,13 +13,22 @@ use crate::engine::{
 /// Passes everything on until the device is lost.
 pub struct Faulty<'a> {
     inner: &'a mut dyn Backend,
+    gpu: Option<Arc<Loaded>>,
     /// Calls of steps until then; never where there is none.
     n_calls: Option<usize>,
 }
 
 impl<'a> Faulty<'a> {
-    pub fn new(inner: &'a mut dyn Backend, n_calls: Option<usize>) -> Self {
-        Self { inner, n_calls }
+    pub fn new(backend: &'a mut AnyBackend, n_calls: Option<usize>) -> Self {
+        let gpu = match backend {
+            AnyBackend::Cpu(_) => None,
+            AnyBackend::Cuda(backend) => Some(Arc::clone(backend.loaded())),
+        };
+        Self {
+            inner: backend.get(),
+            gpu,
+            n_calls,
+        }
     }
 }
 
@@ -43,6 +56,9 @@ impl Backend for Faulty<'_> {
     fn decode(&mut self, n_steps: usize) -> Result<(), EngineError> {
         match &mut self.n_calls {
             Some(0) => {
+                if let Some(gpu) = &self.gpu {
+                    gpu.lose()?;
+                }
                 return Err(EngineError::from(CudaError::Lost {
                     what: "a step".to_owned(),
                     reason: "an injected fault".to_owned(),

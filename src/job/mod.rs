@@ -2,9 +2,10 @@
 //! part that sees every stage.
 //!
 //! `eval` runs prompt files: [`prepare`] reads and renders, [`folder`] takes the run's folder,
-//! [`run`] drives the engine and [`record`] logs what comes out. The other commands stand beside
-//! it, a file each.
+//! [`run`] drives the engine and [`record`] logs what comes out; [`attempt`] begins the command anew
+//! when the device is lost. The other commands stand beside it, a file each.
 
+pub mod attempt;
 pub mod bench;
 pub mod compare;
 pub mod datasets;
@@ -168,6 +169,16 @@ impl From<ConfigError> for JobError {
 }
 
 impl JobError {
+    /// Whether everything on the device is gone: a new process may have it again.
+    pub fn is_lost_device(&self) -> bool {
+        match self {
+            Self::Engine(error) | Self::Generate(GenerateError::Engine(error)) => {
+                error.is_lost_device()
+            }
+            _ => false,
+        }
+    }
+
     /// How to mend it.
     pub fn hint(&self) -> String {
         match self {

@@ -100,11 +100,6 @@ impl Progress {
         self.bar.set_message(message);
     }
 
-    /// Tells the user something while the bar stands.
-    pub fn tell(&self, text: &str) {
-        self.bar.suspend(|| crate::cli::print::tell(text));
-    }
-
     /// Takes the bar away; what follows is the summary.
     pub fn clear(&self) {
         self.bar.finish_and_clear();

@@ -22,7 +22,7 @@ use crate::engine::checkpoint::{ByClass, Deviation, Precision};
 use crate::engine::cpu::CpuOptions;
 use crate::engine::cpu::path::CpuPath;
 use crate::engine::cuda::Staging;
-use crate::engine::generate::{GenerateError, GenerateOptions, Outcome as Generated, generate};
+use crate::engine::generate::{GenerateOptions, Outcome as Generated, generate};
 use crate::engine::plan::{MemoryPlan, ledger_table};
 use crate::profile::{Profile, Source};
 use crate::prompt::harmony;
@@ -56,8 +56,11 @@ pub struct Run<'a> {
     pub engine: Engine,
     /// What the first token's time counts from.
     pub begun: Instant,
-    /// Of each attempt: calls of steps after which the device is lost, for tests.
-    pub faults: Vec<usize>,
+    /// Calls of steps after which the device is lost, for tests.
+    pub fault: Option<usize>,
+    /// Whether the attempt before lost its device in this run: this one goes on with it, in the
+    /// time that it left.
+    pub goes_on: bool,
 }
 
 /// Weights kept between the runs of one command, so that each model is loaded once.
@@ -263,6 +266,10 @@ impl Run<'_> {
         // Our own plain values always have a JSON form.
         manifest.ledger = serde_json::to_value(&plan.ledger).unwrap_or_default();
         manifest.memory_plan = serde_json::to_value(plan).unwrap_or_default();
+        let spent = match manifest.sessions.last() {
+            Some(before) if self.goes_on => before.throughput.wall_seconds,
+            _ => 0.0,
+        };
         let mut session = Session::start(
             &self.engine.name(),
             &opening.identity.numerics,
@@ -279,6 +286,7 @@ impl Run<'_> {
             plan,
             weights,
             opening,
+            spent,
             quiet,
         );
         let (ran, error) = match ran {
@@ -292,13 +300,19 @@ impl Run<'_> {
         if let Some(session) = manifest.sessions.last_mut() {
             session.device_load = ran.device_load;
             session.first_token_seconds = ran.first_token_seconds;
-            session.n_lost_devices = ran.n_lost_devices;
+            session.n_lost_devices =
+                u32::from(error.as_ref().is_some_and(JobError::is_lost_device));
         }
         manifest.write(&path)?;
-        if let Some(error) = error {
-            return Err(error);
+        match error {
+            // The next process goes on from the log, so what is wrong with that comes first.
+            Some(error) if error.is_lost_device() => {
+                closed?;
+                return Err(error);
+            }
+            Some(error) => return Err(error),
+            None => closed?,
         }
-        closed?;
         Ok(Finished {
             manifest,
             repaired_bytes: folder.repaired_bytes,
@@ -314,6 +328,7 @@ impl Run<'_> {
         plan: &MemoryPlan,
         weights: &mut Weights,
         opening: &Opening,
+        spent: f64,
         quiet: bool,
     ) -> Result<(Ran, Option<JobError>), JobError> {
         let meter = self.engine.meter();
@@ -326,7 +341,7 @@ impl Run<'_> {
             }
         };
         self.log_errors(folder)?;
-        let mut jobs = self.jobs(&folder.results);
+        let jobs = self.jobs(&folder.results);
         let n_jobs = jobs.len();
         if n_jobs == 0 {
             let (memory, _) = memory.finish();
@@ -349,62 +364,34 @@ impl Run<'_> {
             refill: self.settings.refill.value,
             prefix_reuse: self.settings.prefix_reuse.value,
             deadline: self.settings.time_limit.value.and_then(|limit| {
-                Instant::now().checked_add(Duration::try_from_secs_f64(limit.0).ok()?)
+                let left = (limit.0 - spent).max(0.0);
+                Instant::now().checked_add(Duration::try_from_secs_f64(left).ok()?)
             }),
             ..GenerateOptions::new(
                 self.settings.sampling(),
                 Arc::clone(&self.model.stop_tokens),
             )
         };
-        let mut kernel_calls = BTreeMap::new();
-        let mut first_token = None;
-        let mut n_lost_devices = 0;
-        let (failure, generated) = loop {
-            let mut recorder = Recorder::new(
-                &self.prepared,
-                &self.model.tokenizer,
-                &mut folder.log,
-                &mut folder.results,
-                &mut throughput,
-                &memory,
-                &progress,
-                &stop,
-                plan.shape.n_slots,
-                jobs.len(),
-            );
-            if opening.allow_mixed {
-                recorder.numerics_id = Some(opening.identity.numerics.clone());
-            }
-            let fault = self.faults.get(n_lost_devices as usize).copied();
-            let mut faulty = Faulty::new(backend.get(), fault);
-            let generated = generate(&mut faulty, jobs, &options, &stop, &mut recorder);
-            recorder.flush();
-            first_token = first_token.or(recorder.first_token);
-            let failure = recorder.failure.take();
-            for (kernel, n) in backend.kernel_calls() {
-                *kernel_calls.entry(kernel).or_default() += n;
-            }
-            match &generated {
-                Err(GenerateError::Engine(error))
-                    if error.is_lost_device() && n_lost_devices == 0 && failure.is_none() =>
-                {
-                    n_lost_devices += 1;
-                    progress.tell(&format!(
-                        "warning: {error}\nwhat was in flight begins anew on fresh state, once"
-                    ));
-                }
-                _ => break (failure, generated),
-            }
-            // All that lived on the device goes before it is opened again.
-            drop(backend);
-            *weights = None;
-            let path = folder.path.clone();
-            backend = self
-                .engine
-                .reset()
-                .and_then(|()| self.open(plan, weights, manifest, &path, &memory, quiet))?;
-            jobs = self.jobs(&folder.results);
-        };
+        let mut recorder = Recorder::new(
+            &self.prepared,
+            &self.model.tokenizer,
+            &mut folder.log,
+            &mut folder.results,
+            &mut throughput,
+            &memory,
+            &progress,
+            &stop,
+            plan.shape.n_slots,
+            n_jobs,
+        );
+        if opening.allow_mixed {
+            recorder.numerics_id = Some(opening.identity.numerics.clone());
+        }
+        let mut faulty = Faulty::new(&mut backend, self.fault);
+        let generated = generate(&mut faulty, jobs, &options, &stop, &mut recorder);
+        recorder.flush();
+        let first_token = recorder.first_token;
+        let failure = recorder.failure.take();
         progress.clear();
         let (totals, throughput_written) = throughput.finish();
         let (memory, memory_written) = memory.finish();
@@ -426,9 +413,8 @@ impl Run<'_> {
             totals,
             memory: Some(memory),
             device_load: meter.and_then(|meter| meter.load()),
-            kernel_calls,
+            kernel_calls: backend.kernel_calls(),
             first_token_seconds: first_token.map(|at| (at - self.begun).as_secs_f64()),
-            n_lost_devices,
         };
         Ok((ran, error))
     }
@@ -608,7 +594,6 @@ struct Ran {
     device_load: Option<DeviceLoad>,
     kernel_calls: BTreeMap<String, u64>,
     first_token_seconds: Option<f64>,
-    n_lost_devices: u32,
 }
 
 impl Ran {
@@ -621,7 +606,6 @@ impl Ran {
             device_load: None,
             kernel_calls: BTreeMap::new(),
             first_token_seconds: None,
-            n_lost_devices: 0,
         }
     }
 }

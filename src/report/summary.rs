@@ -119,7 +119,7 @@ impl Summary {
                 .iter()
                 .rev()
                 .find_map(|session| session.device_load),
-            notes,
+            notes: lost_note(manifest).into_iter().chain(notes).collect(),
             files,
         }
     }
@@ -260,6 +260,22 @@ impl Summary {
         );
         table
     }
+}
+
+/// What the figures of a run cover whose device was lost.
+fn lost_note(manifest: &RunManifest) -> Option<String> {
+    let sessions = &manifest.sessions;
+    let times = match sessions.iter().map(|session| session.n_lost_devices).sum() {
+        0u32 => return None,
+        1 => "once".to_owned(),
+        n => format!("{n} times"),
+    };
+    Some(format!(
+        "the device was lost {times}; rates and their time are over all {} sessions, loading \
+         left out, and count what was in flight then as often as it was done; memory and first \
+         token are the newest session's",
+        sessions.len()
+    ))
 }
 
 /// Samples of these statuses over samples run.

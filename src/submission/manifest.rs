@@ -2,7 +2,7 @@
 //!
 //! It holds all that is needed to repeat the run and to trust its figures: every effective value
 //! with its origin, the hashes, the ledger and the memory plan as the engine printed them, a
-//! session for each time the command was called, and the tally. It is replaced whole at each
+//! session for each process that worked on it, and the tally. It is replaced whole at each
 //! change, so that a kill leaves the last good one.
 
 use std::collections::BTreeMap;
@@ -64,7 +64,7 @@ pub enum Outcome {
     Killed,
 }
 
-/// One call of the command.
+/// One call of the command; two where it lost its device and began anew.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Session {
     /// RFC 3339, UTC.
@@ -91,7 +91,7 @@ pub struct Session {
     /// first token.
     #[serde(default)]
     pub first_token_seconds: Option<f64>,
-    /// Times that the device was lost and the work in flight began anew.
+    /// Times that the device was lost. It is lost to the whole process, so the session ends with it.
     #[serde(default)]
     pub n_lost_devices: u32,
 }

@@ -7,14 +7,16 @@ use super::buffer::PinnedBuffer;
 use super::counts::Recorded;
 use super::decode::{Decoding, Event as StepEvent, NONE, Outstanding, Slot};
 use super::device::Device;
+use super::error::CudaError;
 use super::forward::{Pass, Rows, Until};
 use super::graph::{Event, Graph};
 use super::kernels::{self, Build};
-use super::launch::Kernels;
+use super::launch::{Dense, Kernels, MatmulArgs};
 use super::load::Staging;
 use super::memory::{self, KvGeometry};
 use super::model::CudaModel;
 use super::nvrtc::Nvrtc;
+use super::pack;
 use super::repack::Repack;
 use super::workspace::{Row, Workspace};
 use crate::engine::checkpoint::{Checkpoint, Precision, WeightFormat};
@@ -119,7 +121,31 @@ impl Loaded {
             model,
         })
     }
+
+    /// Reads weights where there are none, so that the driver gives the device up: for tests of
+    /// what is done then.
+    ///
+    /// # Errors
+    /// The device is lost, as it should be.
+    pub fn lose(&self) -> Result<(), CudaError> {
+        let lm_head = &self.model.lm_head;
+        let args = MatmulArgs {
+            weights: NOWHERE,
+            x: NOWHERE,
+            out: NOWHERE,
+            n_rows: 1,
+            n_out: lm_head.n_out as u32,
+            n_k: lm_head.n_k as u32,
+            n_tiles: pack::n_tiles(lm_head.n_out) as u32,
+            ..MatmulArgs::default()
+        };
+        self.kernels.matmul(Dense::Logits, &args)?;
+        self.device.synchronize()
+    }
 }
+
+/// An address that is nobody's.
+const NOWHERE: u64 = 1 << 20;
 
 /// `cuda/<architecture>/<kernel hash>/<NVRTC version>`.
 fn name_numerics(device: &Device, nvrtc: &Nvrtc, build: &Build) -> String {

@@ -91,26 +91,6 @@ fn is_loss(result: CUresult) -> bool {
     )
 }
 
-/// Throws away all that this process has on a GPU, so that it may be opened anew after it was lost;
-/// nothing of it is used any more.
-///
-/// # Errors
-/// The driver fails.
-pub fn reset(index: u32) -> Result<(), CudaError> {
-    count()?;
-    let mut device = 0;
-    check(
-        // SAFETY: writes one handle.
-        unsafe { sys::cuDeviceGet(&mut device, index as i32) },
-        "a GPU",
-    )?;
-    check(
-        // SAFETY: the caller holds nothing that lives in the context.
-        unsafe { sys::cuDevicePrimaryCtxReset_v2(device) },
-        "a fresh context",
-    )
-}
-
 /// GPUs that the driver has.
 ///
 /// # Errors
