@@ -57,6 +57,7 @@ template <> struct Fetched<BF16> {
 template <Format FORMAT, int WARPS, int NT, int DEPTH> struct DirectGemm {
     static constexpr int THREADS = 32 * WARPS;
     static constexpr int M_TILES = 1, N_TILES = NT;
+    static constexpr bool PAIRS = false;
     static constexpr int TILES = WARPS;
     static constexpr int COLUMNS = NT * 8;
     static constexpr int TILE_BYTES = Tile<FORMAT>::BYTES;
@@ -113,10 +114,10 @@ template <Format FORMAT, int WARPS, int NT, int DEPTH> struct DirectGemm {
         copy_tokens(shared, row_bytes, x, x_stride, n_k, columns, 0, n_first);
         copy_tokens(shared, row_bytes, x, x_stride, n_k, columns, n_first, n_groups);
         // The lane's rows of the matrices: a token that does not exist reads as the first.
-        constexpr int PAIRS = NT == 1 ? 1 : NT / 2;
-        u32 rows[PAIRS];
+        constexpr int MATRICES = NT == 1 ? 1 : NT / 2;
+        u32 rows[MATRICES];
         #pragma unroll
-        for (int pair = 0; pair < PAIRS; pair++) {
+        for (int pair = 0; pair < MATRICES; pair++) {
             int c = NT == 1 ? lane % 8 : (pair * 2 + lane / 16) * 8 + lane % 8;
             if (columns[c] < 0) c = 0;
             rows[pair] = shared + c * row_bytes + (NT == 1 ? lane / 8 : lane / 8 % 2) * 16;
@@ -150,7 +151,7 @@ template <Format FORMAT, int WARPS, int NT, int DEPTH> struct DirectGemm {
                         mma_bf16(acc[0][0], a, q[step % 2 * 2], q[step % 2 * 2 + 1]);
                     } else {
                         #pragma unroll
-                        for (int pair = 0; pair < PAIRS; pair++) {
+                        for (int pair = 0; pair < MATRICES; pair++) {
                             load_matrix_x4(q, rows[pair] + k);
                             mma_bf16(acc[0][pair * 2], a, q[0], q[1]);
                             mma_bf16(acc[0][pair * 2 + 1], a, q[2], q[3]);
