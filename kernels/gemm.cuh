@@ -158,16 +158,6 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
     __device__ static __forceinline__ int tile(int m) { return (int)threadIdx.x / 32 % WM * MT + m; }
     __device__ static __forceinline__ int column(int n) { return ((int)threadIdx.x / 32 / WM * NT + n) * 8; }
 
-    // Brings the block's weights to L2.
-    __device__ static __forceinline__ void prefetch(const u8* matrix, int first_tile, int n_tiles, int n_groups) {
-        for (int i = threadIdx.x; i < TILES * n_groups; i += THREADS) {
-            int tile = first_tile + i / n_groups;
-            if (tile >= n_tiles) return;
-            u64 of_matrix = (u64)(tile / BLOCK_TILES * n_groups + i % n_groups) * BLOCK_TILES + tile % BLOCK_TILES;
-            prefetch_l2(matrix + of_matrix * TILE_BYTES, TILE_BYTES);
-        }
-    }
-
     // What a thread copies of each stage: its chunks' places in weights, tokens and the stage.
     // Computed once, so that a stage costs few instructions beside the copies themselves.
     struct Copies {

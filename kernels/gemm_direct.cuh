@@ -72,14 +72,6 @@ template <Format FORMAT, int WARPS, int NT, int DEPTH> struct DirectGemm {
         return matrix + ((u64)(of_matrix / BLOCK_TILES) * n_groups * BLOCK_TILES + of_matrix % BLOCK_TILES) * TILE_BYTES;
     }
 
-    // Brings the weights behind those that are fetched at once to L2.
-    __device__ static __forceinline__ void prefetch(const u8* matrix, int first_tile, int n_tiles, int n_groups) {
-        const u8* weights = weights_of_warp(matrix, first_tile, n_tiles, n_groups);
-        for (int group = DEPTH + (int)threadIdx.x % 32; group < n_groups; group += 32) {
-            prefetch_l2(weights + group * (BLOCK_TILES * TILE_BYTES), TILE_BYTES);
-        }
-    }
-
     // Groups first..end of all tokens, to be waited for as one.
     __device__ static __forceinline__ void copy_tokens(
         u32 shared, int row_bytes, const u16* x, u32 x_stride, int n_k, const int* columns, int first, int end

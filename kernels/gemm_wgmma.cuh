@@ -50,15 +50,6 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupTi
     // A barrier of the threads that multiply.
     __device__ static __forceinline__ void sync_workers() { asm volatile("bar.sync 1, %0;" :: "n"(WORKERS) : "memory"); }
 
-    // Brings the block's weights to L2.
-    __device__ static __forceinline__ void prefetch(const u8* matrix, int first_tile, int n_tiles, int n_groups) {
-        int first = first_tile / BLOCK_TILES, end = (n_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
-        for (int i = threadIdx.x; i < WGS * MT * n_groups; i += WORKERS) {
-            if (first + i / n_groups >= end) return;
-            prefetch_l2(matrix + ((u64)first * n_groups + i) * BLOCK_BYTES, BLOCK_BYTES);
-        }
-    }
-
     // Address and strides of a token tile for the matrix units: rows of 128 bytes, swizzled, eight
     // of them 1024 bytes.
     __device__ static __forceinline__ u64 token_matrix(u32 address) {

@@ -38,8 +38,6 @@ struct MatmulArgs {
     u32 ring;
     // Grid (row blocks, tile blocks) in place of (tile blocks, row blocks).
     u32 rows_first;
-    // Whether the weights are brought to L2 at once.
-    u32 prefetch;
 };
 
 // Where position `position` of a sequence's keys (then values) of a head lies.
@@ -301,8 +299,6 @@ template <class G, template <int> class Store> __device__ __forceinline__ void m
     u32 first_row = row_block * G::COLUMNS;
     int first_tile = (int)(args.first_tile + m_block * G::TILES), n_tiles = (int)args.n_tiles;
     int n_groups = (int)(args.n_k + GROUP_K - 1) / GROUP_K;
-    // Weights that fit in L2 are on their way there before the kernel that writes x is done.
-    if (args.prefetch) G::prefetch(args.weights, first_tile, n_tiles, n_groups);
     auto prepare = [&] {
         follow_previous();
         for (u32 c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
@@ -323,7 +319,7 @@ template <class G, template <int> class Store> __device__ __forceinline__ void m
         matmul<__VA_ARGS__, STORE>(args); \
     }
 #define SMALL_VARIANTS(FORMAT, NAME, STORE) \
-    VARIANT(NAME##_d8, STORE, 32, 1, DirectGemm<FORMAT, 1, 1, 8>) \
+    VARIANT(NAME##_d8, STORE, 32, 1, DirectGemm<FORMAT, 1, 1, 12>) \
     VARIANT(NAME##_d16, STORE, 192, 1, DirectGemm<FORMAT, 6, 2, 8>)
 #ifdef WARPGROUPS
 #define VARIANTS(FORMAT, NAME, STORE) SMALL_VARIANTS(FORMAT, NAME, STORE) \

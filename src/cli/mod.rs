@@ -254,7 +254,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = values::positive)]
     pub repeats: usize,
     /// Rows of one prefill pass
-    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = values::positive)]
+    #[arg(long, value_name = "N", default_value_t = 16384, value_parser = values::positive)]
     pub prefill_rows: usize,
     /// Decode steps enqueued at a time
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = values::positive)]

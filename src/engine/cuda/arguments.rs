@@ -25,7 +25,6 @@ pub struct MatmulArgs {
     pub max_pages: u32,
     pub ring: u32,
     pub rows_first: u32,
-    pub prefetch: u32,
 }
 
 /// As `MoeArgs` in kernels/moe_matmul.cuh.

@@ -443,8 +443,8 @@ impl Module {
         // SAFETY: writes one handle.
         let got = unsafe { sys::cuModuleGetFunction(&mut function, self.module, c_name.as_ptr()) };
         check(got, &format!("the kernel `{name}`"))?;
-        // Up to 48 KB need no leave.
-        if shared_bytes > 48 << 10 {
+        // Up to 48 KB need no leave, arrays of fixed size among them.
+        if shared_bytes > 40 << 10 {
             let which =
                 sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a kernel just found.

@@ -90,9 +90,6 @@ const ROUTE_SPREAD: usize = 4;
 /// Row blocks of a dense product up to which they follow each other.
 const ROW_BLOCKS_FIRST: usize = 8;
 
-/// Weights of a dense product that are brought to L2 before its inputs are there.
-const PREFETCH_BYTES: usize = 32 << 20;
-
 /// Blocks of a grid-stride loop.
 const STRIDE_BLOCKS: u32 = 2048;
 
@@ -391,11 +388,9 @@ impl Kernels {
         let n_tiles = (args.n_tiles - args.first_tile) as usize;
         let m_blocks = n_tiles.div_ceil(variant.block_tiles());
         let row_blocks = variant.row_blocks(args.n_rows as usize);
-        let weights = n_tiles * pack::n_groups(args.n_k as usize) * self.tile_bytes(which);
         let args = MatmulArgs {
             // Few row blocks share a weight tile while it is in L2.
             rows_first: u32::from(row_blocks <= ROW_BLOCKS_FIRST),
-            prefetch: u32::from(row_blocks == 1 && weights <= PREFETCH_BYTES),
             ..*args
         };
         let grid = match args.rows_first {
@@ -405,6 +400,7 @@ impl Kernels {
         };
         let n_groups = pack::n_groups(args.n_k as usize);
         let shared = variant.shared_bytes(self.tile_bytes(which), n_groups, args.n_rows as usize);
+        let shared = variant.spread(self.room, shared, m_blocks * row_blocks);
         let function = self.dense[which as usize][index];
         self.enqueue(
             function,
@@ -509,6 +505,7 @@ impl Kernels {
                 1,
             ];
             let threads = variant.threads();
+            let shared = variant.spread(self.room, shared, grid[0] * grid[1]);
             // With few rows an early start costs more than it saves (kernels/NOTES.md).
             let overlaps = n_rows >= OVERLAP_ROWS;
             self.enqueue(

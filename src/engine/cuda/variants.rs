@@ -169,6 +169,19 @@ impl Variant {
         }
     }
 
+    /// Shared memory for `shared` of a launch of so many blocks: small blocks of which each
+    /// multiprocessor gets few take so much that none gets more than its share. Otherwise those
+    /// that start while the kernel before still runs would crowd where it has left.
+    pub fn spread(&self, room: Room, shared: usize, n_blocks: usize) -> usize {
+        const MOST_SHARE: usize = 8;
+        let share = n_blocks.div_ceil(room.n_multiprocessors);
+        if !matches!(self.unit, Unit::Direct { .. }) || self.octets > 1 || share > MOST_SHARE {
+            return shared;
+        }
+        let most = room.shared_bytes - STATIC_BYTES;
+        shared.max((room.shared_bytes / share - STATIC_BYTES).min(most))
+    }
+
     /// Whether the GPU's blocks have the shared memory.
     pub fn fits(&self, room: Room, n_groups: usize, n_rows: usize) -> bool {
         !matches!(self.unit, Unit::Direct { .. })

@@ -22,7 +22,7 @@ use crate::job::JobError;
 pub const PREFILL_ROWS: usize = 512;
 
 /// Rows of one prefill pass on a GPU, most first: the first that fits is taken.
-const GPU_PREFILL_ROWS: [usize; 3] = [8192, 2048, 512];
+const GPU_PREFILL_ROWS: [usize; 4] = [16384, 8192, 2048, 512];
 
 /// Rows of one prefill pass in the tables of a GPU.
 pub const TABLE_GPU_PREFILL_ROWS: usize = 2048;
@@ -299,7 +299,7 @@ mod tests {
             .plan(Precision::Bits4, &wanted(card))
             .expect("it fits");
         assert_eq!(plan.shape.n_slots, MAX_GPU_AUTO_SLOTS);
-        assert_eq!(plan.shape.prefill_rows, 8192);
+        assert_eq!(plan.shape.prefill_rows, 16384);
         assert_eq!(plan.shape.n_pages, plan.full_pages);
         let format = planned.format(Precision::Bits4);
         let of_engine = cuda::memory::planned(&config, format, &plan.shape);
