@@ -141,8 +141,17 @@ impl Variant {
             Unit::Warpgroups { blocks, .. } => blocks,
             Unit::Pairs { .. } => 1,
         };
-        let stages = (SHARED_BYTES / blocks - RESERVED_BYTES) / stage;
-        stages.min(MOST_STAGES) * stage + ALIGNMENT
+        let of = |stage: usize| {
+            let stages = (SHARED_BYTES / blocks - RESERVED_BYTES) / stage;
+            stages.min(MOST_STAGES) * stage + ALIGNMENT
+        };
+        match self.unit {
+            // Blocks with half as many tokens may have more stages.
+            Unit::Warpgroups { fillers: 1.., .. } => {
+                of(stage).max(of(stage - self.columns() / 2 * SWIZZLED_BYTES))
+            }
+            _ => of(stage),
+        }
     }
 
     /// Whether blocks come in pairs along the rows, in a grid of one dimension.
@@ -351,6 +360,42 @@ pub fn choose_dense(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn blocks_of_half_the_tokens_have_room_for_their_stages() {
+        let room = Room {
+            warpgroups: true,
+            small_shared: false,
+            shared_bytes: 227 << 10,
+            n_multiprocessors: 132,
+        };
+        for format in [
+            MatrixFormat::Mxfp4,
+            MatrixFormat::Mxint8,
+            MatrixFormat::Bf16,
+        ] {
+            let tile = pack::tile_bytes(format);
+            let variants = moe(format, room);
+            let [.., wide] = variants.as_slice() else {
+                panic!("there are variants");
+            };
+            let narrow = Variant {
+                octets: wide.octets / 2,
+                unit: Unit::Warpgroups {
+                    m: 2,
+                    blocks: 1,
+                    fillers: 0,
+                },
+                ..*wide
+            };
+            let given = wide.shared_bytes(tile, 45, 1024);
+            assert!(
+                narrow.shared_bytes(tile, 45, 1024) <= given,
+                "{format:?}: {given}"
+            );
+            assert!(given + STATIC_BYTES <= room.shared_bytes, "{format:?}");
+        }
+    }
 
     #[test]
     fn many_rows_of_large_weights_share_them() {
