@@ -9,7 +9,9 @@
 //   logits   out[n_rows, n_out] f32 = product
 //
 // Grid (tiles / (WM MT), rows / (WN NT 8)), or in one dimension where blocks come in pairs
-// (gemm_cluster.cuh); block 32 WM WN; dynamic shared memory STAGES * STAGE_BYTES. Expected error: f32 sums of bf16 products, about 1e-6 relative.
+// (gemm_cluster.cuh); block 32 WM WN; dynamic shared memory STAGES * STAGE_BYTES, or for few rows
+// all of K of the tokens (gemm_direct.cuh). Expected error: f32 sums of bf16 products, about 1e-6
+// relative.
 
 struct MatmulArgs {
     const u8* weights;

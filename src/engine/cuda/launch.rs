@@ -4,15 +4,14 @@
 #![allow(unsafe_code, reason = "launches kernels")]
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ptr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys;
 
 pub use super::arguments::{AttentionArgs, Dense, MatmulArgs, MoeArgs, RouteArgs, SampleArgs};
-use super::counts::{Calls, Recorded, add};
+use super::counts::{Calls, add};
 use super::decode::Slot;
 use super::device::{Device, Function, Module, check};
 use super::error::CudaError;
@@ -26,7 +25,7 @@ use crate::engine::config::ModelConfig;
 
 /// All kernels of a model on a device.
 pub struct Kernels {
-    device: Arc<Device>,
+    pub(super) device: Arc<Device>,
     /// Of the experts' weights.
     experts_format: MatrixFormat,
     /// Of the dense products' weights, by [`Dense`].
@@ -61,8 +60,8 @@ pub struct Kernels {
     fill_f32: Function,
     fill_blocks: Function,
     /// Times of launches, while somebody asks for them.
-    profile: Mutex<Option<Vec<(Function, Event, Event)>>>,
-    names: Vec<(Function, String)>,
+    pub(super) profile: Mutex<Option<Vec<(Function, Event, Event)>>>,
+    pub(super) names: Vec<(Function, String)>,
     /// Launches of each kernel; those of a capture count when it is replayed.
     pub(super) calls: Calls,
     /// Kernel files that were compiled, not taken from the cache.
@@ -742,73 +741,6 @@ impl Kernels {
             Some(begun) => self.end_timing(function, begun),
             None => Ok(()),
         }
-    }
-
-    /// Runs of each kernel by name since `before`, for kernels that ran.
-    pub(super) fn calls_since(&self, before: &Recorded) -> BTreeMap<String, u64> {
-        let mut by_name = BTreeMap::new();
-        for (function, n) in self.calls.read() {
-            let earlier = before.iter().find(|(known, _)| *known == function);
-            let n = n - earlier.map_or(0, |(_, n)| *n);
-            let name = self.names.iter().find(|(known, _)| *known == function);
-            if let (Some((_, name)), true) = (name, n > 0) {
-                by_name.insert(name.clone(), n);
-            }
-        }
-        by_name
-    }
-
-    fn profile(&self) -> std::sync::MutexGuard<'_, Option<Vec<(Function, Event, Event)>>> {
-        self.profile.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn begin_timing(&self) -> Result<Option<Event>, CudaError> {
-        if self.profile().is_none() {
-            return Ok(None);
-        }
-        let event = self.device.event()?;
-        event.record()?;
-        Ok(Some(event))
-    }
-
-    fn end_timing(&self, function: Function, begun: Event) -> Result<(), CudaError> {
-        let ended = self.device.event()?;
-        ended.record()?;
-        if let Some(launches) = self.profile().as_mut() {
-            launches.push((function, begun, ended));
-        }
-        Ok(())
-    }
-
-    /// Runs `work` with each launch timed on the device; gives every kernel's launches and
-    /// milliseconds, the longest first. Not for captured work.
-    ///
-    /// # Errors
-    /// The driver fails, or `work` does.
-    pub fn timed<E: From<CudaError>>(
-        &self,
-        work: impl FnOnce() -> Result<(), E>,
-    ) -> Result<Vec<(String, usize, f64)>, E> {
-        *self.profile() = Some(Vec::new());
-        let worked = work();
-        let launches = self.profile().take().unwrap_or_default();
-        worked?;
-        self.device.synchronize()?;
-        let mut times: Vec<(String, usize, f64)> = Vec::new();
-        for (function, begun, ended) in &launches {
-            let ms = f64::from(ended.ms_since(begun)?);
-            let name = self.names.iter().find(|(known, _)| known == function);
-            let name = name.map_or("", |(_, name)| name);
-            match times.iter_mut().find(|(known, ..)| known == name) {
-                Some((_, n, sum)) => {
-                    *n += 1;
-                    *sum += ms;
-                }
-                None => times.push((name.to_owned(), 1, ms)),
-            }
-        }
-        times.sort_by(|a, b| b.2.total_cmp(&a.2));
-        Ok(times)
     }
 }
 
