@@ -126,13 +126,7 @@ template <Format FORMAT, int MT, int NT> struct PairGemm : WarpgroupGemm<FORMAT,
         copy_async_wait<0>();
         // Nothing of this block's is told to the other from here on.
         cluster_arrive();
-        // Sums may be read from here on, not before.
-        #pragma unroll
-        for (int m = 0; m < M; m++)
-            #pragma unroll
-            for (int n = 0; n < NT; n++)
-                #pragma unroll
-                for (int i = 0; i < 4; i++) asm volatile("" : "+f"(acc[m][n][i]) :: "memory");
+        Single::settle(acc);
     }
 
     // As Gemm::run; first_tile is a multiple of BLOCK_TILES. A block without tokens takes part.

@@ -125,13 +125,7 @@ template <Format FORMAT, int MT, int NT> struct SplitGemm : WarpgroupTiles<FORMA
             }
         }
         wgmma_wait<0>();
-        // Sums may be read from here on, not before.
-        #pragma unroll
-        for (int m = 0; m < M; m++)
-            #pragma unroll
-            for (int n = 0; n < NT; n++)
-                #pragma unroll
-                for (int i = 0; i < 4; i++) asm volatile("" : "+f"(acc[m][n][i]) :: "memory");
+        Tiles::settle(acc);
     }
 
     // As Gemm::run; first_tile is a multiple of BLOCK_TILES.

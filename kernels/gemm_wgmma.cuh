@@ -50,6 +50,16 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupTi
     // A barrier of the threads that multiply.
     __device__ static __forceinline__ void sync_workers() { asm volatile("bar.sync 1, %0;" :: "n"(WORKERS) : "memory"); }
 
+    // Sums may be read from here on, not before.
+    template <int M> __device__ static __forceinline__ void settle(float (&acc)[M][NT][4]) {
+        #pragma unroll
+        for (int m = 0; m < M; m++)
+            #pragma unroll
+            for (int n = 0; n < NT; n++)
+                #pragma unroll
+                for (int i = 0; i < 4; i++) asm volatile("" : "+f"(acc[m][n][i]) :: "memory");
+    }
+
     // Address and strides of a token tile for the matrix units: rows of 128 bytes, swizzled, eight
     // of them 1024 bytes.
     __device__ static __forceinline__ u64 token_matrix(u32 address) {
@@ -160,13 +170,7 @@ struct WarpgroupGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
         }
         wgmma_wait<0>();
         copy_async_wait<0>();
-        // Sums may be read from here on, not before.
-        #pragma unroll
-        for (int m = 0; m < M; m++)
-            #pragma unroll
-            for (int n = 0; n < NT; n++)
-                #pragma unroll
-                for (int i = 0; i < 4; i++) asm volatile("" : "+f"(acc[m][n][i]) :: "memory");
+        Tiles::settle(acc);
     }
 
     // As Gemm::run; first_tile is a multiple of BLOCK_TILES.
