@@ -14,6 +14,8 @@
 // relative.
 
 struct MatmulArgs {
+    // x for the tensor copies, where the variant streams its tokens.
+    TensorMap x_map;
     const u8* weights;
     const vector_t* bias;
     const u16* x;
@@ -290,7 +292,7 @@ template <class G, template <int> class Store> struct DenseOutputs {
 
 template <class G, template <int> class Store> __device__ __forceinline__ void matmul(const MatmulArgs& args) {
     extern __shared__ __align__(16) u8 shared[];
-    __shared__ int columns[G::COLUMNS];
+    __shared__ int columns[G::STREAMS ? 1 : G::COLUMNS];
     __shared__ Row rows[Store<1>::AT_ROWS ? G::COLUMNS : 1];
     // Few token tiles: they follow each other, so that a weight tile is read once from memory.
     u32 m_block = args.rows_first ? blockIdx.y : blockIdx.x, row_block = args.rows_first ? blockIdx.x : blockIdx.y;
@@ -305,19 +307,25 @@ template <class G, template <int> class Store> __device__ __forceinline__ void m
         follow_previous();
         for (u32 c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
             bool has = first_row + c < args.n_rows;
-            columns[c] = has ? (int)(first_row + c) : -1;
+            if (!G::STREAMS) columns[c] = has ? (int)(first_row + c) : -1;
             if (Store<1>::AT_ROWS && has) rows[c] = args.rows[first_row + c];
         }
     };
     const DenseOutputs<G, Store> outputs = {args, rows, first_row, first_tile, n_tiles, shared};
-    G::run(shared, args.weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns, prepare, outputs);
+    if constexpr (G::STREAMS) {
+        const RowTokens<G::N_TILES> tokens = {&args.x_map, (int)first_row};
+        if (threadIdx.x == G::FILLING) prefetch_map(tokens.x);
+        G::run(shared, args.weights, first_tile, n_tiles, n_groups, tokens, prepare, outputs);
+    } else {
+        G::run(shared, args.weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns, prepare, outputs);
+    }
 }
 
 // Variants by how many rows there are; src/engine/cuda/variants.rs has the same numbers.
 #define VARIANT(NAME, STORE, THREADS, BLOCKS, ...) \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MatmulArgs args) { matmul<__VA_ARGS__, STORE>(args); }
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ MatmulArgs args) { matmul<__VA_ARGS__, STORE>(args); }
 #define PAIR_VARIANT(NAME, STORE, THREADS, ...) \
-    extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) NAME(const MatmulArgs args) { \
+    extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ MatmulArgs args) { \
         matmul<__VA_ARGS__, STORE>(args); \
     }
 #define SMALL_VARIANTS(FORMAT, NAME, STORE) \
@@ -328,6 +336,11 @@ template <class G, template <int> class Store> __device__ __forceinline__ void m
     VARIANT(NAME##_w16, STORE, 128, 3, WarpgroupGemm<FORMAT, 1, 1, 2, 3>) \
     VARIANT(NAME##_w32, STORE, 128, 2, WarpgroupGemm<FORMAT, 1, 1, 4, 2>) \
     VARIANT(NAME##_w64, STORE, 128, 2, WarpgroupGemm<FORMAT, 1, 1, 8, 2>) \
+    VARIANT(NAME##_s16, STORE, 160, 3, StreamGemm<FORMAT, 1, 1, 2, 3, 1>) \
+    VARIANT(NAME##_s32, STORE, 160, 3, StreamGemm<FORMAT, 1, 1, 4, 3, 1>) \
+    VARIANT(NAME##_s64, STORE, 160, 2, StreamGemm<FORMAT, 1, 1, 8, 2, 1>) \
+    VARIANT(NAME##_s128x128, STORE, 288, 1, StreamGemm<FORMAT, 2, 1, 16, 1, 1>) \
+    VARIANT(NAME##_s256x128, STORE, 384, 1, StreamGemm<FORMAT, 2, 2, 16, 1, 4>) \
     VARIANT(NAME##_w128x128, STORE, 256, 1, WarpgroupGemm<FORMAT, 2, 1, 16, 1>) \
     PAIR_VARIANT(NAME##_p256x128, STORE, 384, PairGemm<FORMAT, 2, 16>) \
     VARIANT(NAME##_w256x128, STORE, 256, 1, WarpgroupGemm<FORMAT, 2, 2, 16, 1>)

@@ -66,6 +66,15 @@ __device__ __forceinline__ void copy_bulk(u32 shared, const void* global, u32 n_
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(shared), "l"(global), "r"(n_bytes), "r"(barrier) : "memory");
 }
+// Copies what a map of a matrix calls a box, from element `k` of row `row` on; the barrier counts all
+// of its bytes, also those of rows and elements that are not there and become zeros.
+__device__ __forceinline__ void copy_tensor(u32 shared, const void* map, int k, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 :: "r"(shared), "l"(map), "r"(k), "r"(row), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void prefetch_map(const void* map) {
+    asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
+}
 
 // What two blocks of a cluster do together. Shared memory of both is laid out alike, so an address
 // of this block's tells a place in either.

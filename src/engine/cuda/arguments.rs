@@ -1,9 +1,13 @@
 //! What kernels are told: records of the layout of those in `kernels/`.
 
+use super::tensor_map::TensorMap;
+
 /// As `MatmulArgs` in kernels/matmul.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct MatmulArgs {
+    /// Set by the launch of a variant that streams its tokens.
+    pub x_map: TensorMap,
     pub weights: u64,
     pub bias: u64,
     pub x: u64,

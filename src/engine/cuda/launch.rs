@@ -19,6 +19,7 @@ use super::graph::Event;
 use super::kernels::{self, Build, Cubin};
 use super::nvrtc::Nvrtc;
 use super::pack;
+use super::tensor_map::TensorMap;
 use super::variants::{self, Room, Variant};
 use crate::engine::checkpoint::MatrixFormat;
 use crate::engine::config::ModelConfig;
@@ -387,7 +388,14 @@ impl Kernels {
         let n_tiles = (args.n_tiles - args.first_tile) as usize;
         let m_blocks = n_tiles.div_ceil(variant.block_tiles());
         let row_blocks = variant.row_blocks(args.n_rows as usize);
+        let x_map = if variant.is_streaming() {
+            let (n_rows, n_k) = (args.n_rows as usize, args.n_k as usize);
+            TensorMap::of_rows(args.x, n_rows, n_k, variant.columns())?
+        } else {
+            args.x_map
+        };
         let args = MatmulArgs {
+            x_map,
             // Few row blocks share a weight tile while it is in L2.
             rows_first: u32::from(row_blocks <= ROW_BLOCKS_FIRST),
             ..*args

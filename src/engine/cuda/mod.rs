@@ -27,6 +27,7 @@ pub mod pieces;
 pub mod repack;
 pub mod sharing;
 pub mod stream;
+pub mod tensor_map;
 mod timing;
 pub mod variants;
 mod workspace;

@@ -32,6 +32,13 @@ enum Unit {
         blocks: usize,
         fillers: usize,
     },
+    /// `wgmma` by `m` warpgroups whose tokens come as tiles, in so many blocks a multiprocessor,
+    /// with so many warps that ask for the stages.
+    Streams {
+        m: usize,
+        blocks: usize,
+        fillers: usize,
+    },
     /// `mma.sync` by so many warps that take their weights straight from memory, with all of K of
     /// the tokens in shared memory.
     Direct { warps: usize },
@@ -75,6 +82,17 @@ impl Variant {
         }
     }
 
+    const fn streams(name: &'static str, shape: [usize; 5]) -> Self {
+        let [m, tiles, octets, blocks, fillers] = shape;
+        let unit = Unit::Streams { m, blocks, fillers };
+        Self {
+            name,
+            unit,
+            tiles,
+            octets,
+        }
+    }
+
     const fn direct(name: &'static str, warps: usize, octets: usize) -> Self {
         Self {
             name,
@@ -99,7 +117,9 @@ impl Variant {
         match self.unit {
             Unit::Direct { warps } => 32 * warps,
             Unit::Warps { m, n, .. } => 32 * m * n,
-            Unit::Warpgroups { m, fillers, .. } => 128 * m + 32 * fillers,
+            Unit::Warpgroups { m, fillers, .. } | Unit::Streams { m, fillers, .. } => {
+                128 * m + 32 * fillers
+            }
             Unit::Pairs { m } => 128 * m + 128,
         }
     }
@@ -108,7 +128,9 @@ impl Variant {
     pub fn block_tiles(&self) -> usize {
         match self.unit {
             Unit::Warps { m, .. } | Unit::Direct { warps: m } => m * self.tiles,
-            Unit::Warpgroups { m, .. } | Unit::Pairs { m } => m * self.tiles * pack::BLOCK_TILES,
+            Unit::Warpgroups { m, .. } | Unit::Streams { m, .. } | Unit::Pairs { m } => {
+                m * self.tiles * pack::BLOCK_TILES
+            }
         }
     }
 
@@ -116,7 +138,7 @@ impl Variant {
     pub fn columns(&self) -> usize {
         match self.unit {
             Unit::Warps { n, .. } => n * self.octets * 8,
-            Unit::Warpgroups { .. } | Unit::Pairs { .. } | Unit::Direct { .. } => self.octets * 8,
+            _ => self.octets * 8,
         }
     }
 
@@ -138,7 +160,7 @@ impl Variant {
                 return self.columns().min(n_rows) * (n_groups * SWIZZLED_BYTES + ROW_PADDING);
             }
             Unit::Warps { stages, .. } => return stages * stage,
-            Unit::Warpgroups { blocks, .. } => blocks,
+            Unit::Warpgroups { blocks, .. } | Unit::Streams { blocks, .. } => blocks,
             Unit::Pairs { .. } => 1,
         };
         let of = |stage: usize| {
@@ -152,6 +174,11 @@ impl Variant {
             }
             _ => of(stage),
         }
+    }
+
+    /// Whether tokens come as tiles (kernels/gemm_stream.cuh).
+    pub fn is_streaming(&self) -> bool {
+        matches!(self.unit, Unit::Streams { .. })
     }
 
     /// Whether blocks come in pairs along the rows, in a grid of one dimension.
@@ -230,6 +257,11 @@ pub fn dense(room: Room) -> Vec<Variant> {
             Variant::warpgroups("w16", [1, 1, 2, 3, 0]),
             Variant::warpgroups("w32", [1, 1, 4, 2, 0]),
             Variant::warpgroups("w64", [1, 1, 8, 2, 0]),
+            Variant::streams("s16", [1, 1, 2, 3, 1]),
+            Variant::streams("s32", [1, 1, 4, 3, 1]),
+            Variant::streams("s64", [1, 1, 8, 2, 1]),
+            Variant::streams("s128x128", [2, 1, 16, 1, 1]),
+            Variant::streams("s256x128", [2, 2, 16, 1, 4]),
             Variant::warpgroups("w128x128", [2, 1, 16, 1, 0]),
             // Before its like of single blocks: of equals the first is taken.
             Variant::pairs("p256x128", [2, 2, 16]),
@@ -285,7 +317,7 @@ pub fn choose_moe(variants: &[Variant], room: Room, n_groups: usize, tokens: usi
 
 impl Variant {
     fn is_warpgroups(&self) -> bool {
-        matches!(self.unit, Unit::Warpgroups { .. } | Unit::Pairs { .. })
+        !matches!(self.unit, Unit::Warps { .. } | Unit::Direct { .. })
     }
 
     /// About how long a dense product takes, in ns: the longest of what its blocks take one behind
@@ -311,6 +343,7 @@ impl Variant {
         }
         let (stage_ns, l2) = match self.unit {
             Unit::Direct { .. } => (120.0, 6000.0),
+            Unit::Streams { .. } => (200.0, 7500.0),
             _ => (320.0, 7500.0),
         };
         let stage = self.stage_bytes(tile) as f64;
