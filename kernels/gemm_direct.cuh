@@ -57,7 +57,7 @@ template <> struct Fetched<BF16> {
 template <Format FORMAT, int WARPS, int NT, int DEPTH> struct DirectGemm {
     static constexpr int THREADS = 32 * WARPS;
     static constexpr int M_TILES = 1, N_TILES = NT;
-    static constexpr bool PAIRS = false, STREAMS = false;
+    static constexpr bool STREAMS = false;
     static constexpr int TILES = WARPS;
     static constexpr int COLUMNS = NT * 8;
     static constexpr int TILE_BYTES = Tile<FORMAT>::BYTES;

@@ -37,9 +37,8 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupTi
     static constexpr int WEIGHT_BYTES = WGS * MT * BLOCK_BYTES;
     static constexpr int STAGES = warpgroup_stages(BLOCKS, TOKEN_BYTES + WEIGHT_BYTES);
     static_assert(STAGES >= 4, "at least two stages are under way");
-    // Whether blocks come in clusters of two (gemm_cluster.cuh), and whether tokens come as tiles
-    // (gemm_stream.cuh).
-    static constexpr bool PAIRS = false, STREAMS = false;
+    // Whether tokens come as tiles (gemm_stream.cuh).
+    static constexpr bool STREAMS = false;
 
     // Which of the block's tiles accumulators [m] are, and which tokens [n].
     __device__ static __forceinline__ int tile(int m) {

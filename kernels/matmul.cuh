@@ -8,10 +8,9 @@
 //   add      x_out[n_rows, n_out] f32 += product + bias
 //   logits   out[n_rows, n_out] f32 = product
 //
-// Grid (tiles / (WM MT), rows / (WN NT 8)), or in one dimension where blocks come in pairs
-// (gemm_cluster.cuh); block 32 WM WN; dynamic shared memory STAGES * STAGE_BYTES, or for few rows
-// all of K of the tokens (gemm_direct.cuh). Expected error: f32 sums of bf16 products, about 1e-6
-// relative.
+// Grid (tiles / (WM MT), rows / (WN NT 8)); block 32 WM WN; dynamic shared memory
+// STAGES * STAGE_BYTES, or for few rows all of K of the tokens (gemm_direct.cuh). Expected error:
+// f32 sums of bf16 products, about 1e-6 relative.
 
 struct MatmulArgs {
     // x for the tensor copies, where the variant streams its tokens.
@@ -200,8 +199,6 @@ template <class G, template <int> class Store> struct DenseOutputs {
 
     template <int M> __device__ __forceinline__ void operator()(float (&acc)[M][G::N_TILES][4]) const {
         constexpr u32 UNIT = Store<4>::UNIT;
-        // The second block of a pair may have no rows.
-        if (first_row >= args.n_rows) return;
         if constexpr (G::N_TILES >= 16 && UNIT != 0 && G::TILES * TILE_M % (UNIT + (UNIT == 0)) == 0) by_rows(acc);
         else from_registers(acc);
     }
@@ -296,10 +293,6 @@ template <class G, template <int> class Store> __device__ __forceinline__ void m
     __shared__ Row rows[Store<1>::AT_ROWS ? G::COLUMNS : 1];
     // Few token tiles: they follow each other, so that a weight tile is read once from memory.
     u32 m_block = args.rows_first ? blockIdx.y : blockIdx.x, row_block = args.rows_first ? blockIdx.x : blockIdx.y;
-    if constexpr (G::PAIRS) {
-        u32 m_blocks = (args.n_tiles - args.first_tile + G::TILES - 1) / G::TILES;
-        place_of_pair(m_blocks, (args.n_rows + 2 * G::COLUMNS - 1) / (2 * G::COLUMNS), m_block, row_block);
-    }
     u32 first_row = row_block * G::COLUMNS;
     int first_tile = (int)(args.first_tile + m_block * G::TILES), n_tiles = (int)args.n_tiles;
     int n_groups = (int)(args.n_k + GROUP_K - 1) / GROUP_K;
@@ -324,26 +317,16 @@ template <class G, template <int> class Store> __device__ __forceinline__ void m
 // Variants by how many rows there are; src/engine/cuda/variants.rs has the same numbers.
 #define VARIANT(NAME, STORE, THREADS, BLOCKS, ...) \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ MatmulArgs args) { matmul<__VA_ARGS__, STORE>(args); }
-#define PAIR_VARIANT(NAME, STORE, THREADS, ...) \
-    extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ MatmulArgs args) { \
-        matmul<__VA_ARGS__, STORE>(args); \
-    }
 #define SMALL_VARIANTS(FORMAT, NAME, STORE) \
     VARIANT(NAME##_d8, STORE, 32, 1, DirectGemm<FORMAT, 1, 1, 12>) \
     VARIANT(NAME##_d16, STORE, 192, 1, DirectGemm<FORMAT, 6, 2, 8>)
 #ifdef WARPGROUPS
 #define VARIANTS(FORMAT, NAME, STORE) SMALL_VARIANTS(FORMAT, NAME, STORE) \
-    VARIANT(NAME##_w16, STORE, 128, 3, WarpgroupGemm<FORMAT, 1, 1, 2, 3>) \
-    VARIANT(NAME##_w32, STORE, 128, 2, WarpgroupGemm<FORMAT, 1, 1, 4, 2>) \
-    VARIANT(NAME##_w64, STORE, 128, 2, WarpgroupGemm<FORMAT, 1, 1, 8, 2>) \
     VARIANT(NAME##_s16, STORE, 160, 3, StreamGemm<FORMAT, 1, 1, 2, 3, 1>) \
     VARIANT(NAME##_s32, STORE, 160, 3, StreamGemm<FORMAT, 1, 1, 4, 3, 1>) \
     VARIANT(NAME##_s64, STORE, 160, 2, StreamGemm<FORMAT, 1, 1, 8, 2, 1>) \
     VARIANT(NAME##_s128x128, STORE, 288, 1, StreamGemm<FORMAT, 2, 1, 16, 1, 1>) \
-    VARIANT(NAME##_s256x128, STORE, 384, 1, StreamGemm<FORMAT, 2, 2, 16, 1, 4>) \
-    VARIANT(NAME##_w128x128, STORE, 256, 1, WarpgroupGemm<FORMAT, 2, 1, 16, 1>) \
-    PAIR_VARIANT(NAME##_p256x128, STORE, 384, PairGemm<FORMAT, 2, 16>) \
-    VARIANT(NAME##_w256x128, STORE, 256, 1, WarpgroupGemm<FORMAT, 2, 2, 16, 1>)
+    VARIANT(NAME##_s256x128, STORE, 384, 1, StreamGemm<FORMAT, 2, 2, 16, 1, 4>)
 #else
 #define VARIANTS(FORMAT, NAME, STORE) SMALL_VARIANTS(FORMAT, NAME, STORE) \
     VARIANT(NAME##_16, STORE, 64, 1, Gemm<FORMAT, 2, 1, 1, 2, 10>) \

@@ -76,32 +76,6 @@ __device__ __forceinline__ void prefetch_map(const void* map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
 }
 
-// What two blocks of a cluster do together. Shared memory of both is laid out alike, so an address
-// of this block's tells a place in either.
-
-// Copies a run of bytes to both blocks' shared memory; the barrier of each counts them.
-__device__ __forceinline__ void copy_bulk_to_pair(u32 shared, const void* global, u32 n_bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
-                 :: "r"(shared), "l"(global), "r"(n_bytes), "r"(barrier), "h"((u16)3) : "memory");
-}
-// Where block `rank` has what this block has at `shared`.
-__device__ __forceinline__ u32 address_in_cluster(u32 shared, u32 rank) {
-    u32 d;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(d) : "r"(shared), "r"(rank));
-    return d;
-}
-// barrier_arrive_if at a barrier of any block of the cluster. It may tell that memory was read: it
-// orders no writes for the other block, which would cost a fence of the whole GPU.
-__device__ __forceinline__ void barrier_arrive_cluster_if(u32 barrier, u32 told) {
-    asm volatile("{.reg .pred told; setp.ne.u32 told, %1, 0;\n"
-                 "@told mbarrier.arrive.shared::cluster.b64 _, [%0];}" :: "r"(barrier), "r"(told) : "memory");
-}
-// Makes barriers that this thread has begun known to the cluster, once it has arrived.
-__device__ __forceinline__ void fence_barriers_of_cluster() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// All threads of the cluster arrive, then wait for each other; this orders no writes either.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-
 // Registers of a warpgroup's threads from here on; all its warps say the same.
 template <int N> __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N)); }
 template <int N> __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N)); }

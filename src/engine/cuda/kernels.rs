@@ -21,8 +21,7 @@ const GEMM: &str = concat!(
     include_str!("../../../kernels/gemm_wgmma.cuh"),
     include_str!("../../../kernels/gemm_split.cuh"),
     include_str!("../../../kernels/gemm_stream.cuh"),
-    include_str!("../../../kernels/gemm_direct.cuh"),
-    include_str!("../../../kernels/gemm_cluster.cuh")
+    include_str!("../../../kernels/gemm_direct.cuh")
 );
 const MATMUL: &str = include_str!("../../../kernels/matmul.cuh");
 const MOE: &str = include_str!("../../../kernels/moe_matmul.cuh");

@@ -401,7 +401,6 @@ impl Kernels {
             ..*args
         };
         let grid = match args.rows_first {
-            _ if variant.in_pairs() => [m_blocks * row_blocks, 1, 1],
             0 => [m_blocks, row_blocks, 1],
             _ => [row_blocks, m_blocks, 1],
         };
