@@ -4,14 +4,21 @@
 // threads may split the row in any way; exp and ln are the same sums and products as on the CPU
 // (kernels are compiled without contraction).
 //
-//   logits  f32 [n_rows, n_vocab]
-//   slots   updated: token, position, count, live
-//   events  [step][n_rows], written: what the host polls
+// Three kernels go over a row: `survey` for its maximum, `tally` for its mass and, where the token
+// is already decided by greatest values alone, for that; both by parts of the row, so that few rows
+// keep the whole GPU busy. `sample` joins the parts, and goes over the row itself where a nucleus
+// is cut out.
 //
-// Grid (n_rows), block THREADS.
+//   logits    f32 [n_rows, n_vocab]
+//   slots     updated: token, position, count, live
+//   events    [step][n_rows], written: what the host polls
+//   partials  [n_rows][n_parts], between the kernels
+//
+// Grid (n_rows, n_parts), block PART_THREADS; sample: grid (n_rows), block THREADS.
 
 #define MASS_BITS 44
 #define N_BINS 2048
+#define PART_THREADS 256
 #define THREADS 512
 #define WARPS (THREADS / 32)
 
@@ -28,6 +35,19 @@ struct Event {
     u32 padding;
 };
 
+// What one part of a row comes to: SAMPLE_PARTIAL_LEN words of 64 bits in src/engine/cuda/memory.rs.
+struct Partial {
+    // By survey.
+    u64 hash;
+    float max;
+    u32 special;
+    // By tally: the mass, and the greatest score with the lowest id that has it.
+    u64 total;
+    double best;
+    u32 best_id;
+    u32 padding;
+};
+
 struct SampleArgs {
     const float* logits;
     Slot* slots;
@@ -35,6 +55,8 @@ struct SampleArgs {
     Event* events;
     // Steps begun since the host reset it.
     const u32* step;
+    Partial* partials;
+    u32 n_parts;
     u32 n_vocab;
     u32 max_context;
     u32 trace_hash;
@@ -120,27 +142,91 @@ __device__ __forceinline__ u32 order_key(float logit) {
     return bits ^ (sign | 0x80000000u);
 }
 
+// Values of a block's warps.
+template <int N> struct Warps {
+    u64 sums[N];
+    double scores[N];
+    u32 ids[N];
+    float maxima[N];
+};
+
 struct Shared {
     u64 bins[N_BINS];
     u32 seen[N_BINS / 32];
-    u64 sums[WARPS];
-    double scores[WARPS];
-    u32 ids[WARPS];
-    float maxima[WARPS];
+    Warps<WARPS> warps;
+    u32 votes[WARPS];
     u64 above;
-    u64 total;
     u32 border;
     u32 count;
 };
 
-__device__ __forceinline__ u64 block_sum(u64 x, Shared& s) {
+__device__ __forceinline__ u64 warp_total(u64 x) {
     for (int mask = 16; mask > 0; mask >>= 1) x += __shfl_xor_sync(NONE, x, mask);
+    return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+    for (int mask = 16; mask > 0; mask >>= 1) {
+        float other = __shfl_xor_sync(NONE, x, mask);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+
+template <int N> __device__ __forceinline__ u64 block_sum(u64 x, Warps<N>& warps) {
+    x = warp_total(x);
     __syncthreads();
-    if (threadIdx.x % 32 == 0) s.sums[threadIdx.x / 32] = x;
+    if (threadIdx.x % 32 == 0) warps.sums[threadIdx.x / 32] = x;
     __syncthreads();
     u64 sum = 0;
-    for (int warp = 0; warp < WARPS; warp++) sum += s.sums[warp];
+    for (int warp = 0; warp < N; warp++) sum += warps.sums[warp];
     return sum;
+}
+
+template <int N> __device__ __forceinline__ float block_max(float x, Warps<N>& warps) {
+    x = warp_max(x);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) warps.maxima[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = warps.maxima[0];
+    for (int warp = 1; warp < N; warp++) x = warps.maxima[warp] > x ? warps.maxima[warp] : x;
+    return x;
+}
+
+// The greatest score, the lowest id among equals; NONE has no score.
+struct Best {
+    double score;
+    u32 id;
+
+    __device__ __forceinline__ void offer(double other, u32 other_id) {
+        if (other_id != NONE && (id == NONE || other > score || (other == score && other_id < id))) {
+            score = other;
+            id = other_id;
+        }
+    }
+};
+
+__device__ __forceinline__ Best warp_best(Best best) {
+    for (int mask = 16; mask > 0; mask >>= 1) {
+        double score = __shfl_xor_sync(NONE, best.score, mask);
+        u32 id = __shfl_xor_sync(NONE, best.id, mask);
+        best.offer(score, id);
+    }
+    return best;
+}
+
+// Every thread gets the block's.
+template <int N> __device__ __forceinline__ Best block_best(Best best, Warps<N>& warps) {
+    best = warp_best(best);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) {
+        warps.scores[threadIdx.x / 32] = best.score;
+        warps.ids[threadIdx.x / 32] = best.id;
+    }
+    __syncthreads();
+    best = {warps.scores[0], warps.ids[0]};
+    for (int warp = 1; warp < N; warp++) best.offer(warps.scores[warp], warps.ids[warp]);
+    return best;
 }
 
 // The last token of a kept prefix in (logit descending, id ascending) order.
@@ -239,11 +325,11 @@ __device__ Cut shortest(const float* logits, u32 n_vocab, float max, float tempe
         u32 id = first + threadIdx.x;
         bool equal = id < n_vocab && order_key(logits[id]) == prefix;
         u32 votes = __ballot_sync(NONE, equal);
-        if (threadIdx.x % 32 == 0) s.ids[threadIdx.x / 32] = votes;
+        if (threadIdx.x % 32 == 0) s.votes[threadIdx.x / 32] = votes;
         __syncthreads();
         // Every thread walks the same words.
         for (u32 warp = 0; warp < WARPS && n_before < wanted; warp++) {
-            u32 word = s.ids[warp];
+            u32 word = s.votes[warp];
             while (word != 0 && n_before < wanted) {
                 cut.last_id = first + warp * 32 + (u32)__ffs((int)word) - 1;
                 word &= word - 1;
@@ -255,39 +341,172 @@ __device__ Cut shortest(const float* logits, u32 n_vocab, float max, float tempe
     return cut;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const SampleArgs args) {
-    __shared__ Shared s;
-    follow_previous();
-    u32 r = blockIdx.x;
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    u32 n_vocab = args.n_vocab;
-    Event* event = args.events + (u64)(*args.step - 1) * gridDim.x + r;
-    u32 slot_index = args.rows[r].sequence;
-    if (slot_index == NONE) {
-        if (threadIdx.x == 0) event->state = 0;
-        return;
-    }
-    Slot* slot = args.slots + slot_index;
-    const float* logits = args.logits + (u64)r * n_vocab;
+// A row's slot, NONE for padding.
+__device__ __forceinline__ u32 slot_of_row(const SampleArgs& args) { return args.rows[blockIdx.x].sequence; }
 
+// Which ids are a block's: whole fours, as the generator gives them.
+struct Part {
+    u32 first, end;
+
+    __device__ __forceinline__ Part(const SampleArgs& args) {
+        u32 share = (args.n_vocab + args.n_parts * 4 - 1) / (args.n_parts * 4) * 4;
+        first = blockIdx.y * share;
+        end = first + share < args.n_vocab ? first + share : args.n_vocab;
+    }
+};
+
+__device__ __forceinline__ Partial* partial_of(const SampleArgs& args, u32 part) {
+    return args.partials + (u64)blockIdx.x * args.n_parts + part;
+}
+
+// What the parts of a row have by `survey`: the maximum, and whether a logit is not finite. Every
+// warp goes over all of them.
+__device__ __forceinline__ float surveyed(const SampleArgs& args, bool& special) {
+    float max = NEG_INFINITY;
+    u32 seen = 0;
+    for (u32 part = threadIdx.x % 32; part < args.n_parts; part += 32) {
+        const Partial* of_part = partial_of(args, part);
+        max = of_part->max > max ? of_part->max : max;
+        seen |= of_part->special;
+    }
+    special = __any_sync(NONE, (int)seen);
+    return warp_max(max);
+}
+
+// The greatest scaled logit plus Gumbel noise among the fours first, first + step.. below `end` of
+// the thread, of those that are kept where `cuts`.
+__device__ __forceinline__ Best draw(
+    const SampleArgs& args, const Slot* slot, const float* logits, float max, u32 first, u32 end, u32 step, bool cuts, Cut cut
+) {
+    Best best = {__longlong_as_double((long long)0xFFF0000000000000ull), NONE};
+    u64 row_hash = slot->row_hash, seed = slot->seed;
+    float temperature = slot->temperature;
+    Words start = philox((u32)row_hash, (u32)(row_hash >> 32), slot->sample, slot->position + 1, (u32)seed, (u32)(seed >> 32));
+    for (u32 four = first; four < end; four += step) {
+        Words words = philox(four / 4, 0, start.w[2], start.w[3], start.w[0], start.w[1]);
+        #pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            u32 id = four + i;
+            if (id >= end) break;
+            double scaled = (double)((logits[id] - max) / temperature);
+            // A bound first: the two logarithms are needed for few tokens only.
+            double bound = (double)(__clz((int)~words.w[i]) + 1) * (0.69314718055994530942 + 1e-9);
+            if (scaled + bound <= best.score) continue;
+            if (cuts && !keeps(cut, order_key(logits[id]), id)) continue;
+            double u = ((double)words.w[i] + 0.5) * 2.3283064365386962890625e-10;
+            double score = scaled + -ln(-ln(u));
+            if (score > best.score) best = {score, id};
+        }
+    }
+    return best;
+}
+
+// Whether tokens are left out before one is drawn.
+__device__ __forceinline__ bool cuts_by_k(const Slot* slot, u32 n_vocab) { return slot->top_k > 0 && slot->top_k < n_vocab; }
+__device__ __forceinline__ bool is_cut(const Slot* slot, u32 n_vocab) {
+    return slot->temperature > 0.0f && (cuts_by_k(slot, n_vocab) || slot->keeps_p);
+}
+
+extern "C" __global__ void __launch_bounds__(PART_THREADS) survey(const SampleArgs args) {
+    __shared__ Warps<PART_THREADS / 32> warps;
+    follow_previous();
+    if (slot_of_row(args) == NONE) return;
+    const float* logits = args.logits + (u64)blockIdx.x * args.n_vocab;
+    Part part(args);
     float max = NEG_INFINITY;
     u32 special = 0;
     u64 hash = 0;
-    for (u32 id = threadIdx.x; id < n_vocab; id += THREADS) {
+    #pragma unroll 8
+    for (u32 id = part.first + threadIdx.x; id < part.end; id += PART_THREADS) {
         float logit = logits[id];
         u32 bits = (u32)__float_as_int(logit);
         max = logit > max ? logit : max;
         special |= (bits & 0x7f800000u) == 0x7f800000u;
         if (args.trace_hash) hash += mix((u64)id << 32 | bits);
     }
-    for (int mask = 16; mask > 0; mask >>= 1) {
-        float other = __shfl_xor_sync(NONE, max, mask);
-        max = other > max ? other : max;
-    }
-    if (lane == 0) s.maxima[warp] = max;
+    max = block_max(max, warps);
     special = __syncthreads_or((int)special);
-    max = s.maxima[0];
-    for (int w = 1; w < WARPS; w++) max = s.maxima[w] > max ? s.maxima[w] : max;
+    if (args.trace_hash) hash = block_sum(hash, warps);
+    if (threadIdx.x != 0) return;
+    Partial* to = partial_of(args, blockIdx.y);
+    to->hash = hash;
+    to->max = max;
+    to->special = special;
+}
+
+extern "C" __global__ void __launch_bounds__(PART_THREADS) tally(const SampleArgs args) {
+    __shared__ Warps<PART_THREADS / 32> warps;
+    follow_previous();
+    u32 slot_index = slot_of_row(args);
+    if (slot_index == NONE) return;
+    const Slot* slot = args.slots + slot_index;
+    const float* logits = args.logits + (u64)blockIdx.x * args.n_vocab;
+    Part part(args);
+    bool special;
+    float max = surveyed(args, special);
+    bool greedy = !(slot->temperature > 0.0f);
+    u64 total = 0;
+    // Greedy: the lowest id of the greatest logit.
+    Best best = {0.0, NONE};
+    #pragma unroll 4
+    for (u32 id = part.first + threadIdx.x; id < part.end; id += PART_THREADS) {
+        float logit = logits[id];
+        total += mass(logit - max);
+        if (greedy && best.id == NONE && logit == max) best.id = id;
+    }
+    if (!greedy && !is_cut(slot, args.n_vocab)) {
+        best = draw(args, slot, logits, max, part.first + threadIdx.x * 4, part.end, PART_THREADS * 4, false, {0, 0});
+    }
+    total = block_sum(total, warps);
+    best = block_best(best, warps);
+    if (threadIdx.x != 0) return;
+    Partial* to = partial_of(args, blockIdx.y);
+    to->total = total;
+    to->best = best.score;
+    to->best_id = best.id;
+}
+
+// The token of a row out of whose tokens some are left out first.
+__device__ __forceinline__ Best sample_cut(const SampleArgs& args, const Slot* slot, const float* logits, float max, Shared& s) {
+    u32 n_vocab = args.n_vocab;
+    float temperature = slot->temperature;
+    Cut cut = {0, 0};
+    bool cuts = false;
+    if (cuts_by_k(slot, n_vocab)) {
+        cut = shortest<false>(logits, n_vocab, max, temperature, slot->top_k, s);
+        cuts = true;
+    }
+    if (slot->keeps_p) {
+        u64 kept = 0;
+        for (u32 id = threadIdx.x; id < n_vocab; id += THREADS) {
+            if (!cuts || keeps(cut, order_key(logits[id]), id)) kept += mass((logits[id] - max) / temperature);
+        }
+        kept = block_sum(kept, s.warps);
+        // kept * share / 2^53, rounded up, within 1 and kept.
+        u64 low = kept * slot->top_p_share, high = __umul64hi(kept, slot->top_p_share);
+        u64 rounded = low + ((1ull << 53) - 1);
+        high += rounded < low;
+        u64 target = high << 11 | rounded >> 53;
+        u64 most = kept > 1 ? kept : 1;
+        target = target < 1 ? 1 : target > most ? most : target;
+        cut = shortest<true>(logits, n_vocab, max, temperature, target, s);
+    }
+    return block_best(draw(args, slot, logits, max, threadIdx.x * 4, n_vocab, THREADS * 4, true, cut), s.warps);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const SampleArgs args) {
+    __shared__ Shared s;
+    follow_previous();
+    Event* event = args.events + (u64)(*args.step - 1) * gridDim.x + blockIdx.x;
+    u32 slot_index = slot_of_row(args);
+    if (slot_index == NONE) {
+        if (threadIdx.x == 0) event->state = 0;
+        return;
+    }
+    Slot* slot = args.slots + slot_index;
+    const float* logits = args.logits + (u64)blockIdx.x * args.n_vocab;
+    bool special;
+    float max = surveyed(args, special);
     if (special) {
         if (threadIdx.x == 0) {
             event->slot = slot_index;
@@ -297,90 +516,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const SampleArgs
         }
         return;
     }
-    if (args.trace_hash) hash = mix(block_sum(hash, s) ^ n_vocab);
-
-    float temperature = slot->temperature;
-    bool draws = temperature > 0.0f;
-    u64 total = 0;
-    double best = __longlong_as_double((long long)0xFFF0000000000000ull);
-    u32 best_id = NONE;
-    for (u32 id = threadIdx.x; id < n_vocab; id += THREADS) {
-        total += mass(logits[id] - max);
-        // Greedy: the lowest id of the greatest logit.
-        if (!draws && best_id == NONE && logits[id] == max) best_id = id;
+    Best best = {0.0, NONE};
+    if (is_cut(slot, args.n_vocab)) best = sample_cut(args, slot, logits, max, s);
+    // One warp joins the parts.
+    if (threadIdx.x >= 32) return;
+    u64 hash = 0, total = 0;
+    for (u32 part = threadIdx.x; part < args.n_parts; part += 32) {
+        const Partial* of_part = partial_of(args, part);
+        hash += of_part->hash;
+        total += of_part->total;
+        best.offer(of_part->best, of_part->best_id);
     }
-    total = block_sum(total, s);
-    if (draws) {
-        Cut cut = {0, 0};
-        bool cuts = false;
-        if (slot->top_k > 0 && slot->top_k < n_vocab) {
-            cut = shortest<false>(logits, n_vocab, max, temperature, slot->top_k, s);
-            cuts = true;
-        }
-        if (slot->keeps_p) {
-            u64 kept = 0;
-            for (u32 id = threadIdx.x; id < n_vocab; id += THREADS) {
-                if (!cuts || keeps(cut, order_key(logits[id]), id)) kept += mass((logits[id] - max) / temperature);
-            }
-            kept = block_sum(kept, s);
-            // kept * share / 2^53, rounded up, within 1 and kept.
-            u64 low = kept * slot->top_p_share, high = __umul64hi(kept, slot->top_p_share);
-            u64 rounded = low + ((1ull << 53) - 1);
-            high += rounded < low;
-            u64 target = high << 11 | rounded >> 53;
-            u64 most = kept > 1 ? kept : 1;
-            target = target < 1 ? 1 : target > most ? most : target;
-            cut = shortest<true>(logits, n_vocab, max, temperature, target, s);
-            cuts = true;
-        }
-        u64 row_hash = slot->row_hash, seed = slot->seed;
-        Words start = philox((u32)row_hash, (u32)(row_hash >> 32), slot->sample, slot->position + 1,
-                             (u32)seed, (u32)(seed >> 32));
-        for (u32 block = threadIdx.x; block * 4 < n_vocab; block += THREADS) {
-            Words words = philox(block, 0, start.w[2], start.w[3], start.w[0], start.w[1]);
-            #pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                u32 id = block * 4 + i;
-                if (id >= n_vocab) break;
-                double scaled = (double)((logits[id] - max) / temperature);
-                // A bound first: the two logarithms are needed for few tokens only.
-                double bound = (double)(__clz((int)~words.w[i]) + 1) * (0.69314718055994530942 + 1e-9);
-                if (scaled + bound <= best) continue;
-                if (cuts && !keeps(cut, order_key(logits[id]), id)) continue;
-                double u = ((double)words.w[i] + 0.5) * 2.3283064365386962890625e-10;
-                double score = scaled + -ln(-ln(u));
-                if (score > best) {
-                    best = score;
-                    best_id = id;
-                }
-            }
-        }
-    } else {
-        best = 0.0;
-    }
-    // The greatest score, the lowest id among equals.
-    for (int mask = 16; mask > 0; mask >>= 1) {
-        double other = __shfl_xor_sync(NONE, best, mask);
-        u32 other_id = __shfl_xor_sync(NONE, best_id, mask);
-        if (other_id != NONE && (best_id == NONE || other > best || (other == best && other_id < best_id))) {
-            best = other;
-            best_id = other_id;
-        }
-    }
-    __syncthreads();
-    if (lane == 0) {
-        s.scores[warp] = best;
-        s.ids[warp] = best_id;
-    }
-    __syncthreads();
+    hash = warp_total(hash);
+    total = warp_total(total);
+    best = warp_best(best);
     if (threadIdx.x != 0) return;
-    for (int w = 1; w < WARPS; w++) {
-        if (s.ids[w] != NONE && (best_id == NONE || s.scores[w] > best || (s.scores[w] == best && s.ids[w] < best_id))) {
-            best = s.scores[w];
-            best_id = s.ids[w];
-        }
-    }
-    if (best_id == NONE) best_id = 0;
+    if (args.trace_hash) hash = mix(hash ^ args.n_vocab);
+    u32 best_id = best.id == NONE ? 0 : best.id;
     double ln_total = ln((double)total) - (double)MASS_BITS * 0.69314718055994530942;
     float logprob = (float)(((double)logits[best_id] - (double)max) - ln_total);
     u32 position = slot->position + 1;

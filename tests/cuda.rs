@@ -16,6 +16,7 @@ use podium::engine::cuda::buffer::{DeviceBuffer, Plain};
 use podium::engine::cuda::device::Device;
 use podium::engine::cuda::kernels::Build;
 use podium::engine::cuda::launch::{Dense, Kernels, MatmulArgs, MoeArgs, RouteArgs, SampleArgs};
+use podium::engine::cuda::memory;
 use podium::engine::cuda::nvrtc::Nvrtc;
 use podium::engine::cuda::pack::{self, NeedsWide, RowOrder};
 use podium::engine::cuda::{CudaBackend, CudaOptions, Event, Loaded, Slot};
@@ -831,12 +832,16 @@ fn draws_are_those_of_the_cpu() {
         let rows_device = upload(&device, &rows);
         let step = upload(&device, &[1u32]);
         let events: DeviceBuffer<Event> = device.alloc("events", n_rows).unwrap();
+        let n_partials = memory::sample_partials_len(n_rows);
+        let partials: DeviceBuffer<u64> = device.alloc("logits", n_partials).unwrap();
         let args = SampleArgs {
             logits: logits_device.at(0),
             slots: slots_device.at(0),
             rows: rows_device.at(0),
             events: events.at(0),
             step: step.at(0),
+            partials: partials.at(0),
+            n_parts: 0,
             n_vocab: n_vocab as u32,
             max_context: 4096,
             trace_hash: 1,

@@ -106,6 +106,9 @@ pub struct SampleArgs {
     pub rows: u64,
     pub events: u64,
     pub step: u64,
+    pub partials: u64,
+    /// Set by the launch.
+    pub n_parts: u32,
     pub n_vocab: u32,
     pub max_context: u32,
     pub trace_hash: u32,

@@ -273,6 +273,8 @@ impl CudaBackend {
             rows: self.work.rows.at(0),
             events: self.work.events.at(0),
             step: self.work.step.at(0),
+            partials: self.work.sample_partials.at(0),
+            n_parts: 0,
             n_vocab: self.info.n_vocab as u32,
             max_context: self.info.shape.max_context as u32,
             trace_hash: u32::from(self.options.trace_hash),

@@ -17,6 +17,7 @@ use super::device::{Device, Function, Module, check};
 use super::error::CudaError;
 use super::graph::Event;
 use super::kernels::{self, Build, Cubin};
+use super::memory::MAX_SAMPLE_PARTS;
 use super::nvrtc::Nvrtc;
 use super::pack;
 use super::tensor_map::TensorMap;
@@ -56,6 +57,8 @@ pub struct Kernels {
     gate_up: Vec<Function>,
     down: Vec<Function>,
     ring_append: Function,
+    survey: Function,
+    tally: Function,
     sample: Function,
     fill_bf16: Function,
     fill_f32: Function,
@@ -89,6 +92,9 @@ const ROUTE_SPREAD: usize = 4;
 
 /// Row blocks of a dense product up to which they follow each other.
 const ROW_BLOCKS_FIRST: usize = 8;
+
+/// Blocks a multiprocessor that go through logits.
+const SAMPLE_BLOCKS: usize = 4;
 
 /// Blocks of a grid-stride loop.
 const STRIDE_BLOCKS: u32 = 2048;
@@ -224,6 +230,8 @@ impl Kernels {
             dense_variants,
             moe_variants,
             ring_append,
+            survey: function("sample", "survey", 0)?,
+            tally: function("sample", "tally", 0)?,
             sample: function("sample", "sample", 0)?,
             fill_bf16: function("synthetic", "fill_bf16", 0)?,
             fill_f32: function("synthetic", "fill_f32", 0)?,
@@ -612,7 +620,17 @@ impl Kernels {
     }
 
     pub fn sample(&self, args: &SampleArgs, n_rows: usize) -> Result<(), CudaError> {
-        self.follow(self.sample, [n_rows, 1, 1], 512, 0, &[arg(args)])
+        let n_parts = (SAMPLE_BLOCKS * self.room.n_multiprocessors)
+            .div_ceil(n_rows)
+            .clamp(1, MAX_SAMPLE_PARTS);
+        let args = SampleArgs {
+            n_parts: n_parts as u32,
+            ..*args
+        };
+        let parts = [n_rows, n_parts, 1];
+        self.follow(self.survey, parts, 256, 0, &[arg(&args)])?;
+        self.follow(self.tally, parts, 256, 0, &[arg(&args)])?;
+        self.follow(self.sample, [n_rows, 1, 1], 512, 0, &[arg(&args)])
     }
 
     pub fn fill_bf16(

@@ -59,6 +59,16 @@ impl KvGeometry {
     }
 }
 
+/// Most parts that a row of logits is gone through by, and 64-bit words of what one comes to:
+/// `Partial` in kernels/sample.cu.
+pub const MAX_SAMPLE_PARTS: usize = 64;
+const SAMPLE_PARTIAL_LEN: usize = 5;
+
+/// 64-bit words of all parts of `n_rows` rows of logits.
+pub fn sample_partials_len(n_rows: usize) -> usize {
+    n_rows * MAX_SAMPLE_PARTS * SAMPLE_PARTIAL_LEN
+}
+
 /// Elements of each buffer of the workspace; R = the most rows of a pass, k = experts per token.
 #[derive(Clone, Copy, Debug)]
 pub struct Lengths {
@@ -84,6 +94,8 @@ pub struct Lengths {
     pub y: usize,
     /// f32 `[step_rows, n_vocab]`.
     pub logits: usize,
+    /// u64 `[step_rows, parts, words]`.
+    pub sample_partials: usize,
     /// f32 `[max_context, head_dim]`.
     pub rope: usize,
     pub page_table: usize,
@@ -115,6 +127,7 @@ impl Lengths {
             act: entries.saturating_mul(config.intermediate),
             y: entries.saturating_mul(config.hidden),
             logits: step_rows.saturating_mul(config.n_vocab),
+            sample_partials: sample_partials_len(step_rows),
             rope: shape.max_context.saturating_mul(config.head_dim),
             page_table: (shape.n_slots + shape.n_forks).saturating_mul(max_pages),
             partial: (step_rows * config.n_heads)
@@ -132,6 +145,7 @@ impl Lengths {
             3usize.saturating_mul(self.entries),
             self.offsets,
             self.logits,
+            2 * self.sample_partials,
             self.rope,
             self.page_table,
             self.partial,

@@ -42,6 +42,7 @@ pub struct Workspace {
     pub act: DeviceBuffer<u16>,
     pub y: DeviceBuffer<u16>,
     pub logits: DeviceBuffer<f32>,
+    pub sample_partials: DeviceBuffer<u64>,
     pub rope: DeviceBuffer<f32>,
     pub page_table: DeviceBuffer<u32>,
     pub partial: DeviceBuffer<f32>,
@@ -82,6 +83,7 @@ impl Workspace {
             act: device.alloc(what, lengths.act)?,
             y: device.alloc(what, lengths.y)?,
             logits: device.alloc("logits", lengths.logits)?,
+            sample_partials: device.alloc("logits", lengths.sample_partials)?,
             rope: device.alloc("rotary table", lengths.rope)?,
             page_table: device.alloc("page table", lengths.page_table)?,
             partial: device.alloc("attention splits", lengths.partial)?,
@@ -134,6 +136,7 @@ impl Workspace {
         two.iter().map(|buffer| buffer.n_bytes()).sum::<u64>()
             + words.iter().map(|buffer| buffer.n_bytes()).sum::<u64>()
             + counts.iter().map(|buffer| buffer.n_bytes()).sum::<u64>()
+            + self.sample_partials.n_bytes()
             + self.rows.n_bytes()
             + self.blocks.n_bytes()
             + self.slots.n_bytes()
