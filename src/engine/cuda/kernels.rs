@@ -23,6 +23,7 @@ const GEMM: &str = concat!(
     include_str!("../../../kernels/gemm_direct.cuh"),
     include_str!("../../../kernels/gemm_cluster.cuh")
 );
+const ATTENTION: &str = include_str!("../../../kernels/attention.cuh");
 const MATMUL: &str = include_str!("../../../kernels/matmul.cuh");
 const MOE: &str = include_str!("../../../kernels/moe_matmul.cuh");
 
@@ -90,7 +91,7 @@ pub fn texts(format: WeightFormat) -> Vec<Kernel> {
         kernel("embed", &[], text!("embed")),
         kernel("rmsnorm", &[], text!("rmsnorm")),
         kernel("topk_routing", &[], text!("topk_routing")),
-        kernel("attention", &[], text!("attention")),
+        kernel("attention", &[ATTENTION], text!("attention")),
         matmul(format.attention),
         moe_matmul,
         kernel("sample", &[], text!("sample")),
