@@ -24,6 +24,8 @@
 // Grid (blocks of rows, n_kv_heads[, splits]), block 32 WARPS, dynamic shared memory
 // 4 * 64 * (HEAD_DIM + 8) * 2. Expected error: P rounded to bf16, about 2e-3 of the largest V.
 // The scheme is FlashAttention-2's (arXiv 2307.08691) with FlashDecoding's splits.
+//
+// Where the GPU has warpgroups, and HEAD_DIM is 64, a prefill pass is attention_wgmma.cuh's.
 
 // 16 bytes more than a row holds, so that eight rows lie in different banks.
 #define STRIDE (HEAD_DIM + 8)
@@ -254,6 +256,17 @@ __device__ __forceinline__ void attend(const AttentionArgs& args, const SharedIt
     }
 }
 
+#ifdef ATTENTION_WARPGROUPS
+extern "C" __global__ void __launch_bounds__(128 * ATTENTION_WARPGROUPS, 2) attention_full(const AttentionArgs args) {
+    follow_previous();
+    attend_by_warpgroups<false>(args);
+}
+
+extern "C" __global__ void __launch_bounds__(128 * ATTENTION_WARPGROUPS, 2) attention_sliding(const AttentionArgs args) {
+    follow_previous();
+    attend_by_warpgroups<true>(args);
+}
+#else
 extern "C" __global__ void __launch_bounds__(32 * PREFILL_WARPS) attention_full(const AttentionArgs args) {
     follow_previous();
     attend<FULL, PREFILL_WARPS>(args, 0);
@@ -263,6 +276,7 @@ extern "C" __global__ void __launch_bounds__(32 * PREFILL_WARPS) attention_slidi
     follow_previous();
     attend<WINDOW, PREFILL_WARPS>(args, 0);
 }
+#endif
 
 extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, 1) attention_full_decode(const AttentionArgs args) {
     follow_between();

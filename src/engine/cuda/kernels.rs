@@ -23,7 +23,11 @@ const GEMM: &str = concat!(
     include_str!("../../../kernels/gemm_direct.cuh"),
     include_str!("../../../kernels/gemm_cluster.cuh")
 );
-const ATTENTION: &str = include_str!("../../../kernels/attention.cuh");
+const ATTENTION: &str = concat!(
+    include_str!("../../../kernels/wgmma.cuh"),
+    include_str!("../../../kernels/attention.cuh"),
+    include_str!("../../../kernels/attention_wgmma.cuh")
+);
 const MATMUL: &str = include_str!("../../../kernels/matmul.cuh");
 const MOE: &str = include_str!("../../../kernels/moe_matmul.cuh");
 
