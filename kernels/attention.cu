@@ -24,9 +24,9 @@
 // Grid (blocks of rows, n_kv_heads[, splits]), block 32 WARPS, dynamic shared memory
 // 4 * 64 * (HEAD_DIM + 8) * 2. Expected error: P rounded to bf16, about 2e-3 of the largest V.
 // The scheme is FlashAttention-2's (arXiv 2307.08691) with FlashDecoding's splits.
+//
+// Where the GPU has warpgroups, and HEAD_DIM is 64, a prefill pass is attention_wgmma.cuh's.
 
-#define TILE 64
-#define SPLIT_TILES 4
 // 16 bytes more than a row holds, so that eight rows lie in different banks.
 #define STRIDE (HEAD_DIM + 8)
 #define DECODE_WARPS ((GROUP + 15) / 16)
@@ -34,73 +34,6 @@
 #define SHARED_ROWS (GROUP > 64 ? 1 : GROUP > 8 ? 128 / GROUP : 16)
 #define SHARED_WARPS ((SHARED_ROWS * GROUP + 15) / 16)
 #define PREFILL_WARPS (DECODE_WARPS > 4 ? DECODE_WARPS : 4)
-
-// A run of pages and rows that all see it whole: SharedItem in src/engine/cuda/sharing.rs.
-struct SharedItem {
-    u32 sequence;
-    u32 first_split;
-    u32 n_splits;
-    // The splits are folded into the last one's place of `partial`.
-    u32 folded;
-    u32 n_rows;
-    u32 rows[16];
-};
-
-struct AttentionArgs {
-    const u16* qkv;
-    u16* out;
-    const Row* rows;
-    // First row and number of rows of each block; NULL: one row a block.
-    const uint2* blocks;
-    const vector_t* sinks;
-    const u16* cache;
-    const u32* page_table;
-    float* partial;
-    // Decode steps of rows that share pages, else NULL: items, their number; of each row how many
-    // splits are in items, and its first place of `partial`.
-    const SharedItem* items;
-    const u32* n_items;
-    const uint2* shared;
-    u32 n_heads;
-    u32 n_kv_heads;
-    u32 layer;
-    u32 n_layers;
-    u32 max_pages;
-    u32 ring;
-    u32 window;
-    u32 max_splits;
-    float scale;
-};
-
-// Scores are kept as exponents of 2: times log2(e).
-#define LOG2_E 1.44269504088896341f
-
-// Maximum and denominator of a query.
-struct State {
-    float max;
-    float sum;
-};
-
-// Folds `next` into `so_far`; gives the factors of the outputs of the two. A state without keys
-// changes nothing.
-__device__ __forceinline__ float2 fold(State& so_far, State next) {
-    if (next.max == NEG_INFINITY) return make_float2(1.0f, 0.0f);
-    float max = so_far.max > next.max ? so_far.max : next.max;
-    float2 factors = make_float2(exp2_approx(so_far.max - max), exp2_approx(next.max - max));
-    so_far.sum = __fmaf_rn(next.sum, factors.y, so_far.sum * factors.x);
-    so_far.max = max;
-    return factors;
-}
-
-__device__ __forceinline__ float fold_output(float so_far, float next, float2 factors) {
-    return __fmaf_rn(next, factors.y, so_far * factors.x);
-}
-
-// The sink is a key of score `sink` without a value.
-__device__ __forceinline__ float finish_factor(State& state, float sink) {
-    State last = {sink * LOG2_E, 1.0f};
-    return fold(state, last).x;
-}
 
 // FULL and WINDOW: all keys of a block of rows. SPLITS: every so many splits of one row, beginning
 // behind those that are shared. SHARED: an item.
@@ -244,52 +177,10 @@ __device__ __forceinline__ void attend(const AttentionArgs& args, const SharedIt
         }
         // Every query of the warp sees every key of the tile.
         bool all_seen = MODE == SHARED || tile * TILE + TILE - 1 <= warp_position && (!SLIDING || tile * TILE >= warp_low);
-        if (!all_seen) {
-            #pragma unroll
-            for (int n = 0; n < TILE / 8; n++) {
-                #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int position = tile * TILE + n * 8 + 2 * t + i % 2;
-                    bool seen = position >= low[i / 2] && position <= high[i / 2];
-                    s[n][i] = seen ? s[n][i] : NEG_INFINITY;
-                }
-            }
-        }
+        if (!all_seen) hide(s, tile * TILE + 2 * t, low, high);
         #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float max = NEG_INFINITY;
-            #pragma unroll
-            for (int n = 0; n < TILE / 8; n++) {
-                #pragma unroll
-                for (int j = 0; j < 2; j++) max = s[n][2 * i + j] > max ? s[n][2 * i + j] : max;
-            }
-            // The four lanes of a query.
-            #pragma unroll
-            for (int mask = 1; mask < 4; mask *= 2) {
-                float other = __shfl_xor_sync(NONE, max, mask);
-                max = other > max ? other : max;
-            }
-            // The scale is positive: the greatest product is the greatest score.
-            max = max * scale;
-            max = state[i].max > max ? state[i].max : max;
-            // Without a key so far nothing may be subtracted from.
-            float base = max == NEG_INFINITY ? 0.0f : max;
-            float decay = exp2_approx(state[i].max - base);
-            if (state[i].max == max) decay = 1.0f;
-            float sum = 0.0f;
-            #pragma unroll
-            for (int n = 0; n < TILE / 8; n++) {
-                #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float p = exp2_approx(__fmaf_rn(s[n][2 * i + j], scale, -base));
-                    s[n][2 * i + j] = p;
-                    sum += p;
-                }
-            }
-            #pragma unroll
-            for (int mask = 1; mask < 4; mask *= 2) sum += __shfl_xor_sync(NONE, sum, mask);
-            state[i].sum = __fmaf_rn(state[i].sum, decay, sum);
-            state[i].max = max;
+            float decay = soften(s, i, state[i], scale);
             // A factor of 1 changes no bit.
             if (__any_sync(NONE, decay != 1.0f)) {
                 #pragma unroll
@@ -302,10 +193,7 @@ __device__ __forceinline__ void attend(const AttentionArgs& args, const SharedIt
         #pragma unroll
         for (int step = 0; step < TILE / 16; step++) {
             u32 p[4];
-            p[0] = f32x2_to_bf16x2(s[2 * step][0], s[2 * step][1]);
-            p[1] = f32x2_to_bf16x2(s[2 * step][2], s[2 * step][3]);
-            p[2] = f32x2_to_bf16x2(s[2 * step + 1][0], s[2 * step + 1][1]);
-            p[3] = f32x2_to_bf16x2(s[2 * step + 1][2], s[2 * step + 1][3]);
+            pack_exponentials(p, s, step);
             #pragma unroll
             for (int n = 0; n < HEAD_DIM / 8; n += 2) {
                 u32 v[4];
@@ -368,6 +256,17 @@ __device__ __forceinline__ void attend(const AttentionArgs& args, const SharedIt
     }
 }
 
+#ifdef ATTENTION_WARPGROUPS
+extern "C" __global__ void __launch_bounds__(128 * ATTENTION_WARPGROUPS, 2) attention_full(const AttentionArgs args) {
+    follow_previous();
+    attend_by_warpgroups<false>(args);
+}
+
+extern "C" __global__ void __launch_bounds__(128 * ATTENTION_WARPGROUPS, 2) attention_sliding(const AttentionArgs args) {
+    follow_previous();
+    attend_by_warpgroups<true>(args);
+}
+#else
 extern "C" __global__ void __launch_bounds__(32 * PREFILL_WARPS) attention_full(const AttentionArgs args) {
     follow_previous();
     attend<FULL, PREFILL_WARPS>(args, 0);
@@ -377,6 +276,7 @@ extern "C" __global__ void __launch_bounds__(32 * PREFILL_WARPS) attention_slidi
     follow_previous();
     attend<WINDOW, PREFILL_WARPS>(args, 0);
 }
+#endif
 
 extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, 1) attention_full_decode(const AttentionArgs args) {
     follow_between();

@@ -58,12 +58,16 @@ fn check(nvrtc: &Nvrtc, nvdisasm: &Path, config: &ModelConfig, build: &Build, sc
                 let path = scratch.write("kernel.cubin", cubin);
                 let output = Command::new(nvdisasm).arg("-c").arg(path).output().unwrap();
                 let code = String::from_utf8_lossy(&output.stdout);
-                let warpgroups = arch == "sm_90a" && kernel.name.contains("matmul");
-                let instruction = match warpgroups {
-                    true => "HGMMA.64x128x16.F32.BF16",
-                    false => "HMMA.16816.F32.BF16",
+                const WARPS: &str = "HMMA.16816.F32.BF16";
+                let instructions: &[&str] = match (arch, kernel.name) {
+                    // Decode and prefill.
+                    ("sm_90a", "attention") => &[WARPS, "HGMMA.64x64x16.F32.BF16"],
+                    ("sm_90a", name) if name.contains("matmul") => &["HGMMA.64x128x16.F32.BF16"],
+                    _ => &[WARPS],
                 };
-                assert!(code.contains(instruction), "{what} has no {instruction}");
+                for instruction in instructions {
+                    assert!(code.contains(instruction), "{what} has no {instruction}");
+                }
             }
         }
     }

@@ -71,7 +71,7 @@ pub struct RouteArgs {
     pub n_slots: u32,
 }
 
-/// As `AttentionArgs` in kernels/attention.cu.
+/// As `AttentionArgs` in kernels/attention.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct AttentionArgs {

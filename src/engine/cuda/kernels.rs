@@ -23,6 +23,11 @@ const GEMM: &str = concat!(
     include_str!("../../../kernels/gemm_stream.cuh"),
     include_str!("../../../kernels/gemm_direct.cuh")
 );
+const ATTENTION: &str = concat!(
+    include_str!("../../../kernels/wgmma.cuh"),
+    include_str!("../../../kernels/attention.cuh"),
+    include_str!("../../../kernels/attention_wgmma.cuh")
+);
 const MATMUL: &str = include_str!("../../../kernels/matmul.cuh");
 const MOE: &str = include_str!("../../../kernels/moe_matmul.cuh");
 
@@ -90,7 +95,7 @@ pub fn texts(format: WeightFormat) -> Vec<Kernel> {
         kernel("embed", &[], text!("embed")),
         kernel("rmsnorm", &[], text!("rmsnorm")),
         kernel("topk_routing", &[], text!("topk_routing")),
-        kernel("attention", &[], text!("attention")),
+        kernel("attention", &[ATTENTION], text!("attention")),
         matmul(format.attention),
         moe_matmul,
         kernel("sample", &[], text!("sample")),

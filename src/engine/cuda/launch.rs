@@ -49,6 +49,7 @@ pub struct Kernels {
     group_entries: Function,
     attention_full: Function,
     attention_sliding: Function,
+    prefill: PrefillBlock,
     attention_full_decode: Function,
     attention_sliding_decode: Function,
     attention_shared_decode: Function,
@@ -71,6 +72,15 @@ pub struct Kernels {
     /// Kernel files that were compiled, not taken from the cache.
     pub n_compiled: usize,
     _modules: Vec<Module>,
+}
+
+/// What a block of `attention_full` and `attention_sliding` has.
+#[derive(Clone, Copy)]
+struct PrefillBlock {
+    /// Rows of a segment.
+    rows: usize,
+    threads: usize,
+    shared: usize,
 }
 
 /// Rows from which the experts' products may start early.
@@ -184,6 +194,7 @@ impl Kernels {
         let ring_append = function(kernels::matmul_file(attention), "ring_append", 0)?;
         let dense_formats = [attention, attention, lm_head];
         let attention = |name| function("attention", name, attention_shared(config.head_dim));
+        let prefill = PrefillBlock::new(config, room);
         let route = |name: &str, rows: usize, n_slots: usize| {
             let shared = route_shared(config, rows, n_slots);
             let function = function("topk_routing", name, shared)?;
@@ -218,8 +229,9 @@ impl Kernels {
                 .map(|n_slots| route("route_16", 16, n_slots))
                 .transpose()?,
             group_entries: function("topk_routing", "group", 0)?,
-            attention_full: attention("attention_full")?,
-            attention_sliding: attention("attention_sliding")?,
+            attention_full: function("attention", "attention_full", prefill.shared)?,
+            attention_sliding: function("attention", "attention_sliding", prefill.shared)?,
+            prefill,
             attention_full_decode: attention("attention_full_decode")?,
             attention_sliding_decode: attention("attention_sliding_decode")?,
             attention_shared_decode: attention("attention_shared_decode")?,
@@ -247,7 +259,7 @@ impl Kernels {
 
     /// Rows of a segment that one attention block takes in a prefill pass.
     pub fn attention_rows(&self) -> usize {
-        prefill_warps(self.group) * 16 / self.group
+        self.prefill.rows
     }
 
     pub fn embed(
@@ -547,14 +559,10 @@ impl Kernels {
             self.attention_full
         };
         let grid = [n_blocks, args.n_kv_heads as usize, 1];
-        let shared = attention_shared(self.head_dim);
-        self.follow(
-            function,
-            grid,
-            32 * prefill_warps(self.group),
-            shared,
-            &[arg(args)],
-        )
+        let PrefillBlock {
+            threads, shared, ..
+        } = self.prefill;
+        self.follow(function, grid, threads, shared, &[arg(args)])
     }
 
     /// Rows of a shared item: as `SHARED_ROWS` in kernels/attention.cu.
@@ -786,8 +794,28 @@ fn room(device: &Device, build: &Build) -> Room {
     }
 }
 
-fn prefill_warps(group: usize) -> usize {
-    group.div_ceil(16).max(4)
+impl PrefillBlock {
+    /// As kernels/attention.cu, or attention_wgmma.cuh where that is used.
+    fn new(config: &ModelConfig, room: Room) -> Self {
+        // Four stages of 64 keys and values, what splits are folded to, alignment.
+        const STAGES: usize = 4 * 2 * 64 * 128;
+        const FOLDED: usize = 9 * 32 * 16;
+        const WARPS: usize = 8;
+        let group = config.group();
+        if room.warpgroups && config.head_dim == 64 && group <= 64 {
+            return Self {
+                rows: 2 * (64 / group),
+                threads: 32 * WARPS,
+                shared: STAGES + WARPS * FOLDED + 1024,
+            };
+        }
+        let warps = group.div_ceil(16).max(4);
+        Self {
+            rows: warps * 16 / group,
+            threads: 32 * warps,
+            shared: attention_shared(config.head_dim),
+        }
+    }
 }
 
 /// Two stages of 64 keys and values.

@@ -10,7 +10,7 @@ use super::buffer::Plain;
 /// Most rows of an item.
 pub const MAX_ROWS: usize = 16;
 
-/// As `SharedItem` in kernels/attention.cu.
+/// As `SharedItem` in kernels/attention.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SharedItem {
