@@ -3,7 +3,9 @@
 
 use super::decode::{Event, MAX_STEPS, Slot};
 use super::model::CudaModel;
+use super::places;
 use super::sharing::SharedItem;
+use super::variants;
 use crate::engine::checkpoint::WeightFormat;
 use crate::engine::config::{LayerKind, ModelConfig};
 use crate::engine::{BackendMemory, EngineShape, PAGE_POSITIONS, TILE_KEYS};
@@ -80,6 +82,12 @@ pub struct Lengths {
     pub offsets: usize,
     /// bf16 `[R * k, intermediate]`.
     pub act: usize,
+    /// For passes of few rows, whose experts' tokens may stream: places of entries, words of the
+    /// list of token tiles, and `t` and `act` of the places as tiles (kernels/common.cuh).
+    pub places: usize,
+    pub listed: usize,
+    pub t_tiles: usize,
+    pub act_tiles: usize,
     /// f32 `[R * k, hidden]`.
     pub y: usize,
     /// f32 `[step_rows, n_vocab]`.
@@ -101,6 +109,9 @@ impl Lengths {
         let entries = max_rows.saturating_mul(config.n_experts_per_token);
         let max_pages = shape.max_context.div_ceil(PAGE_POSITIONS);
         let max_splits = max_pages;
+        let k = config.n_experts_per_token;
+        let streaming_rows = max_rows.min(variants::most_streaming_rows(k, config.n_experts));
+        let n_octets = places::n_octets(streaming_rows * k, config.n_experts);
         Self {
             max_rows,
             step_rows,
@@ -113,6 +124,11 @@ impl Lengths {
             entries,
             offsets: config.n_experts + 1,
             act: entries.saturating_mul(config.intermediate),
+            places: n_octets * places::OCTET,
+            // Each octet may be a tile of its own.
+            listed: n_octets * places::LISTED_WORDS,
+            t_tiles: places::tiles_len(n_octets, config.hidden),
+            act_tiles: places::tiles_len(n_octets, config.intermediate),
             y: entries.saturating_mul(config.hidden),
             logits: step_rows.saturating_mul(config.n_vocab),
             rope: shape.max_context.saturating_mul(config.head_dim),
@@ -131,6 +147,8 @@ impl Lengths {
             self.x,
             3usize.saturating_mul(self.entries),
             self.offsets,
+            self.places,
+            self.listed,
             self.logits,
             self.rope,
             self.page_table,
@@ -140,7 +158,15 @@ impl Lengths {
             // The slots' map, the number of shared items, what rows share (2 words), the step counter.
             3 * self.step_rows + 2,
         ];
-        let two = [self.t, self.qkv, self.attended, self.act, self.y];
+        let two = [
+            self.t,
+            self.qkv,
+            self.attended,
+            self.act,
+            self.t_tiles,
+            self.act_tiles,
+            self.y,
+        ];
         let words = |lens: &[usize], width: u64| {
             lens.iter().fold(0u64, |sum, &len| {
                 sum.saturating_add((len as u64).saturating_mul(width))
