@@ -30,7 +30,8 @@ template <int NT> struct RowTokens {
 };
 
 // WGS warpgroups with MT blocks of 64 features each, NT octets of tokens, BLOCKS a multiprocessor.
-template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS, int FILLERS>
+// Tokens of NARROW octets at most are multiplied as so many.
+template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS, int FILLERS, int NARROW = NT>
 struct StreamGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
     typedef WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> Tiles;
     using Tiles::WORKERS, Tiles::TILE_BYTES, Tiles::BLOCK_BYTES, Tiles::TOKEN_BYTES, Tiles::WEIGHT_BYTES, Tiles::STAGES;
@@ -91,9 +92,9 @@ struct StreamGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
         block.fill(tokens, place.stage, group);
     }
 
-    // All of K, for the first M blocks of each warpgroup.
-    template <int M, class Tokens> __device__ static __forceinline__ void multiply(
-        const Block& block, const Tokens& tokens, float (&acc)[M][NT][4]
+    // All of K, for the first M blocks of each warpgroup and the first N octets.
+    template <int M, int N, class Tokens> __device__ static __forceinline__ void multiply(
+        const Block& block, const Tokens& tokens, float (&acc)[M][N][4]
     ) {
         int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
         u32 fragments[2][2][M][4];
@@ -187,6 +188,10 @@ struct StreamGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
             if (MT > 1 && NT >= 8 && n_blocks <= WGS) {
                 // The matrix ends with half a block of rows.
                 float acc[1][NT][4];
+                multiply(block, tokens, acc);
+                outputs(acc);
+            } else if (NARROW < NT && tokens.n_bytes() <= NARROW * 1024) {
+                float acc[MT][NARROW][4];
                 multiply(block, tokens, acc);
                 outputs(acc);
             } else {

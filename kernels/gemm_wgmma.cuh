@@ -46,11 +46,11 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupTi
     __device__ static __forceinline__ void sync_workers() { asm volatile("bar.sync 1, %0;" :: "n"(WORKERS) : "memory"); }
 
     // Sums may be read from here on, not before.
-    template <int M> __device__ static __forceinline__ void settle(float (&acc)[M][NT][4]) {
+    template <int M, int N> __device__ static __forceinline__ void settle(float (&acc)[M][N][4]) {
         #pragma unroll
         for (int m = 0; m < M; m++)
             #pragma unroll
-            for (int n = 0; n < NT; n++)
+            for (int n = 0; n < N; n++)
                 #pragma unroll
                 for (int i = 0; i < 4; i++) asm volatile("" : "+f"(acc[m][n][i]) :: "memory");
     }

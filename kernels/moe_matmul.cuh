@@ -259,14 +259,14 @@ template <class G, class Store> struct StreamOutputs {
     const u32* entries;
     u32 first_tile, n_octets;
 
-    template <int M> __device__ __forceinline__ void operator()(float (&acc)[M][G::N_TILES][4]) const {
+    template <int M, int N> __device__ __forceinline__ void operator()(float (&acc)[M][N][4]) const {
         #pragma unroll
         for (int m = 0; m < M; m++) {
             u32 tile = first_tile + G::tile(m);
             if (tile >= Store::end_tile(args)) continue;
             const Store to(args, token_tile, tile, threadIdx.x % 32);
             #pragma unroll
-            for (int n = 0; n < G::N_TILES; n++) {
+            for (int n = 0; n < N; n++) {
                 if (n < n_octets) to.store(n, entries, acc[m][n]);
             }
         }
@@ -318,6 +318,17 @@ template <class G, class Store> __device__ __forceinline__ void moe_stream(const
 // FEW and MANY: blocks a multiprocessor of the larger and of the smaller token tiles.
 #define STREAM(NAME, STORE, BLOCKS, ...) \
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS, BLOCKS) NAME(const MoeArgs args) { moe_stream<__VA_ARGS__, STORE>(args); }
+// To be measured against those of as many tokens.
+#define OTHERS(FORMAT, NAME, STORES) \
+    STREAM(NAME##_s16x4, STORES, 4, StreamGemm<FORMAT, 2, 1, 2, 4, 0>) \
+    STREAM(NAME##_s16f, STORES, 3, StreamGemm<FORMAT, 2, 1, 2, 3, 1>) \
+    STREAM(NAME##_s16g, STORES, 4, StreamGemm<FORMAT, 1, 2, 2, 4, 0>) \
+    STREAM(NAME##_s32n, STORES, 2, StreamGemm<FORMAT, 2, 2, 4, 2, 0, 2>) \
+    STREAM(NAME##_s32f, STORES, 3, StreamGemm<FORMAT, 1, 2, 4, 3, 1>) \
+    STREAM(NAME##_s32g, STORES, 3, StreamGemm<FORMAT, 2, 1, 4, 3, 0>) \
+    STREAM(NAME##_s48n, STORES, 2, StreamGemm<FORMAT, 2, 2, 6, 2, 0, 4>) \
+    STREAM(NAME##_s48f, STORES, 3, StreamGemm<FORMAT, 1, 2, 6, 3, 1, 4>) \
+    STREAM(NAME##_s48g, STORES, 3, StreamGemm<FORMAT, 2, 1, 6, 3, 0, 4>)
 #define VARIANTS(FORMAT, NAME, STORE, STORES, SMALL, BIG, FEW, MANY, DEPTH) \
     VARIANT(NAME##_d8, STORE, 128, 1, DirectGemm<FORMAT, 4, 1, DEPTH>) \
     STREAM(NAME##_s16, STORES, MANY, StreamGemm<FORMAT, 2, 1, 2, MANY, 0>) \

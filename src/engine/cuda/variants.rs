@@ -251,13 +251,28 @@ pub fn moe(format: MatrixFormat, room: Room) -> Vec<Variant> {
     let direct = Variant::direct("d8", 4, 1);
     if room.warpgroups {
         let (few, many) = if narrow { (2, 3) } else { (1, 2) };
-        return vec![
+        let mut variants = vec![
             direct,
             Variant::streams("s16", [2, 1, 2, many, 0]),
             Variant::streams("s32", [2, 2, 4, few, 0]),
             Variant::streams("s48", [2, 2, 6, few, 0]),
-            Variant::warpgroups("w128", [2, 2, 16, 1, 4]),
         ];
+        // Measured, not chosen: behind their like.
+        if narrow {
+            variants.extend([
+                Variant::streams("s16x4", [2, 1, 2, 4, 0]),
+                Variant::streams("s16f", [2, 1, 2, 3, 1]),
+                Variant::streams("s16g", [1, 2, 2, 4, 0]),
+                Variant::streams("s32n", [2, 2, 4, 2, 0]),
+                Variant::streams("s32f", [1, 2, 4, 3, 1]),
+                Variant::streams("s32g", [2, 1, 4, 3, 0]),
+                Variant::streams("s48n", [2, 2, 6, 2, 0]),
+                Variant::streams("s48f", [1, 2, 6, 3, 1]),
+                Variant::streams("s48g", [2, 1, 6, 3, 0]),
+            ]);
+        }
+        variants.push(Variant::warpgroups("w128", [2, 2, 16, 1, 4]));
+        return variants;
     }
     let (small, big) = if narrow {
         (8, 3)
