@@ -33,6 +33,33 @@ struct Row {
     u32 segment_end;
 };
 
+// Tokens as tiles, the way products that stream read them: for each 64 k, octets of tokens; a
+// token's 64 k are eight chunks of 16 bytes, swizzled by its number in the octet.
+//
+//   tiles  bf16 [groups of 64 k][octets][8 tokens][8 chunks], zeros behind the last k
+//
+// So 64 k of any run of octets are one run of bytes, and lie as the matrix units want them.
+#define OCTET_BYTES 1024
+
+// Where a chunk of a token is, in bytes; `octet` counts those of the groups before, too.
+__device__ __forceinline__ u64 chunk_at(u64 octet, u32 token, u32 chunk) {
+    return octet * OCTET_BYTES + token * 128 + (chunk ^ token) * 16;
+}
+
+// Octets first.. of the tokens of an expert, whose last octet is before `end`: as many as a block
+// takes. `expert` is NONE for no tile.
+struct __align__(16) TokenTile {
+    u32 expert;
+    u32 first;
+    u32 end;
+    u32 padding;
+};
+
+__device__ __forceinline__ TokenTile load_token_tile(const TokenTile* tile) {
+    uint4 v = load_l2((const uint4*)tile);
+    return {v.x, v.y, v.z, v.w};
+}
+
 // A slot as it decodes; the same layout as `Slot` in src/engine/cuda/decode.rs.
 struct Slot {
     u64 seed;

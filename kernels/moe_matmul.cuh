@@ -12,6 +12,17 @@
 // Grid (tiles of an expert / (WM MT), most token tiles), block 32 WM WN: token tile y belongs to
 // the expert that a scan of the counts finds; tiles past the last do nothing. Entries of one
 // expert are read together once for every COLUMNS of them.
+//
+// Where tokens stream (gemm_stream.cuh), `gather` (topk_routing.cu) has given every entry a place
+// and brought its token there, and has listed the token tiles:
+//
+//   x, act   tiles (common.cuh) of n_octets octets of places
+//   entries  u32 [n_octets * 8]: the entry of each place, NONE where it has none
+//   listed   the token tiles of the grid's y
+//
+// So gate_up stores act as down reads it. What a place without an entry holds comes to nothing: a
+// token's sums are of its own values alone. `down` knows its token tile from `gather`, not from
+// gate_up, so its weights are under way while gate_up still runs.
 
 struct MoeArgs {
     const u8* weights;
@@ -22,6 +33,7 @@ struct MoeArgs {
     // NULL where every entry is its own list: one row, `entries` the experts of its ranks.
     const u32* offsets;
     const u32* entries;
+    const TokenTile* listed;
     u32 n_experts;
     u32 k;
     u32 n_k;
@@ -29,6 +41,7 @@ struct MoeArgs {
     u32 n_tiles;
     // Outputs of an expert: features of gate_up, or rows of down.
     u32 n_out;
+    u32 n_octets;
     float limit;
 };
 
@@ -58,8 +71,9 @@ struct GateUp {
         out = args.act + f;
         n_out = args.n_out;
     }
+    __device__ __forceinline__ float value(float low, float high) const { return swiglu(low + gate, high + up, limit); }
     __device__ __forceinline__ void store(u32 entry, float low, float high) const {
-        out[(u64)entry * n_out] = f32_to_bf16(swiglu(low + gate, high + up, limit));
+        out[(u64)entry * n_out] = f32_to_bf16(value(low, high));
     }
     static constexpr bool OF_ROWS = true;
 };
@@ -182,6 +196,116 @@ template <class G, class Store, class Narrow = G> __device__ __forceinline__ voi
     }
 }
 
+#ifdef WARPGROUPS
+// Tokens of a token tile, 64 k after 64 k: as many octets as it has. Others of the stage hold what
+// they held.
+struct TileTokens {
+    const u8* first;
+    u64 group_bytes;
+    u32 n_octets;
+
+    __device__ __forceinline__ u32 n_bytes() const { return n_octets * OCTET_BYTES; }
+    __device__ __forceinline__ void fill(u32 shared, int group, u32 barrier) const {
+        copy_bulk(shared, first + group * group_bytes, n_bytes(), barrier);
+    }
+};
+
+// What becomes of a thread's sums where tokens stream. It has two tokens of each of its rows; once
+// the matrix of eight rows and an octet is turned, it has two rows of a token, lane / 4 of the octet.
+struct GateUpTiles : GateUp {
+    // Behind the last feature are zeros: down multiplies them as it does weights of nothing.
+    bool is_feature;
+    u8* to;
+
+    // A tile's features are one chunk, the tiles of a group of 64 features follow each other.
+    __device__ static __forceinline__ u32 end_tile(const MoeArgs& args) { return (args.n_tiles + 7) / 8 * 8; }
+    __device__ __forceinline__ GateUpTiles(const MoeArgs& args, const TokenTile& token_tile, u32 tile, int lane)
+        : GateUp(args, token_tile.expert, tile < args.n_tiles ? tile : args.n_tiles - 1, lane / 4) {
+        is_feature = tile < args.n_tiles;
+        to = (u8*)args.act + chunk_at((u64)(tile / 8) * args.n_octets + token_tile.first, lane / 4, tile % 8) + lane % 4 * 4;
+    }
+    __device__ __forceinline__ void store(int octet, const u32* entries, const float (&c)[4]) const {
+        u32 of_row = is_feature ? f32x2_to_bf16x2(value(c[0], c[2]), value(c[1], c[3])) : 0;
+        *(u32*)(to + octet * OCTET_BYTES) = turn_matrix(of_row);
+    }
+    static constexpr bool OF_ACT = false;
+};
+
+struct DownRows : Down {
+    u32 token;
+
+    __device__ static __forceinline__ u32 end_tile(const MoeArgs& args) { return args.n_tiles; }
+    __device__ __forceinline__ DownRows(const MoeArgs& args, const TokenTile& token_tile, u32 tile, int lane)
+        : Down(args, token_tile.expert, tile, lane / 4) {
+        token = lane / 4;
+        out = args.y + tile * TILE_M + lane % 4 * 2;
+    }
+    __device__ __forceinline__ void store(int octet, const u32* entries, const float (&c)[4]) const {
+        u32 low = turn_matrix(f32x2_to_bf16x2(c[0] + low_bias, c[1] + low_bias));
+        u32 high = turn_matrix(f32x2_to_bf16x2(c[2] + high_bias, c[3] + high_bias));
+        u32 entry = entries[octet * 8 + token];
+        if (entry != NONE) {
+            u16* y = out + (u64)entry * n_out;
+            *(u32*)y = low;
+            *(u32*)(y + 8) = high;
+        }
+    }
+    static constexpr bool OF_ACT = true;
+};
+
+template <class G, class Store> struct StreamOutputs {
+    const MoeArgs& args;
+    const TokenTile& token_tile;
+    const u32* entries;
+    u32 first_tile, n_octets;
+
+    template <int M, int N> __device__ __forceinline__ void operator()(float (&acc)[M][N][4]) const {
+        #pragma unroll
+        for (int m = 0; m < M; m++) {
+            u32 tile = first_tile + G::tile(m);
+            if (tile >= Store::end_tile(args)) continue;
+            const Store to(args, token_tile, tile, threadIdx.x % 32);
+            #pragma unroll
+            for (int n = 0; n < N; n++) {
+                if (n < n_octets) to.store(n, entries, acc[m][n]);
+            }
+        }
+    }
+};
+
+// By blocks of G, whose tokens stream.
+template <class G, class Store> __device__ __forceinline__ void moe_stream(const MoeArgs& args) {
+    static_assert(G::TILES % 8 == 0, "a block has whole groups of 64 features of act");
+    extern __shared__ __align__(16) u8 shared[];
+    __shared__ u32 entries[Store::OF_ACT ? G::COLUMNS : 1];
+    if (!Store::OF_ACT) follow_previous();
+    const TokenTile token_tile = load_token_tile(args.listed + blockIdx.y);
+    if (token_tile.expert == NONE) {
+        // Or kernels behind would think that all before has been waited for.
+        if (Store::OF_ACT) follow_previous();
+        return;
+    }
+    u32 left = token_tile.end - token_tile.first, n_octets = left < G::N_TILES ? left : G::N_TILES;
+    int n_groups = (int)(args.n_k + GROUP_K - 1) / GROUP_K;
+    u64 blocks = (args.n_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
+    const u8* weights = args.weights + token_tile.expert * blocks * n_groups * BLOCK_TILES * G::TILE_BYTES;
+    auto prepare = [&] {
+        if constexpr (Store::OF_ACT) {
+            for (u32 c = threadIdx.x; c < n_octets * 8; c += G::THREADS) {
+                entries[c] = load_l2(args.entries + token_tile.first * 8 + c);
+            }
+            follow_previous();
+        }
+    };
+    const TileTokens tokens = {
+        (const u8*)args.x + (u64)token_tile.first * OCTET_BYTES, (u64)args.n_octets * OCTET_BYTES, n_octets
+    };
+    u32 first_tile = blockIdx.x * G::TILES;
+    const StreamOutputs<G, Store> outputs = {args, token_tile, entries, first_tile, n_octets};
+    G::run(shared, weights, (int)first_tile, (int)args.n_tiles, n_groups, tokens, prepare, outputs);
+}
+#endif
+
 // Variants by how many tokens an expert has; src/engine/cuda/variants.rs has the same numbers.
 // 192 rows divide 2880 and 5760.
 #define VARIANT(NAME, STORE, THREADS, BLOCKS, ...) \
@@ -192,14 +316,27 @@ template <class G, class Store, class Narrow = G> __device__ __forceinline__ voi
     }
 #ifdef WARPGROUPS
 // FEW and MANY: blocks a multiprocessor of the larger and of the smaller token tiles.
-#define VARIANTS(FORMAT, NAME, STORE, SMALL, BIG, FEW, MANY, DEPTH) \
+#define STREAM(NAME, STORE, BLOCKS, ...) \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS, BLOCKS) NAME(const MoeArgs args) { moe_stream<__VA_ARGS__, STORE>(args); }
+// To be measured against those of as many tokens.
+#define OTHERS(FORMAT, NAME, STORES) \
+    STREAM(NAME##_s16x4, STORES, 4, StreamGemm<FORMAT, 2, 1, 2, 4, 0>) \
+    STREAM(NAME##_s16f, STORES, 3, StreamGemm<FORMAT, 2, 1, 2, 3, 1>) \
+    STREAM(NAME##_s16g, STORES, 4, StreamGemm<FORMAT, 1, 2, 2, 4, 0>) \
+    STREAM(NAME##_s32n, STORES, 2, StreamGemm<FORMAT, 2, 2, 4, 2, 0, 2>) \
+    STREAM(NAME##_s32f, STORES, 3, StreamGemm<FORMAT, 1, 2, 4, 3, 1>) \
+    STREAM(NAME##_s32g, STORES, 3, StreamGemm<FORMAT, 2, 1, 4, 3, 0>) \
+    STREAM(NAME##_s48n, STORES, 2, StreamGemm<FORMAT, 2, 2, 6, 2, 0, 4>) \
+    STREAM(NAME##_s48f, STORES, 3, StreamGemm<FORMAT, 1, 2, 6, 3, 1, 4>) \
+    STREAM(NAME##_s48g, STORES, 3, StreamGemm<FORMAT, 2, 1, 6, 3, 0, 4>)
+#define VARIANTS(FORMAT, NAME, STORE, STORES, SMALL, BIG, FEW, MANY, DEPTH) \
     VARIANT(NAME##_d8, STORE, 128, 1, DirectGemm<FORMAT, 4, 1, DEPTH>) \
-    VARIANT(NAME##_w16, STORE, 256, MANY, WarpgroupGemm<FORMAT, 2, 1, 2, MANY>) \
-    VARIANT(NAME##_w32, STORE, 256, FEW, WarpgroupGemm<FORMAT, 2, 2, 4, FEW>) \
-    VARIANT(NAME##_w48, STORE, 256, FEW, WarpgroupGemm<FORMAT, 2, 2, 6, FEW>) \
+    STREAM(NAME##_s16, STORES, MANY, StreamGemm<FORMAT, 2, 1, 2, MANY, 0>) \
+    STREAM(NAME##_s32, STORES, FEW, StreamGemm<FORMAT, 2, 2, 4, FEW, 0>) \
+    STREAM(NAME##_s48, STORES, FEW, StreamGemm<FORMAT, 2, 2, 6, FEW, 0>) \
     VARIANT_OF_TWO(FORMAT, NAME##_w128, STORE, 16, 8)
 #else
-#define VARIANTS(FORMAT, NAME, STORE, SMALL, BIG, FEW, MANY, DEPTH) \
+#define VARIANTS(FORMAT, NAME, STORE, STORES, SMALL, BIG, FEW, MANY, DEPTH) \
     VARIANT(NAME##_d8, STORE, 128, 1, DirectGemm<FORMAT, 4, 1, DEPTH>) \
     VARIANT(NAME##_16, STORE, 128, 1, Gemm<FORMAT, 4, 1, 1, 2, SMALL>) \
     VARIANT(NAME##_32, STORE, 128, 1, Gemm<FORMAT, 4, 1, 3, 4, 3>) \

@@ -65,6 +65,18 @@ __device__ __forceinline__ void prefetch_l2(const void* global, u32 n_bytes) {
 #endif
 }
 
+// Past the multiprocessor's own cache, which may hold what an earlier kernel has left there.
+__device__ __forceinline__ u32 load_l2(const u32* global) {
+    u32 v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(global));
+    return v;
+}
+__device__ __forceinline__ uint4 load_l2(const uint4* global) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(global));
+    return v;
+}
+
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8
 // and gets elements (l / 4, 2 (l % 4)) and the next of each.
 __device__ __forceinline__ void load_matrix_x4(u32 (&r)[4], u32 row) {
@@ -76,6 +88,14 @@ __device__ __forceinline__ void load_matrix_x4(u32 (&r)[4], u32 row) {
 __device__ __forceinline__ void load_matrix_x4_transposed(u32 (&r)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row));
+}
+
+// An 8x8 matrix of 16-bit elements in a warp's registers, transposed: lane l has elements
+// (l / 4, 2 (l % 4)) and the next, before and after.
+__device__ __forceinline__ u32 turn_matrix(u32 two) {
+    u32 d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(two));
+    return d;
 }
 
 // c += a b for bf16 a [16, 16] and b [16, 8], f32 c [16, 8]. With g = lane / 4, t = lane % 4:

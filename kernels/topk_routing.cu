@@ -1,16 +1,24 @@
 // route: t = rmsnorm(x); logits = t W^T + bias in f32; the k greatest logits in order, ties to
 // the lower expert; softmax over those k.
 // group: entries (row * k + rank) sorted by expert, in order.
+// gather: the same for products that stream their tokens: every expert's entries have places from
+// an octet's first on, and each place its token, in tiles (common.cuh); the list of token tiles.
 //
 //   x        f32 [n_rows, hidden];  t bf16 [n_rows, hidden], written
 //   weights  bf16 [n_experts, hidden], bias [n_experts]
 //   experts  u32 [n_rows * k], NONE for padding rows;  gates f32 [n_rows * k]
 //   offsets  u32 [n_experts + 1];  entries u32 [n_rows * k]
+//   places   u32 [n_octets * 8], the entry of each place, NONE where it has none; behind the last
+//            expert's octets nothing is written, nor the tokens of places without an entry
+//   listed   token tiles [n_listed], those behind the last of no expert
 //
 // route, route_16: block 512; grid any: a block takes every gridDim.x-th tile of up to 8 or 16
 // rows. Shared: n_slots * 32 KB of weights, 2 KB a row of sums, and with more than 32 experts a
 // key for each of them a row.
 // group: grid (n_experts), block 256.
+// gather: grid (n_octets + 1, groups of 64 k / 16), block 256; shared: a count of each expert. A
+// block brings 16 groups of an octet, and the last ones, which have none, list the tiles.
+// Each sorts as much as it needs for itself, for all have the time.
 //
 // mma.sync with 32 experts as its rows and tokens as its columns. k is cut into pieces of 32, piece
 // i to warp i % 16; of a piece, lane 4 g + t has k = 8 t..8 t + 7 of expert or token g: 16 bytes
@@ -342,6 +350,24 @@ extern "C" __global__ void __launch_bounds__(544, 1) route(const RouteArgs args)
 // Many rows: the weights are read once for sixteen of them.
 extern "C" __global__ void __launch_bounds__(512, 1) route_16(const RouteArgs args) { route_rows<2>(args); }
 
+// Four experts from the i-th on; what is behind the last entry is no expert.
+__device__ __forceinline__ uint4 four_experts(const u32* experts, u32 n_entries, u32 i) {
+    if (i + 4 <= n_entries) return *(const uint4*)(experts + i);
+    uint4 four = {experts[i], NONE, NONE, NONE};
+    if (i + 1 < n_entries) four.y = experts[i + 1];
+    if (i + 2 < n_entries) four.z = experts[i + 2];
+    return four;
+}
+
+// Sum over the lanes up to this one.
+__device__ __forceinline__ u32 sum_of_lanes_to(u32 x) {
+    for (int step = 1; step < 32; step *= 2) {
+        u32 other = __shfl_up_sync(NONE, x, step);
+        if ((int)(threadIdx.x % 32) >= step) x += other;
+    }
+    return x;
+}
+
 extern "C" __global__ void __launch_bounds__(256) group(
     const u32* experts, u32 n_entries, u32 n_experts, u32* offsets, u32* entries
 ) {
@@ -353,25 +379,13 @@ extern "C" __global__ void __launch_bounds__(256) group(
     u32 first = threadIdx.x * share;
     u32 end = first + share < n_entries ? first + share : n_entries;
     u32 less = 0, equal = 0;
-    // What is behind the last entry is no expert.
-    auto four_at = [&](u32 i) {
-        if (i + 4 <= n_entries) return *(const uint4*)(experts + i);
-        uint4 four = {experts[i], NONE, NONE, NONE};
-        if (i + 1 < n_entries) four.y = experts[i + 1];
-        if (i + 2 < n_entries) four.z = experts[i + 2];
-        return four;
-    };
     #pragma unroll 4
     for (u32 i = first; i < end; i += 4) {
-        uint4 e = four_at(i);
+        uint4 e = four_experts(experts, n_entries, i);
         less += (e.x < expert) + (e.y < expert) + (e.z < expert) + (e.w < expert);
         equal += (e.x == expert) + (e.y == expert) + (e.z == expert) + (e.w == expert);
     }
-    u32 equal_before = equal;
-    for (int step = 1; step < 32; step *= 2) {
-        u32 other = __shfl_up_sync(NONE, equal_before, step);
-        if ((int)lane >= step) equal_before += other;
-    }
+    u32 equal_before = sum_of_lanes_to(equal);
     for (int mask = 16; mask > 0; mask >>= 1) less += __shfl_xor_sync(NONE, less, mask);
     if (lane == 31) {
         sums[0][warp] = less;
@@ -387,7 +401,7 @@ extern "C" __global__ void __launch_bounds__(256) group(
     at += start;
     #pragma unroll 4
     for (u32 i = first; i < end; i += 4) {
-        uint4 e = four_at(i);
+        uint4 e = four_experts(experts, n_entries, i);
         if (e.x == expert) entries[at++] = i;
         if (e.y == expert) entries[at++] = i + 1;
         if (e.z == expert) entries[at++] = i + 2;
@@ -396,5 +410,134 @@ extern "C" __global__ void __launch_bounds__(256) group(
     if (threadIdx.x == 0) {
         offsets[expert] = start;
         if (expert + 1 == n_experts) offsets[n_experts] = start + n_equal;
+    }
+}
+
+struct GatherArgs {
+    const u32* experts;
+    const u16* t;
+    u32* places;
+    u8* tiles;
+    TokenTile* listed;
+    u32 n_entries;
+    u32 n_experts;
+    u32 k;
+    // Elements of a row of t.
+    u32 n_k;
+    u32 n_octets;
+    // Octets of a token tile.
+    u32 tile_octets;
+    u32 n_listed;
+};
+
+// Groups of 64 k of an octet that a block brings; src/engine/cuda/places.rs has the same number.
+constexpr u32 GATHERED_GROUPS = 16;
+
+__device__ __forceinline__ u32 octets_of(u32 n_entries) { return (n_entries + 7) / 8; }
+
+// All token tiles, by one warp.
+__device__ __forceinline__ void list_token_tiles(const GatherArgs& args, const u32* counts) {
+    u32 lane = threadIdx.x, first = 0, listed = 0;
+    for (u32 of = 0; of < args.n_experts; of += 32) {
+        u32 octets = of + lane < args.n_experts ? octets_of(counts[of + lane]) : 0;
+        u32 n_tiles = (octets + args.tile_octets - 1) / args.tile_octets;
+        u32 end = first + sum_of_lanes_to(octets), end_listed = listed + sum_of_lanes_to(n_tiles);
+        for (u32 i = 0; i < n_tiles; i++) {
+            args.listed[end_listed - n_tiles + i] = {of + lane, end - octets + i * args.tile_octets, end, 0};
+        }
+        first = __shfl_sync(NONE, end, 31);
+        listed = __shfl_sync(NONE, end_listed, 31);
+    }
+    for (u32 i = listed + lane; i < args.n_listed; i += 32) args.listed[i] = {NONE, 0, 0, 0};
+}
+
+extern "C" __global__ void __launch_bounds__(256) gather(const GatherArgs args) {
+    extern __shared__ u32 counts[];
+    __shared__ u32 sums[8];
+    __shared__ u32 entries[8];
+    u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    for (u32 expert = thread; expert < args.n_experts; expert += 256) counts[expert] = 0;
+    if (thread < 8) entries[thread] = NONE;
+    follow_between();
+    __syncthreads();
+    // A thread has consecutive entries, as in `group`; up to 1024 entries it has but one four.
+    u32 share = (args.n_entries + 1023) / 1024 * 4;
+    u32 first = thread * share;
+    u32 end = first + share < args.n_entries ? first + share : args.n_entries;
+    auto count = [&](u32 expert) {
+        if (expert != NONE) atomicAdd(counts + expert, 1);
+    };
+    for (u32 i = first; i < end; i += 4) {
+        uint4 e = four_experts(args.experts, args.n_entries, i);
+        count(e.x);
+        count(e.y);
+        count(e.z);
+        count(e.w);
+    }
+    __syncthreads();
+    u32 octet = blockIdx.x;
+    if (octet == args.n_octets) {
+        if (blockIdx.y == 0 && warp == 0) list_token_tiles(args, counts);
+        return;
+    }
+    // Whose octet it is, and which of its octets; every warp finds it.
+    u32 expert = NONE, of_expert = 0, before = 0;
+    for (u32 of = 0; of < args.n_experts; of += 32) {
+        u32 octets = of + lane < args.n_experts ? octets_of(counts[of + lane]) : 0;
+        u32 end_octet = before + sum_of_lanes_to(octets);
+        u32 ends_behind = __ballot_sync(NONE, end_octet > octet);
+        if (ends_behind != 0) {
+            u32 at = __ffs(ends_behind) - 1;
+            expert = of + at;
+            of_expert = octet - __shfl_sync(NONE, end_octet - octets, at);
+            break;
+        }
+        before = __shfl_sync(NONE, end_octet, 31);
+    }
+    if (expert == NONE) return;
+    u32 equal = 0;
+    for (u32 i = first; i < end; i += 4) {
+        uint4 e = four_experts(args.experts, args.n_entries, i);
+        equal += (e.x == expert) + (e.y == expert) + (e.z == expert) + (e.w == expert);
+    }
+    u32 sum = sum_of_lanes_to(equal);
+    if (lane == 31) sums[warp] = sum;
+    __syncthreads();
+    // Of the expert's entries the thread's next one is so many behind the octet's first; below it
+    // the number is greater than any.
+    u32 token = sum - equal - of_expert * 8;
+    for (u32 w = 0; w < warp; w++) token += sums[w];
+    auto place = [&](u32 of, u32 entry) {
+        if (of != expert) return;
+        if (token < 8) entries[token] = entry;
+        token++;
+    };
+    for (u32 i = first; i < end && equal > 0; i += 4) {
+        uint4 e = four_experts(args.experts, args.n_entries, i);
+        place(e.x, i);
+        place(e.y, i + 1);
+        place(e.z, i + 2);
+        place(e.w, i + 3);
+    }
+    __syncthreads();
+    // Eight threads bring a token's 64 k, 64 an octet's.
+    u32 chunk = thread % 8;
+    token = thread / 8 % 8;
+    u32 entry = entries[token];
+    if (blockIdx.y == 0 && thread < 8) args.places[octet * 8 + thread] = entries[thread];
+    if (entry == NONE) return;
+    const u16* row = args.t + (u64)(entry / args.k) * args.n_k;
+    u32 first_group = blockIdx.y * GATHERED_GROUPS + thread / 64;
+    uint4 values[GATHERED_GROUPS / 4];
+    #pragma unroll
+    for (u32 i = 0; i < GATHERED_GROUPS / 4; i++) {
+        u32 k = (first_group + i * 4) * 64 + chunk * 8;
+        values[i] = k < args.n_k ? *(const uint4*)(row + k) : uint4{0, 0, 0, 0};
+    }
+    #pragma unroll
+    for (u32 i = 0; i < GATHERED_GROUPS / 4; i++) {
+        u32 group = first_group + i * 4;
+        if (group * 64 >= args.n_k) return;
+        *(uint4*)(args.tiles + chunk_at((u64)group * args.n_octets + octet, token, chunk)) = values[i];
     }
 }

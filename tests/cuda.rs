@@ -15,10 +15,13 @@ use podium::engine::cpu::{CpuBackend, CpuOptions};
 use podium::engine::cuda::buffer::{DeviceBuffer, Plain};
 use podium::engine::cuda::device::Device;
 use podium::engine::cuda::kernels::Build;
-use podium::engine::cuda::launch::{Dense, Kernels, MatmulArgs, MoeArgs, RouteArgs, SampleArgs};
+use podium::engine::cuda::launch::{
+    Dense, ExpertBuffers, GatherArgs, Kernels, MatmulArgs, MoeArgs, RouteArgs, SampleArgs,
+};
 use podium::engine::cuda::memory;
 use podium::engine::cuda::nvrtc::Nvrtc;
 use podium::engine::cuda::pack::{self, NeedsWide, RowOrder};
+use podium::engine::cuda::places;
 use podium::engine::cuda::{CudaBackend, CudaOptions, Event, Loaded, Slot};
 use podium::engine::generate::{
     GenerateOptions, Generation, JobError, Observer, StepReport, generate as engine_generate,
@@ -399,6 +402,17 @@ const UNEVEN: Choice = |row| [1, [0, 2, 4][row % 3]];
 /// All tokens are on the same experts, the others have none.
 const ALL_ON_ONE: Choice = |_| [4, 1];
 
+/// Of 97 rows 1, 9, 17 and 70 on four experts, all on the fifth.
+const RAGGED: Choice = |row| {
+    let other = match row {
+        40 => 0,
+        50..=58 => 1,
+        60..=76 => 3,
+        _ => 4,
+    };
+    [other, 2]
+};
+
 /// Experts' products by every variant against sums in f64; gives their bits.
 fn check_experts(format: MatrixFormat, wide: bool) -> Vec<(Vec<u16>, Vec<f32>)> {
     let device = device();
@@ -406,32 +420,37 @@ fn check_experts(format: MatrixFormat, wide: bool) -> Vec<(Vec<u16>, Vec<f32>)> 
     let both = both_kernels(&device, format, n_experts, wide);
     let mut products = Vec::new();
     let mut random = Random(2);
-    let (hidden, width, k) = (160, 192, 2);
-    for (n_rows, choice) in [
-        (1usize, UNEVEN),
-        (7, UNEVEN),
-        (40, UNEVEN),
-        (150, UNEVEN),
-        (1, ALL_ON_ONE),
-        (8, ALL_ON_ONE),
-        (9, ALL_ON_ONE),
-        (64, ALL_ON_ONE),
-        (65, ALL_ON_ONE),
-        (128, ALL_ON_ONE),
-        (129, ALL_ON_ONE),
+    let k = 2;
+    // None is whole groups of 64; the larger ones are more groups than there are stages.
+    let (small, large) = ((160, 224), (1248, 608));
+    for ((hidden, width), n_rows, choice) in [
+        (small, 1usize, UNEVEN),
+        (small, 7, UNEVEN),
+        (small, 40, UNEVEN),
+        (small, 150, UNEVEN),
+        (small, 1, ALL_ON_ONE),
+        (small, 8, ALL_ON_ONE),
+        (small, 9, ALL_ON_ONE),
+        (small, 15, ALL_ON_ONE),
+        (small, 17, ALL_ON_ONE),
+        (small, 31, ALL_ON_ONE),
+        (small, 33, ALL_ON_ONE),
+        (small, 49, ALL_ON_ONE),
+        (small, 64, ALL_ON_ONE),
+        (small, 65, ALL_ON_ONE),
+        (small, 97, ALL_ON_ONE),
+        (small, 128, ALL_ON_ONE),
+        (small, 129, ALL_ON_ONE),
+        (large, 9, UNEVEN),
+        (large, 97, RAGGED),
     ] {
-        let mut lists = vec![Vec::new(); n_experts];
-        for row in 0..n_rows {
-            for (rank, expert) in choice(row).into_iter().enumerate() {
-                lists[expert as usize].push((row * k + rank) as u32);
-            }
-        }
-        let mut offsets = vec![0u32];
-        let mut entries: Vec<u32> = Vec::new();
-        for list in &lists {
-            entries.extend(list);
-            offsets.push(entries.len() as u32);
-        }
+        let experts: Vec<u32> = (0..n_rows).flat_map(choice).collect();
+        let counts: [usize; 5] = std::array::from_fn(|of| {
+            experts
+                .iter()
+                .filter(|&&expert| expert as usize == of)
+                .count()
+        });
         let x = random.bits(n_rows * hidden);
         let bias_up = random.bits(n_experts * 2 * width);
         let bias_down = random.bits(n_experts * hidden);
@@ -487,8 +506,20 @@ fn check_experts(format: MatrixFormat, wide: bool) -> Vec<(Vec<u16>, Vec<f32>)> 
             (to_f32(&x), to_f32(&bias_up), to_f32(&bias_down));
         let x_device = upload(&device, &x);
         let (bias_up, bias_down) = (upload(&device, &bias_up), upload(&device, &bias_down));
-        let (offsets_device, entries_device) =
-            (upload(&device, &offsets), upload(&device, &entries));
+        let experts_device = upload(&device, &experts);
+        let offsets: DeviceBuffer<u32> = device.alloc("offsets", n_experts + 1).unwrap();
+        let entries: DeviceBuffer<u32> = device.alloc("entries", n_rows * k).unwrap();
+        let n_octets = places::n_octets(n_rows * k, n_experts);
+        let n_listed = n_octets * places::LISTED_WORDS;
+        let listed: DeviceBuffer<u32> = device.alloc("token tiles", n_listed).unwrap();
+        let n_places = n_octets * places::OCTET;
+        let places_device: DeviceBuffer<u32> = device.alloc("places", n_places).unwrap();
+        let tiles = |n_k: usize| -> DeviceBuffer<u16> {
+            device
+                .alloc("tiles", places::tiles_len(n_octets, n_k))
+                .unwrap()
+        };
+        let (t_tiles, act_tiles) = (tiles(hidden), tiles(width));
         let mut first: Option<(Vec<u16>, Vec<f32>)> = None;
         let variants = both
             .iter()
@@ -498,18 +529,29 @@ fn check_experts(format: MatrixFormat, wide: bool) -> Vec<(Vec<u16>, Vec<f32>)> 
             let y: DeviceBuffer<u16> = device.alloc("y", n_rows * k * hidden).unwrap();
             act.fill(0, act.len(), 0xFF).unwrap();
             y.fill(0, y.len(), 0xFF).unwrap();
+            // No number where nothing was brought.
+            t_tiles.fill(0, t_tiles.len(), 0xFF).unwrap();
+            act_tiles.fill(0, act_tiles.len(), 0xFF).unwrap();
+            places_device.fill(0, n_places, 0xFF).unwrap();
+            let buffers = ExpertBuffers {
+                t: x_device.at(0),
+                act: act.at(0),
+                y: y.at(0),
+                experts: experts_device.at(0),
+                offsets: offsets.at(0),
+                entries: entries.at(0),
+                places: places_device.at(0),
+                listed: listed.at(0),
+                t_tiles: t_tiles.at(0),
+                act_tiles: act_tiles.at(0),
+            };
             let common = MoeArgs {
-                offsets: offsets_device.at(0),
-                entries: entries_device.at(0),
-                n_experts: n_experts as u32,
                 k: k as u32,
                 ..MoeArgs::default()
             };
             let gate_up = MoeArgs {
                 weights: up_tiles.at(0),
                 bias: bias_up.at(0),
-                x: x_device.at(0),
-                act: act.at(0),
                 n_k: hidden as u32,
                 n_tiles: pack::n_tiles(2 * width) as u32,
                 n_out: width as u32,
@@ -519,18 +561,27 @@ fn check_experts(format: MatrixFormat, wide: bool) -> Vec<(Vec<u16>, Vec<f32>)> 
             let down_args = MoeArgs {
                 weights: down_tiles.at(0),
                 bias: bias_down.at(0),
-                x: act.at(0),
-                y: y.at(0),
                 n_k: width as u32,
                 n_tiles: pack::n_tiles(hidden) as u32,
                 n_out: hidden as u32,
                 ..common
             };
             kernels
-                .experts_variant(&gate_up, &down_args, n_rows, variant)
+                .experts_variant(&buffers, &gate_up, &down_args, n_rows, variant)
                 .unwrap();
-            let (act, y) = (download(&act), to_f32(&download(&y)));
-            let what = format!("{format:?}, {n_rows} rows on {offsets:?}, variant {variant}");
+            let (mut act, y) = (download(&act), to_f32(&download(&y)));
+            if kernels.moe_is_streaming(variant) {
+                let (tiles, placed) = (download(&act_tiles), download(&places_device));
+                for (place, &entry) in placed.iter().enumerate() {
+                    for f in (0..width).filter(|_| entry != u32::MAX) {
+                        act[entry as usize * width + f] = tiles[places::at(n_octets, place, f)];
+                    }
+                }
+            }
+            let what = format!(
+                "{format:?}, {n_rows} rows of {hidden} on {counts:?}, variant {}",
+                kernels.moe_name(variant)
+            );
             if let Some((first_act, first_y)) = &first {
                 assert_eq!(*first_act, act, "{what}: gate_up");
                 same_bits(first_y, &y, &what);
@@ -612,6 +663,68 @@ fn routing_takes_the_greatest_logits_in_any_number_of_rows() {
         (8, 6688, 4),
     ] {
         routing_takes_the_greatest_logits(&device, n_experts, hidden, k);
+    }
+}
+
+/// `gather` puts the entries in the order that `group` has found, and their rows of `t` beside.
+fn check_gathering(
+    kernels: &Kernels,
+    experts: &[u32],
+    k: usize,
+    t: &[u16],
+    [offsets, entries]: [&[u32]; 2],
+) {
+    let device = device();
+    let n_experts = offsets.len() - 1;
+    let hidden = t.len() / (experts.len() / k);
+    let n_octets = places::n_octets(experts.len(), n_experts);
+    let (experts_device, t_device) = (upload(&device, experts), upload(&device, t));
+    let places_device: DeviceBuffer<u32> = device.alloc("places", n_octets * 8).unwrap();
+    let tiles: DeviceBuffer<u16> = device
+        .alloc("tiles", places::tiles_len(n_octets, hidden))
+        .unwrap();
+    let listed: DeviceBuffer<u32> = device.alloc("token tiles", n_octets * 4).unwrap();
+    for tile_octets in [1, 2, 6] {
+        tiles.fill(0, tiles.len(), 0xFF).unwrap();
+        let args = GatherArgs {
+            experts: experts_device.at(0),
+            t: t_device.at(0),
+            places: places_device.at(0),
+            tiles: tiles.at(0),
+            listed: listed.at(0),
+            n_entries: experts.len() as u32,
+            n_experts: n_experts as u32,
+            k: k as u32,
+            n_k: hidden as u32,
+            n_octets: n_octets as u32,
+            tile_octets: tile_octets as u32,
+            n_listed: n_octets as u32,
+        };
+        kernels.gather(&args).unwrap();
+        let (found, tiles) = (download(&places_device), download(&tiles));
+        let mut expected = Vec::new();
+        let mut octet = 0;
+        for expert in 0..n_experts {
+            let of_expert = &entries[offsets[expert] as usize..offsets[expert + 1] as usize];
+            let end = octet + of_expert.len().div_ceil(8);
+            for first in (octet..end).step_by(tile_octets) {
+                expected.push([expert as u32, first as u32, end as u32, 0]);
+            }
+            for place in octet * 8..end * 8 {
+                let entry = of_expert.get(place - octet * 8).copied();
+                let what = format!("place {place} of {experts:?}");
+                assert_eq!(found[place], entry.unwrap_or(u32::MAX), "{what}");
+                let Some(entry) = entry else { continue };
+                let row = &t[entry as usize / k * hidden..][..hidden];
+                for at in 0..pack::n_groups(hidden) * 64 {
+                    let value = row.get(at).copied().unwrap_or(0);
+                    assert_eq!(tiles[places::at(n_octets, place, at)], value, "{what}");
+                }
+            }
+            octet = end;
+        }
+        expected.resize(n_octets, [u32::MAX, 0, 0, 0]);
+        assert_eq!(download(&listed), expected.concat(), "{experts:?}");
     }
 }
 
@@ -747,6 +860,9 @@ fn routing_takes_the_greatest_logits(
             }
             // Every entry once, under its expert, in order.
             let (offsets, entries) = (download(&offsets), download(&entries));
+            if n_rows <= 131 {
+                check_gathering(&kernels, &experts, k, &t, [offsets.as_slice(), &entries]);
+            }
             let mut sorted: Vec<u32> = (0..(n_rows * k) as u32)
                 .filter(|&entry| experts[entry as usize] != u32::MAX)
                 .collect();

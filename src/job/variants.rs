@@ -8,9 +8,10 @@ use super::JobError;
 use crate::cli::print;
 use crate::engine::EngineError;
 use crate::engine::cuda::buffer::DeviceBuffer;
-use crate::engine::cuda::launch::{Dense, MatmulArgs, MoeArgs};
+use crate::engine::cuda::launch::{Dense, ExpertBuffers, MatmulArgs, MoeArgs};
 use crate::engine::cuda::model::{Experts, Projection};
 use crate::engine::cuda::pack;
+use crate::engine::cuda::places;
 use crate::engine::cuda::{CudaError, Loaded};
 use crate::engine::sample::philox4x32;
 
@@ -38,8 +39,13 @@ struct Bench<'a> {
     out: DeviceBuffer<f32>,
     rows: DeviceBuffer<u32>,
     rope: DeviceBuffer<f32>,
+    experts: DeviceBuffer<u32>,
     offsets: DeviceBuffer<u32>,
     entries: DeviceBuffer<u32>,
+    places: DeviceBuffer<u32>,
+    listed: DeviceBuffer<u32>,
+    x_tiles: DeviceBuffer<u16>,
+    act_tiles: DeviceBuffer<u16>,
 }
 
 impl<'a> Bench<'a> {
@@ -52,6 +58,8 @@ impl<'a> Bench<'a> {
             .kernels
             .fill_bf16(x.at(0), x.len() as u64, 1, 0.0, 1.0)?;
         let outputs = (most.min(256) * config.n_vocab).max(most * k * config.hidden);
+        let n_octets = places::n_octets(most * k, config.n_experts);
+        let tiles = |n_k| device.alloc("tiles", places::tiles_len(n_octets, n_k));
         let rows: Vec<u32> = (0..most as u32).flat_map(|r| [0, 0, r, r + 1]).collect();
         let bench = Self {
             loaded,
@@ -60,45 +68,48 @@ impl<'a> Bench<'a> {
             out: device.alloc("outputs", outputs)?,
             rows: device.alloc("rows", rows.len())?,
             rope: device.alloc("angles", config.head_dim)?,
+            experts: device.alloc("experts", most * k)?,
             offsets: device.alloc("offsets", config.n_experts + 1)?,
             entries: device.alloc("entries", most * k)?,
+            places: device.alloc("places", n_octets * places::OCTET)?,
+            listed: device.alloc("token tiles", n_octets * places::LISTED_WORDS)?,
+            x_tiles: tiles(config.hidden)?,
+            act_tiles: tiles(config.intermediate)?,
         };
         bench.rows.upload(0, &rows)?;
         bench.rope.fill(0, config.head_dim, 0)?;
         Ok(bench)
     }
 
-    /// Sends every row to `k` experts by chance.
-    fn route(&self, n_rows: usize) -> Result<(), CudaError> {
+    /// Sends every row to `k` experts by chance; the share of the experts that have a token.
+    fn route(&self, n_rows: usize) -> Result<f64, CudaError> {
         let config = &self.loaded.model.config;
         let (n, k) = (config.n_experts, config.n_experts_per_token);
-        let mut lists = vec![Vec::new(); n];
+        let mut experts = Vec::new();
         for row in 0..n_rows {
             let mut chosen: Vec<usize> = Vec::new();
             for draw in 0u32.. {
                 let [word, ..] = philox4x32([row as u32, draw, 0, 0], [7, 9]);
                 let expert = word as usize % n;
                 if !chosen.contains(&expert) {
-                    lists[expert].push((row * k + chosen.len()) as u32);
                     chosen.push(expert);
                 }
                 if chosen.len() == k {
                     break;
                 }
             }
+            experts.extend(chosen.iter().map(|&expert| expert as u32));
         }
-        let mut offsets = vec![0u32];
-        for list in &lists {
-            offsets.push(offsets.last().copied().unwrap_or(0) + list.len() as u32);
-        }
-        self.offsets.upload(0, &offsets)?;
-        self.entries.upload(0, &lists.concat())
+        self.experts.upload(0, &experts)?;
+        experts.sort_unstable();
+        experts.dedup();
+        Ok(experts.len() as f64 / n as f64)
     }
 
     fn run(&self, n_rows: usize) -> Result<(), CudaError> {
         let model = &self.loaded.model;
         let kernels = &self.loaded.kernels;
-        self.route(n_rows)?;
+        let hit = self.route(n_rows)?;
         let layers = &model.layers;
         let qkv: Vec<&Projection> = layers.iter().map(|layer| &layer.qkv).collect();
         let out: Vec<&Projection> = layers.iter().map(|layer| &layer.out).collect();
@@ -109,28 +120,25 @@ impl<'a> Bench<'a> {
         if n_rows <= 256 {
             self.dense(Dense::Logits, &[&model.lm_head], n_rows)?;
         }
-        let hit = self.hit()?;
         for index in 0..kernels.n_moe() {
-            let mut times = [f64::INFINITY; 2];
+            // Of both products, and of what sorts the entries before them.
+            let mut times = [f64::INFINITY; 3];
             for _ in 0..REPEATS {
-                let (mut up, mut down) = (0.0, 0.0);
+                let mut sums = [0.0; 3];
                 for layer in layers {
-                    let args = (
+                    let (up, down) = (
                         self.experts(&layer.gate_up, true),
                         self.experts(&layer.down, false),
                     );
-                    let timed = kernels
-                        .timed(|| kernels.experts_variant(&args.0, &args.1, n_rows, index))?;
+                    let timed = kernels.timed(|| {
+                        kernels.experts_variant(&self.buffers(), &up, &down, n_rows, index)
+                    })?;
                     for (name, _, ms) in timed {
-                        let sum = if name.contains("gate_up") {
-                            &mut up
-                        } else {
-                            &mut down
-                        };
-                        *sum += ms;
+                        let which = ["gate_up", "down"].map(|product| name.contains(product));
+                        sums[which.iter().position(|&is| is).unwrap_or(2)] += ms;
                     }
                 }
-                times = [times[0].min(up), times[1].min(down)];
+                times = std::array::from_fn(|i| times[i].min(sums[i]));
             }
             for (what, experts, ms) in [
                 ("gate_up", &layers[0].gate_up, times[0]),
@@ -149,16 +157,14 @@ impl<'a> Bench<'a> {
                     flops,
                 );
             }
+            print::result(&format!(
+                "{:<8} {n_rows:>5} rows {:<10} {:>8.1} us",
+                "sorting",
+                kernels.moe_name(index),
+                1000.0 * times[2] / layers.len() as f64
+            ));
         }
         Ok(())
-    }
-
-    /// Share of the experts that have a token.
-    fn hit(&self) -> Result<f64, CudaError> {
-        let mut offsets = vec![0; self.offsets.len()];
-        self.offsets.download(0, &mut offsets)?;
-        let hit = offsets.windows(2).filter(|pair| pair[0] != pair[1]).count();
-        Ok(hit as f64 / (offsets.len() - 1) as f64)
     }
 
     fn dense(
@@ -232,17 +238,26 @@ impl<'a> Bench<'a> {
         }
     }
 
+    fn buffers(&self) -> ExpertBuffers {
+        ExpertBuffers {
+            t: self.x.at(0),
+            act: self.act.at(0),
+            y: self.out.at(0),
+            experts: self.experts.at(0),
+            offsets: self.offsets.at(0),
+            entries: self.entries.at(0),
+            places: self.places.at(0),
+            listed: self.listed.at(0),
+            t_tiles: self.x_tiles.at(0),
+            act_tiles: self.act_tiles.at(0),
+        }
+    }
+
     fn experts(&self, experts: &Experts, is_up: bool) -> MoeArgs {
         let config = &self.loaded.model.config;
         MoeArgs {
             weights: experts.tiles.at(0),
             bias: experts.bias.at(0),
-            x: if is_up { self.x.at(0) } else { self.act.at(0) },
-            act: self.act.at(0),
-            y: self.out.at(0),
-            offsets: self.offsets.at(0),
-            entries: self.entries.at(0),
-            n_experts: config.n_experts as u32,
             k: config.n_experts_per_token as u32,
             n_k: experts.n_k as u32,
             n_tiles: pack::n_tiles(experts.n_out) as u32,
@@ -252,6 +267,7 @@ impl<'a> Bench<'a> {
                 experts.n_out
             } as u32,
             limit: config.swiglu_limit,
+            ..MoeArgs::default()
         }
     }
 }

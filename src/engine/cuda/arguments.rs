@@ -42,12 +42,52 @@ pub struct MoeArgs {
     pub y: u64,
     pub offsets: u64,
     pub entries: u64,
+    pub listed: u64,
     pub n_experts: u32,
     pub k: u32,
     pub n_k: u32,
     pub n_tiles: u32,
     pub n_out: u32,
+    pub n_octets: u32,
     pub limit: f32,
+}
+
+/// As `GatherArgs` in kernels/topk_routing.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct GatherArgs {
+    pub experts: u64,
+    pub t: u64,
+    pub places: u64,
+    pub tiles: u64,
+    pub listed: u64,
+    pub n_entries: u32,
+    pub n_experts: u32,
+    pub k: u32,
+    pub n_k: u32,
+    pub n_octets: u32,
+    pub tile_octets: u32,
+    pub n_listed: u32,
+}
+
+/// What the experts' products take and leave beside weights, by address; lengths in
+/// [`super::memory::Lengths`].
+#[derive(Clone, Copy, Default)]
+pub struct ExpertBuffers {
+    /// Normed rows.
+    pub t: u64,
+    pub act: u64,
+    pub y: u64,
+    /// Of each entry, as `route` tells them.
+    pub experts: u64,
+    /// Entries in order of their experts.
+    pub offsets: u64,
+    pub entries: u64,
+    /// For the variants that stream: entries in places, token tiles, and `t` and `act` as tiles.
+    pub places: u64,
+    pub listed: u64,
+    pub t_tiles: u64,
+    pub act_tiles: u64,
 }
 
 /// As `RouteArgs` in kernels/topk_routing.cu.

@@ -2,7 +2,7 @@
 //!
 //! Nothing here waits or copies; a decode step is captured as a graph by running this once.
 
-use super::launch::{AttentionArgs, Dense, Kernels, MatmulArgs, MoeArgs, RouteArgs};
+use super::launch::{AttentionArgs, Dense, ExpertBuffers, Kernels, MatmulArgs, MoeArgs, RouteArgs};
 use super::memory::KvGeometry;
 use super::model::{CudaModel, Experts, LayerWeights, Projection};
 use super::pack;
@@ -222,41 +222,31 @@ impl Pass<'_> {
             ..RouteArgs::default()
         };
         kernels.route(&route)?;
-        // One row's entries need no order.
-        let (offsets, entries) = if n_rows == 1 {
-            (0, work.experts.at(0))
-        } else {
-            kernels.group_entries(
-                work.experts.at(0),
-                (n_rows * k) as u32,
-                work.offsets.at(0),
-                work.entries.at(0),
-            )?;
-            (work.offsets.at(0), work.entries.at(0))
+        let buffers = ExpertBuffers {
+            t: work.t.at(0),
+            act: work.act.at(0),
+            y: work.y.at(0),
+            experts: work.experts.at(0),
+            offsets: work.offsets.at(0),
+            entries: work.entries.at(0),
+            places: work.places.at(0),
+            listed: work.listed.at(0),
+            t_tiles: work.t_tiles.at(0),
+            act_tiles: work.act_tiles.at(0),
         };
         let gate_up = MoeArgs {
-            act: work.act.at(0),
             n_out: config.intermediate as u32,
             limit: config.swiglu_limit,
-            offsets,
-            entries,
-            ..self.expert_args(&layer.gate_up, work.t.at(0))
+            ..self.expert_args(&layer.gate_up)
         };
-        let down = MoeArgs {
-            y: work.y.at(0),
-            offsets,
-            entries,
-            ..self.expert_args(&layer.down, work.act.at(0))
-        };
-        Ok(kernels.experts(&gate_up, &down, n_rows)?)
+        let down = self.expert_args(&layer.down);
+        Ok(kernels.experts(&buffers, &gate_up, &down, n_rows)?)
     }
 
-    fn expert_args(&self, experts: &Experts, x: u64) -> MoeArgs {
+    fn expert_args(&self, experts: &Experts) -> MoeArgs {
         MoeArgs {
             weights: experts.tiles.at(0),
             bias: experts.bias.at(0),
-            x,
-            n_experts: self.model.config.n_experts as u32,
             k: self.model.config.n_experts_per_token as u32,
             n_k: experts.n_k as u32,
             n_tiles: pack::n_tiles(experts.n_out) as u32,

@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys;
 
-pub use super::arguments::{AttentionArgs, Dense, MatmulArgs, MoeArgs, RouteArgs, SampleArgs};
+pub use super::arguments::{
+    AttentionArgs, Dense, ExpertBuffers, GatherArgs, MatmulArgs, MoeArgs, RouteArgs, SampleArgs,
+};
 use super::counts::{Calls, add};
 use super::decode::Slot;
 use super::device::{Device, Function, Module, check};
@@ -20,6 +22,7 @@ use super::kernels::{self, Build, Cubin};
 use super::memory::MAX_SAMPLE_PARTS;
 use super::nvrtc::Nvrtc;
 use super::pack;
+use super::places;
 use super::tensor_map::TensorMap;
 use super::variants::{self, Room, Variant};
 use crate::engine::checkpoint::MatrixFormat;
@@ -47,6 +50,7 @@ pub struct Kernels {
     /// For many rows, where it fits.
     route_16: Option<Route>,
     group_entries: Function,
+    gather: Function,
     attention_full: Function,
     attention_sliding: Function,
     prefill: PrefillBlock,
@@ -229,6 +233,11 @@ impl Kernels {
                 .map(|n_slots| route("route_16", 16, n_slots))
                 .transpose()?,
             group_entries: function("topk_routing", "group", 0)?,
+            gather: function(
+                "topk_routing",
+                "gather",
+                config.n_experts * size_of::<u32>(),
+            )?,
             attention_full: function("attention", "attention_full", prefill.shared)?,
             attention_sliding: function("attention", "attention_sliding", prefill.shared)?,
             prefill,
@@ -387,6 +396,11 @@ impl Kernels {
         self.moe_variants[index].name
     }
 
+    /// Whether variant `index` takes tokens and leaves activations as tiles.
+    pub fn moe_is_streaming(&self, index: usize) -> bool {
+        self.moe_variants[index].is_streaming()
+    }
+
     /// How many variants the dense products have.
     pub fn n_dense(&self) -> usize {
         self.dense_variants.len()
@@ -494,24 +508,36 @@ impl Kernels {
         self.follow(self.group_entries, [self.n_experts, 1, 1], 256, 0, &args)
     }
 
-    /// Both products of the experts, by the variant for `n_rows` rows routed evenly.
+    /// `args` of entries that may take `args.n_octets` octets.
+    pub fn gather(&self, args: &GatherArgs) -> Result<(), CudaError> {
+        let grid = [
+            args.n_octets as usize + 1,
+            pack::n_groups(args.n_k as usize).div_ceil(places::GATHERED_GROUPS),
+            1,
+        ];
+        let shared = self.n_experts * size_of::<u32>();
+        self.follow(self.gather, grid, 256, shared, &[arg(args)])
+    }
+
+    /// Both products of the experts, by the variant for `n_rows` rows routed evenly. `gate_up` and
+    /// `down` tell weights and shapes, the rest is told by `buffers`.
     pub fn experts(
         &self,
+        buffers: &ExpertBuffers,
         gate_up: &MoeArgs,
         down: &MoeArgs,
         n_rows: usize,
     ) -> Result<(), CudaError> {
-        let n_entries = n_rows * gate_up.k as usize;
-        // Half as many again as the mean: most experts then need one tile of tokens.
-        let tokens = (n_entries * 3).div_ceil(self.n_experts * 2).min(n_rows);
+        let tokens = variants::expected_tokens(n_rows, gate_up.k as usize, self.n_experts);
         let n_groups = pack::n_groups(gate_up.n_k.max(down.n_k) as usize);
         let index = variants::choose_moe(&self.moe_variants, self.room, n_groups, tokens);
-        self.experts_variant(gate_up, down, n_rows, index)
+        self.experts_variant(buffers, gate_up, down, n_rows, index)
     }
 
     /// Both products of the experts by variant `index` : all give the same bits.
     pub fn experts_variant(
         &self,
+        buffers: &ExpertBuffers,
         gate_up: &MoeArgs,
         down: &MoeArgs,
         n_rows: usize,
@@ -520,9 +546,67 @@ impl Kernels {
         let variant = self.moe_variants[index];
         let n_entries = n_rows * gate_up.k as usize;
         // Every expert may have one tile that is not full.
-        let most = n_entries.min(n_entries / variant.columns() + self.n_experts);
+        let mut most = n_entries.min(n_entries / variant.columns() + self.n_experts);
+        let ExpertBuffers { t, act, y, .. } = *buffers;
+        let sorted = if variant.is_streaming() {
+            let n_octets = places::n_octets(n_entries, self.n_experts);
+            most = most.min(n_octets);
+            self.gather(&GatherArgs {
+                experts: buffers.experts,
+                t,
+                places: buffers.places,
+                tiles: buffers.t_tiles,
+                listed: buffers.listed,
+                n_entries: n_entries as u32,
+                n_experts: self.n_experts as u32,
+                k: gate_up.k,
+                n_k: gate_up.n_k,
+                n_octets: n_octets as u32,
+                tile_octets: variant.octets as u32,
+                n_listed: most as u32,
+            })?;
+            MoeArgs {
+                x: buffers.t_tiles,
+                act: buffers.act_tiles,
+                entries: buffers.places,
+                listed: buffers.listed,
+                n_octets: n_octets as u32,
+                ..MoeArgs::default()
+            }
+        } else {
+            let (mut offsets, mut entries) = (buffers.offsets, buffers.entries);
+            if n_rows == 1 {
+                // One row's entries need no order.
+                (offsets, entries) = (0, buffers.experts);
+            } else {
+                self.group_entries(buffers.experts, n_entries as u32, offsets, entries)?;
+            }
+            MoeArgs {
+                x: t,
+                act,
+                offsets,
+                entries,
+                ..MoeArgs::default()
+            }
+        };
+        let of = |args: &MoeArgs, x: u64| MoeArgs {
+            x,
+            y,
+            weights: args.weights,
+            bias: args.bias,
+            n_experts: self.n_experts as u32,
+            k: args.k,
+            n_k: args.n_k,
+            n_tiles: args.n_tiles,
+            n_out: args.n_out,
+            limit: args.limit,
+            ..sorted
+        };
         let tile_bytes = pack::tile_bytes(self.experts_format);
-        for (functions, args) in [(&self.gate_up, gate_up), (&self.down, down)] {
+        for (functions, args) in [
+            (&self.gate_up, &of(gate_up, sorted.x)),
+            (&self.down, &of(down, sorted.act)),
+        ] {
             let shared =
                 variant.shared_bytes(tile_bytes, pack::n_groups(args.n_k as usize), n_rows);
             let grid = [

@@ -24,6 +24,7 @@ pub mod nvml;
 pub mod nvrtc;
 pub mod pack;
 pub mod pieces;
+pub mod places;
 pub mod repack;
 pub mod sharing;
 pub mod stream;

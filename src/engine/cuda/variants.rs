@@ -53,7 +53,7 @@ pub struct Variant {
     /// Tiles of 16 features of a warp, or blocks of 64 of a warpgroup.
     tiles: usize,
     /// Octets of tokens of a warp or warpgroup.
-    octets: usize,
+    pub octets: usize,
 }
 
 impl Variant {
@@ -251,13 +251,28 @@ pub fn moe(format: MatrixFormat, room: Room) -> Vec<Variant> {
     let direct = Variant::direct("d8", 4, 1);
     if room.warpgroups {
         let (few, many) = if narrow { (2, 3) } else { (1, 2) };
-        return vec![
+        let mut variants = vec![
             direct,
-            Variant::warpgroups("w16", [2, 1, 2, many, 0]),
-            Variant::warpgroups("w32", [2, 2, 4, few, 0]),
-            Variant::warpgroups("w48", [2, 2, 6, few, 0]),
-            Variant::warpgroups("w128", [2, 2, 16, 1, 4]),
+            Variant::streams("s16", [2, 1, 2, many, 0]),
+            Variant::streams("s32", [2, 2, 4, few, 0]),
+            Variant::streams("s48", [2, 2, 6, few, 0]),
         ];
+        // Measured, not chosen: behind their like.
+        if narrow {
+            variants.extend([
+                Variant::streams("s16x4", [2, 1, 2, 4, 0]),
+                Variant::streams("s16f", [2, 1, 2, 3, 1]),
+                Variant::streams("s16g", [1, 2, 2, 4, 0]),
+                Variant::streams("s32n", [2, 2, 4, 2, 0]),
+                Variant::streams("s32f", [1, 2, 4, 3, 1]),
+                Variant::streams("s32g", [2, 1, 4, 3, 0]),
+                Variant::streams("s48n", [2, 2, 6, 2, 0]),
+                Variant::streams("s48f", [1, 2, 6, 3, 1]),
+                Variant::streams("s48g", [2, 1, 6, 3, 0]),
+            ]);
+        }
+        variants.push(Variant::warpgroups("w128", [2, 2, 16, 1, 4]));
+        return variants;
     }
     let (small, big) = if narrow {
         (8, 3)
@@ -272,6 +287,20 @@ pub fn moe(format: MatrixFormat, room: Room) -> Vec<Variant> {
         Variant::warps("64", [4, 1, 3, 8, big]),
         Variant::warps("128", [4, 2, 2, 8, big]),
     ]
+}
+
+/// Tokens of the widest token tile of the experts' variants that stream.
+const MOST_STREAMING: usize = 48;
+
+/// Tokens of an expert for which the variant of a pass is chosen: half as many again as the mean, so
+/// that most experts need one tile of tokens.
+pub fn expected_tokens(n_rows: usize, k: usize, n_experts: usize) -> usize {
+    (n_rows * k * 3).div_ceil(n_experts * 2).min(n_rows)
+}
+
+/// Most rows of a pass whose experts' tokens may stream, on any GPU.
+pub fn most_streaming_rows(k: usize, n_experts: usize) -> usize {
+    MOST_STREAMING.max(MOST_STREAMING * 2 * n_experts / (3 * k))
 }
 
 /// Index of the variant for experts that have about `tokens` tokens.
@@ -385,6 +414,31 @@ mod tests {
                 "{format:?}: {given}"
             );
             assert!(given + STATIC_BYTES <= room.shared_bytes, "{format:?}");
+        }
+    }
+
+    #[test]
+    fn passes_that_stream_have_buffers_for_it() {
+        let room = Room {
+            warpgroups: true,
+            small_shared: false,
+            shared_bytes: 227 << 10,
+            n_multiprocessors: 132,
+        };
+        for format in [
+            MatrixFormat::Mxfp4,
+            MatrixFormat::Mxint8,
+            MatrixFormat::Bf16,
+        ] {
+            let variants = moe(format, room);
+            for (k, n_experts) in [(4, 32), (4, 128), (2, 5), (3, 8), (1, 1)] {
+                let most = most_streaming_rows(k, n_experts);
+                for n_rows in 1..3000 {
+                    let tokens = expected_tokens(n_rows, k, n_experts);
+                    let chosen = choose_moe(&variants, room, 45, tokens);
+                    assert!(n_rows <= most || !variants[chosen].is_streaming());
+                }
+            }
         }
     }
 

@@ -40,6 +40,10 @@ pub struct Workspace {
     pub offsets: DeviceBuffer<u32>,
     pub entries: DeviceBuffer<u32>,
     pub act: DeviceBuffer<u16>,
+    pub places: DeviceBuffer<u32>,
+    pub listed: DeviceBuffer<u32>,
+    pub t_tiles: DeviceBuffer<u16>,
+    pub act_tiles: DeviceBuffer<u16>,
     pub y: DeviceBuffer<u16>,
     pub logits: DeviceBuffer<f32>,
     pub sample_partials: DeviceBuffer<u64>,
@@ -81,6 +85,10 @@ impl Workspace {
             offsets: device.alloc(what, lengths.offsets)?,
             entries: device.alloc(what, lengths.entries)?,
             act: device.alloc(what, lengths.act)?,
+            places: device.alloc(what, lengths.places)?,
+            listed: device.alloc(what, lengths.listed)?,
+            t_tiles: device.alloc(what, lengths.t_tiles)?,
+            act_tiles: device.alloc(what, lengths.act_tiles)?,
             y: device.alloc(what, lengths.y)?,
             logits: device.alloc("logits", lengths.logits)?,
             sample_partials: device.alloc("logits", lengths.sample_partials)?,
@@ -115,7 +123,15 @@ impl Workspace {
     }
 
     pub(super) fn workspace_bytes(&self) -> u64 {
-        let two = [&self.t, &self.qkv, &self.attended, &self.act, &self.y];
+        let two = [
+            &self.t,
+            &self.qkv,
+            &self.attended,
+            &self.act,
+            &self.t_tiles,
+            &self.act_tiles,
+            &self.y,
+        ];
         let words = [
             &self.x,
             &self.gates,
@@ -127,6 +143,8 @@ impl Workspace {
             &self.experts,
             &self.offsets,
             &self.entries,
+            &self.places,
+            &self.listed,
             &self.page_table,
             &self.tokens,
             &self.slot_of,
@@ -152,6 +170,8 @@ impl Workspace {
         self.qkv.fill(0, self.qkv.len(), 0xFF)?;
         self.attended.fill(0, self.attended.len(), 0xFF)?;
         self.act.fill(0, self.act.len(), 0xFF)?;
+        self.t_tiles.fill(0, self.t_tiles.len(), 0xFF)?;
+        self.act_tiles.fill(0, self.act_tiles.len(), 0xFF)?;
         self.y.fill(0, self.y.len(), 0xFF)?;
         self.gates.fill(0, self.gates.len(), 0xFF)?;
         self.partial.fill(0, self.partial.len(), 0xFF)?;
