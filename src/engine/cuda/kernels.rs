@@ -25,6 +25,7 @@ const GEMM: &str = concat!(
 );
 const MATMUL: &str = include_str!("../../../kernels/matmul.cuh");
 const MOE: &str = include_str!("../../../kernels/moe_matmul.cuh");
+const ROUTING: &str = include_str!("../../../kernels/routing.cuh");
 
 /// One text to compile.
 #[derive(Clone, Debug)]
@@ -89,7 +90,7 @@ pub fn texts(format: WeightFormat) -> Vec<Kernel> {
     let mut kernels = vec![
         kernel("embed", &[], text!("embed")),
         kernel("rmsnorm", &[], text!("rmsnorm")),
-        kernel("topk_routing", &[], text!("topk_routing")),
+        kernel("topk_routing", &[ROUTING], text!("topk_routing")),
         kernel("attention", &[], text!("attention")),
         matmul(format.attention),
         moe_matmul,
