@@ -238,6 +238,8 @@ template <bool SLIDING> __device__ __forceinline__ void attend_by_warpgroups(con
     int warp_low = lowest_of(position0 + (warp_end < n_rows ? warp_end : n_rows - 1));
 
     float scale = args.scale * LOG2_E;
+    // No launch has so many layers; the compiler does not know.
+    u32 zero = args.n_layers >> 31;
     float o[HEAD_DIM / 8][4];
     // What the splits so far are folded to: outputs, and the states of the lane's queries. The
     // warp's own; in the end its outputs lie there in rows.
@@ -294,6 +296,11 @@ template <bool SLIDING> __device__ __forceinline__ void attend_by_warpgroups(con
             wgmma_commit();
             if (SLIDING) wgmma_wait<0>();
             goes_on = 1;
+            // Nothing, but NVRTC 13.0 would give P the registers of queries that it sees read alone.
+            #pragma unroll
+            for (int step = 0; step < HEAD_DIM / 16; step++)
+                #pragma unroll
+                for (int i = 0; i < 4; i++) q[step][i] ^= zero;
         }
         wgmma_wait<0>();
         settle(o);
