@@ -143,8 +143,8 @@ template <class G, class Store> __device__ __forceinline__ void expert_tile(
     G::run(shared, weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns, prepare, outputs);
 }
 
-// By blocks of G, those with few tokens by Narrow.
-template <class G, class Store, class Narrow = G> __device__ __forceinline__ void moe_matmul(const MoeArgs& args) {
+// By blocks of G.
+template <class G, class Store> __device__ __forceinline__ void moe_matmul(const MoeArgs& args) {
     extern __shared__ __align__(16) u8 shared[];
     // Of each token: its entry, and its row of x.
     __shared__ u32 entries[G::COLUMNS];
@@ -189,11 +189,7 @@ template <class G, class Store, class Narrow = G> __device__ __forceinline__ voi
     u32 expert = found[0];
     if (expert == NONE) return;
     u32 first = found[1], end = found[2];
-    if (Narrow::COLUMNS < G::COLUMNS && end - first <= Narrow::COLUMNS) {
-        expert_tile<Narrow, Store>(args, shared, entries, columns, expert, first, end);
-    } else {
-        expert_tile<G, Store>(args, shared, entries, columns, expert, first, end);
-    }
+    expert_tile<G, Store>(args, shared, entries, columns, expert, first, end);
 }
 
 #ifdef WARPGROUPS
@@ -312,31 +308,15 @@ template <class G, class Store> __device__ __forceinline__ void moe_stream(const
 #undef VARIANTS
 #define VARIANT(NAME, STORE, THREADS, BLOCKS, ...) \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MoeArgs args) { moe_matmul<__VA_ARGS__, STORE>(args); }
-#define VARIANT_OF_TWO(FORMAT, NAME, STORE, NT, NARROW_NT) \
-    extern "C" __global__ void __launch_bounds__(384, 1) NAME(const MoeArgs args) { \
-        moe_matmul<SplitGemm<FORMAT, 2, NT>, STORE, SplitGemm<FORMAT, 2, NARROW_NT>>(args); \
-    }
 #ifdef WARPGROUPS
 // FEW and MANY: blocks a multiprocessor of the larger and of the smaller token tiles.
 #define STREAM(NAME, STORE, BLOCKS, ...) \
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS, BLOCKS) NAME(const MoeArgs args) { moe_stream<__VA_ARGS__, STORE>(args); }
-// To be measured against those of as many tokens.
-#define OTHERS(FORMAT, NAME, STORES) \
-    STREAM(NAME##_s16x4, STORES, 4, StreamGemm<FORMAT, 2, 1, 2, 4, 0>) \
-    STREAM(NAME##_s16f, STORES, 3, StreamGemm<FORMAT, 2, 1, 2, 3, 1>) \
-    STREAM(NAME##_s16g, STORES, 4, StreamGemm<FORMAT, 1, 2, 2, 4, 0>) \
-    STREAM(NAME##_s32n, STORES, 2, StreamGemm<FORMAT, 2, 2, 4, 2, 0, 2>) \
-    STREAM(NAME##_s32f, STORES, 3, StreamGemm<FORMAT, 1, 2, 4, 3, 1>) \
-    STREAM(NAME##_s32g, STORES, 3, StreamGemm<FORMAT, 2, 1, 4, 3, 0>) \
-    STREAM(NAME##_s48n, STORES, 2, StreamGemm<FORMAT, 2, 2, 6, 2, 0, 4>) \
-    STREAM(NAME##_s48f, STORES, 3, StreamGemm<FORMAT, 1, 2, 6, 3, 1, 4>) \
-    STREAM(NAME##_s48g, STORES, 3, StreamGemm<FORMAT, 2, 1, 6, 3, 0, 4>)
 #define VARIANTS(FORMAT, NAME, STORE, STORES, SMALL, BIG, FEW, MANY, DEPTH) \
     VARIANT(NAME##_d8, STORE, 128, 1, DirectGemm<FORMAT, 4, 1, DEPTH>) \
-    STREAM(NAME##_s16, STORES, MANY, StreamGemm<FORMAT, 2, 1, 2, MANY, 0>) \
-    STREAM(NAME##_s32, STORES, FEW, StreamGemm<FORMAT, 2, 2, 4, FEW, 0>) \
-    STREAM(NAME##_s48, STORES, FEW, StreamGemm<FORMAT, 2, 2, 6, FEW, 0>) \
-    VARIANT_OF_TWO(FORMAT, NAME##_w128, STORE, 16, 8)
+    STREAM(NAME##_s16, STORES, MANY, StreamGemm<FORMAT, 2, 1, 2, MANY, 1>) \
+    STREAM(NAME##_s48, STORES, MANY, StreamGemm<FORMAT, 1, 2, 6, MANY, 1, 4>) \
+    STREAM(NAME##_s128, STORES, 1, StreamGemm<FORMAT, 2, 2, 16, 1, 4, 8>)
 #else
 #define VARIANTS(FORMAT, NAME, STORE, STORES, SMALL, BIG, FEW, MANY, DEPTH) \
     VARIANT(NAME##_d8, STORE, 128, 1, DirectGemm<FORMAT, 4, 1, DEPTH>) \

@@ -3,7 +3,3 @@
 
 VARIANTS(MXFP4, gate_up, GateUp, GateUpTiles, 8, 3, 2, 3, 12)
 VARIANTS(MXFP4, down, Down, DownRows, 8, 3, 2, 3, 12)
-#ifdef WARPGROUPS
-OTHERS(MXFP4, gate_up, GateUpTiles)
-OTHERS(MXFP4, down, DownRows)
-#endif

@@ -3,7 +3,3 @@
 
 VARIANTS(MXINT8, gate_up, GateUp, GateUpTiles, 8, 3, 2, 3, 6)
 VARIANTS(MXINT8, down, Down, DownRows, 8, 3, 2, 3, 6)
-#ifdef WARPGROUPS
-OTHERS(MXINT8, gate_up, GateUpTiles)
-OTHERS(MXINT8, down, DownRows)
-#endif

@@ -407,6 +407,17 @@ __device__ __forceinline__ bool is_cut(const Slot* slot, u32 n_vocab) {
     return slot->temperature > 0.0f && (cuts_by_k(slot, n_vocab) || slot->keeps_p);
 }
 
+// So many logits of a thread are on their way at once.
+constexpr u32 BATCH = 8;
+
+__device__ __forceinline__ void load_batch(const float* logits, u32 first, u32 end, float (&batch)[BATCH]) {
+    #pragma unroll
+    for (u32 i = 0; i < BATCH; i++) {
+        u32 id = first + i * PART_THREADS;
+        if (id < end) batch[i] = logits[id];
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(PART_THREADS) survey(const SampleArgs args) {
     __shared__ Warps<PART_THREADS / 32> warps;
     follow_previous();
@@ -416,13 +427,18 @@ extern "C" __global__ void __launch_bounds__(PART_THREADS) survey(const SampleAr
     float max = NEG_INFINITY;
     u32 special = 0;
     u64 hash = 0;
-    #pragma unroll 8
-    for (u32 id = part.first + threadIdx.x; id < part.end; id += PART_THREADS) {
-        float logit = logits[id];
-        u32 bits = (u32)__float_as_int(logit);
-        max = logit > max ? logit : max;
-        special |= (bits & 0x7f800000u) == 0x7f800000u;
-        if (args.trace_hash) hash += mix((u64)id << 32 | bits);
+    for (u32 first = part.first + threadIdx.x; first < part.end; first += BATCH * PART_THREADS) {
+        float batch[BATCH];
+        load_batch(logits, first, part.end, batch);
+        #pragma unroll
+        for (u32 i = 0; i < BATCH; i++) {
+            u32 id = first + i * PART_THREADS;
+            if (id >= part.end) continue;
+            u32 bits = (u32)__float_as_int(batch[i]);
+            max = fmaxf(max, batch[i]);
+            special |= (bits & 0x7f800000u) == 0x7f800000u;
+            if (args.trace_hash) hash += mix((u64)id << 32 | bits);
+        }
     }
     max = block_max(max, warps);
     special = __syncthreads_or((int)special);
@@ -448,11 +464,16 @@ extern "C" __global__ void __launch_bounds__(PART_THREADS) tally(const SampleArg
     u64 total = 0;
     // Greedy: the lowest id of the greatest logit.
     Best best = {0.0, NONE};
-    #pragma unroll 4
-    for (u32 id = part.first + threadIdx.x; id < part.end; id += PART_THREADS) {
-        float logit = logits[id];
-        total += mass(logit - max);
-        if (greedy && best.id == NONE && logit == max) best.id = id;
+    for (u32 first = part.first + threadIdx.x; first < part.end; first += BATCH * PART_THREADS) {
+        float batch[BATCH];
+        load_batch(logits, first, part.end, batch);
+        #pragma unroll
+        for (u32 i = 0; i < BATCH; i++) {
+            u32 id = first + i * PART_THREADS;
+            if (id >= part.end) continue;
+            total += mass(batch[i] - max);
+            if (greedy && batch[i] == max && id < best.id) best.id = id;
+        }
     }
     if (!greedy && !is_cut(slot, args.n_vocab)) {
         best = draw(args, slot, logits, max, part.first + threadIdx.x * 4, part.end, PART_THREADS * 4, false, {0, 0});

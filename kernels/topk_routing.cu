@@ -18,7 +18,8 @@
 // group: grid (n_experts), block 256.
 // gather: grid (n_octets + 1, groups of 64 k / 16), block 256; shared: a count of each expert. A
 // block brings 16 groups of an octet, and the last ones, which have none, list the tiles.
-// Each sorts as much as it needs for itself, for all have the time.
+// Where entries are few each sorts as much as it needs for itself, for all have the time; many are
+// sorted by `group` before.
 //
 // mma.sync with 32 experts as its rows and tokens as its columns. k is cut into pieces of 32, piece
 // i to warp i % 16; of a piece, lane 4 g + t has k = 8 t..8 t + 7 of expert or token g: 16 bytes
@@ -305,6 +306,9 @@ extern "C" __global__ void __launch_bounds__(256) group(
 
 struct GatherArgs {
     const u32* experts;
+    // What `group` has made of many entries, NULL for few: a block sorts those for itself.
+    const u32* offsets;
+    const u32* entries;
     const u16* t;
     u32* places;
     u8* tiles;
@@ -350,10 +354,16 @@ extern "C" __global__ void __launch_bounds__(256) gather(const GatherArgs args) 
     if (thread < 8) entries[thread] = NONE;
     follow_between();
     __syncthreads();
+    bool sorted = args.offsets != 0;
+    if (sorted) {
+        for (u32 expert = thread; expert < args.n_experts; expert += 256) {
+            counts[expert] = args.offsets[expert + 1] - args.offsets[expert];
+        }
+    }
     // A thread has consecutive entries, as in `group`; up to 1024 entries it has but one four.
     u32 share = (args.n_entries + 1023) / 1024 * 4;
     u32 first = thread * share;
-    u32 end = first + share < args.n_entries ? first + share : args.n_entries;
+    u32 end = sorted ? 0 : first + share < args.n_entries ? first + share : args.n_entries;
     auto count = [&](u32 expert) {
         if (expert != NONE) atomicAdd(counts + expert, 1);
     };
@@ -385,6 +395,10 @@ extern "C" __global__ void __launch_bounds__(256) gather(const GatherArgs args) 
         before = __shfl_sync(NONE, end_octet, 31);
     }
     if (expert == NONE) return;
+    if (sorted && thread < 8) {
+        u32 at = args.offsets[expert] + of_expert * 8 + thread;
+        if (at < args.offsets[expert + 1]) entries[thread] = args.entries[at];
+    }
     u32 equal = 0;
     for (u32 i = first; i < end; i += 4) {
         uint4 e = four_experts(args.experts, args.n_entries, i);

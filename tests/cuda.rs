@@ -684,10 +684,15 @@ fn check_gathering(
         .alloc("tiles", places::tiles_len(n_octets, hidden))
         .unwrap();
     let listed: DeviceBuffer<u32> = device.alloc("token tiles", n_octets * 4).unwrap();
-    for tile_octets in [1, 2, 6] {
+    let [sorted_offsets, sorted_entries] = [offsets, entries].map(|list| upload(&device, list));
+    // Few entries are sorted by each block, of many `group` has done it.
+    for (tile_octets, is_sorted) in [(1, false), (2, true), (6, false), (16, true)] {
         tiles.fill(0, tiles.len(), 0xFF).unwrap();
+        let of_sorted = |list: &DeviceBuffer<u32>| if is_sorted { list.at(0) } else { 0 };
         let args = GatherArgs {
             experts: experts_device.at(0),
+            offsets: of_sorted(&sorted_offsets),
+            entries: of_sorted(&sorted_entries),
             t: t_device.at(0),
             places: places_device.at(0),
             tiles: tiles.at(0),

@@ -57,6 +57,8 @@ pub struct MoeArgs {
 #[derive(Clone, Copy, Default)]
 pub struct GatherArgs {
     pub experts: u64,
+    pub offsets: u64,
+    pub entries: u64,
     pub t: u64,
     pub places: u64,
     pub tiles: u64,

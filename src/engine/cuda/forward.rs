@@ -310,8 +310,9 @@ impl Pass<'_> {
             entries: work.entries.at(0),
             places: work.places.at(0),
             listed: work.listed.at(0),
-            t_tiles: work.t_tiles.at(0),
-            act_tiles: work.act_tiles.at(0),
+            // `down` leaves y when gate_up has read its tokens; act is one or the other.
+            t_tiles: work.y.at(0),
+            act_tiles: work.act.at(0),
         }
     }
 

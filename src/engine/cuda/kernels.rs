@@ -19,7 +19,6 @@ const GEMM: &str = concat!(
     include_str!("../../../kernels/gemm.cuh"),
     include_str!("../../../kernels/wgmma.cuh"),
     include_str!("../../../kernels/gemm_wgmma.cuh"),
-    include_str!("../../../kernels/gemm_split.cuh"),
     include_str!("../../../kernels/gemm_stream.cuh"),
     include_str!("../../../kernels/gemm_direct.cuh")
 );

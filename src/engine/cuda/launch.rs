@@ -111,6 +111,9 @@ const ROUTE_SPREAD: usize = 4;
 /// Row blocks of a dense product up to which they follow each other.
 const ROW_BLOCKS_FIRST: usize = 8;
 
+/// Entries from which they are sorted before they are gathered.
+const SORTED_ENTRIES: usize = 2048;
+
 /// Blocks a multiprocessor that go through logits.
 const SAMPLE_BLOCKS: usize = 4;
 
@@ -562,8 +565,15 @@ impl Kernels {
         let sorted = if variant.is_streaming() {
             let n_octets = places::n_octets(n_entries, self.n_experts);
             most = most.min(n_octets);
+            let (mut offsets, mut entries) = (0, 0);
+            if n_entries > SORTED_ENTRIES {
+                (offsets, entries) = (buffers.offsets, buffers.entries);
+                self.group_entries(buffers.experts, n_entries as u32, offsets, entries)?;
+            }
             self.gather(&GatherArgs {
                 experts: buffers.experts,
+                offsets,
+                entries,
                 t,
                 places: buffers.places,
                 tiles: buffers.t_tiles,

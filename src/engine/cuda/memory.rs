@@ -5,7 +5,6 @@ use super::decode::{Event, MAX_STEPS, Slot};
 use super::model::CudaModel;
 use super::places;
 use super::sharing::SharedItem;
-use super::variants;
 use crate::engine::checkpoint::WeightFormat;
 use crate::engine::config::{LayerKind, ModelConfig};
 use crate::engine::{BackendMemory, EngineShape, PAGE_POSITIONS, TILE_KEYS};
@@ -98,15 +97,12 @@ pub struct Lengths {
     /// Experts, gates and entries, `[R * k]` each.
     pub entries: usize,
     pub offsets: usize,
-    /// bf16 `[R * k, intermediate]`.
+    /// bf16 `[R * k, intermediate]`, or of the entries' places as tiles (kernels/common.cuh).
     pub act: usize,
-    /// For passes of few rows, whose experts' tokens may stream: places of entries, words of the
-    /// list of token tiles, and `t` and `act` of the places as tiles (kernels/common.cuh).
+    /// Places of entries, and words of the list of token tiles.
     pub places: usize,
     pub listed: usize,
-    pub t_tiles: usize,
-    pub act_tiles: usize,
-    /// f32 `[R * k, hidden]`.
+    /// bf16 `[R * k, hidden]`; before, `t` of the entries' places as tiles.
     pub y: usize,
     /// f32 `[step_rows, n_vocab]`.
     pub logits: usize,
@@ -129,9 +125,7 @@ impl Lengths {
         let entries = max_rows.saturating_mul(config.n_experts_per_token);
         let max_pages = shape.max_context.div_ceil(PAGE_POSITIONS);
         let max_splits = max_pages;
-        let k = config.n_experts_per_token;
-        let streaming_rows = max_rows.min(variants::most_streaming_rows(k, config.n_experts));
-        let n_octets = places::n_octets(streaming_rows * k, config.n_experts);
+        let n_octets = places::n_octets(entries, config.n_experts);
         Self {
             max_rows,
             step_rows,
@@ -145,13 +139,11 @@ impl Lengths {
             attended: max_rows.saturating_mul(config.q_width()),
             entries,
             offsets: config.n_experts + 1,
-            act: entries.saturating_mul(config.intermediate),
+            act: places::tiles_len(n_octets, config.intermediate),
             places: n_octets * places::OCTET,
             // Each octet may be a tile of its own.
             listed: n_octets * places::LISTED_WORDS,
-            t_tiles: places::tiles_len(n_octets, config.hidden),
-            act_tiles: places::tiles_len(n_octets, config.intermediate),
-            y: entries.saturating_mul(config.hidden),
+            y: places::tiles_len(n_octets, config.hidden),
             logits: step_rows.saturating_mul(config.n_vocab),
             sample_partials: sample_partials_len(step_rows),
             rope: shape.max_context.saturating_mul(config.head_dim),
@@ -184,15 +176,7 @@ impl Lengths {
             // The slots' map, the number of shared items, what rows share (2 words), the step counter.
             3 * self.step_rows + 2,
         ];
-        let two = [
-            self.t,
-            self.qkv,
-            self.attended,
-            self.act,
-            self.t_tiles,
-            self.act_tiles,
-            self.y,
-        ];
+        let two = [self.t, self.qkv, self.attended, self.act, self.y];
         let words = |lens: &[usize], width: u64| {
             lens.iter().fold(0u64, |sum, &len| {
                 sum.saturating_add((len as u64).saturating_mul(width))

@@ -25,13 +25,6 @@ const ALIGNMENT: usize = 1 << 10;
 enum Unit {
     /// `mma.sync` by `m` x `n` warps, with so many stages.
     Warps { m: usize, n: usize, stages: usize },
-    /// `wgmma` by so many warpgroups, in so many blocks a multiprocessor, with so many warps that
-    /// fill the stages.
-    Warpgroups {
-        m: usize,
-        blocks: usize,
-        fillers: usize,
-    },
     /// `wgmma` by `m` warpgroups whose tokens come as tiles, in so many blocks a multiprocessor,
     /// with so many warps that ask for the stages.
     Streams {
@@ -68,17 +61,6 @@ impl Variant {
         }
     }
 
-    const fn warpgroups(name: &'static str, shape: [usize; 5]) -> Self {
-        let [m, tiles, octets, blocks, fillers] = shape;
-        let unit = Unit::Warpgroups { m, blocks, fillers };
-        Self {
-            name,
-            unit,
-            tiles,
-            octets,
-        }
-    }
-
     const fn streams(name: &'static str, shape: [usize; 5]) -> Self {
         let [m, tiles, octets, blocks, fillers] = shape;
         let unit = Unit::Streams { m, blocks, fillers };
@@ -103,9 +85,7 @@ impl Variant {
         match self.unit {
             Unit::Direct { warps } => 32 * warps,
             Unit::Warps { m, n, .. } => 32 * m * n,
-            Unit::Warpgroups { m, fillers, .. } | Unit::Streams { m, fillers, .. } => {
-                128 * m + 32 * fillers
-            }
+            Unit::Streams { m, fillers, .. } => 128 * m + 32 * fillers,
         }
     }
 
@@ -113,9 +93,7 @@ impl Variant {
     pub fn block_tiles(&self) -> usize {
         match self.unit {
             Unit::Warps { m, .. } | Unit::Direct { warps: m } => m * self.tiles,
-            Unit::Warpgroups { m, .. } | Unit::Streams { m, .. } => {
-                m * self.tiles * pack::BLOCK_TILES
-            }
+            Unit::Streams { m, .. } => m * self.tiles * pack::BLOCK_TILES,
         }
     }
 
@@ -145,19 +123,10 @@ impl Variant {
                 return self.columns().min(n_rows) * (n_groups * SWIZZLED_BYTES + ROW_PADDING);
             }
             Unit::Warps { stages, .. } => return stages * stage,
-            Unit::Warpgroups { blocks, .. } | Unit::Streams { blocks, .. } => blocks,
+            Unit::Streams { blocks, .. } => blocks,
         };
-        let of = |stage: usize| {
-            let stages = (SHARED_BYTES / blocks - RESERVED_BYTES) / stage;
-            stages.min(MOST_STAGES) * stage + ALIGNMENT
-        };
-        match self.unit {
-            // Blocks with half as many tokens may have more stages.
-            Unit::Warpgroups { fillers: 1.., .. } => {
-                of(stage).max(of(stage - self.columns() / 2 * SWIZZLED_BYTES))
-            }
-            _ => of(stage),
-        }
+        let stages = (SHARED_BYTES / blocks - RESERVED_BYTES) / stage;
+        stages.min(MOST_STAGES) * stage + ALIGNMENT
     }
 
     /// Whether tokens come as tiles (kernels/gemm_stream.cuh).
@@ -250,29 +219,13 @@ pub fn moe(format: MatrixFormat, room: Room) -> Vec<Variant> {
     let narrow = format != MatrixFormat::Bf16;
     let direct = Variant::direct("d8", 4, 1);
     if room.warpgroups {
-        let (few, many) = if narrow { (2, 3) } else { (1, 2) };
-        let mut variants = vec![
+        let many = if narrow { 3 } else { 2 };
+        return vec![
             direct,
-            Variant::streams("s16", [2, 1, 2, many, 0]),
-            Variant::streams("s32", [2, 2, 4, few, 0]),
-            Variant::streams("s48", [2, 2, 6, few, 0]),
+            Variant::streams("s16", [2, 1, 2, many, 1]),
+            Variant::streams("s48", [1, 2, 6, many, 1]),
+            Variant::streams("s128", [2, 2, 16, 1, 4]),
         ];
-        // Measured, not chosen: behind their like.
-        if narrow {
-            variants.extend([
-                Variant::streams("s16x4", [2, 1, 2, 4, 0]),
-                Variant::streams("s16f", [2, 1, 2, 3, 1]),
-                Variant::streams("s16g", [1, 2, 2, 4, 0]),
-                Variant::streams("s32n", [2, 2, 4, 2, 0]),
-                Variant::streams("s32f", [1, 2, 4, 3, 1]),
-                Variant::streams("s32g", [2, 1, 4, 3, 0]),
-                Variant::streams("s48n", [2, 2, 6, 2, 0]),
-                Variant::streams("s48f", [1, 2, 6, 3, 1]),
-                Variant::streams("s48g", [2, 1, 6, 3, 0]),
-            ]);
-        }
-        variants.push(Variant::warpgroups("w128", [2, 2, 16, 1, 4]));
-        return variants;
     }
     let (small, big) = if narrow {
         (8, 3)
@@ -289,18 +242,10 @@ pub fn moe(format: MatrixFormat, room: Room) -> Vec<Variant> {
     ]
 }
 
-/// Tokens of the widest token tile of the experts' variants that stream.
-const MOST_STREAMING: usize = 48;
-
 /// Tokens of an expert for which the variant of a pass is chosen: half as many again as the mean, so
 /// that most experts need one tile of tokens.
 pub fn expected_tokens(n_rows: usize, k: usize, n_experts: usize) -> usize {
     (n_rows * k * 3).div_ceil(n_experts * 2).min(n_rows)
-}
-
-/// Most rows of a pass whose experts' tokens may stream, on any GPU.
-pub fn most_streaming_rows(k: usize, n_experts: usize) -> usize {
-    MOST_STREAMING.max(MOST_STREAMING * 2 * n_experts / (3 * k))
 }
 
 /// Index of the variant for experts that have about `tokens` tokens.
@@ -380,67 +325,6 @@ pub fn choose_dense(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn blocks_of_half_the_tokens_have_room_for_their_stages() {
-        let room = Room {
-            warpgroups: true,
-            small_shared: false,
-            shared_bytes: 227 << 10,
-            n_multiprocessors: 132,
-        };
-        for format in [
-            MatrixFormat::Mxfp4,
-            MatrixFormat::Mxint8,
-            MatrixFormat::Bf16,
-        ] {
-            let tile = pack::tile_bytes(format);
-            let variants = moe(format, room);
-            let [.., wide] = variants.as_slice() else {
-                panic!("there are variants");
-            };
-            let narrow = Variant {
-                octets: wide.octets / 2,
-                unit: Unit::Warpgroups {
-                    m: 2,
-                    blocks: 1,
-                    fillers: 0,
-                },
-                ..*wide
-            };
-            let given = wide.shared_bytes(tile, 45, 1024);
-            assert!(
-                narrow.shared_bytes(tile, 45, 1024) <= given,
-                "{format:?}: {given}"
-            );
-            assert!(given + STATIC_BYTES <= room.shared_bytes, "{format:?}");
-        }
-    }
-
-    #[test]
-    fn passes_that_stream_have_buffers_for_it() {
-        let room = Room {
-            warpgroups: true,
-            small_shared: false,
-            shared_bytes: 227 << 10,
-            n_multiprocessors: 132,
-        };
-        for format in [
-            MatrixFormat::Mxfp4,
-            MatrixFormat::Mxint8,
-            MatrixFormat::Bf16,
-        ] {
-            let variants = moe(format, room);
-            for (k, n_experts) in [(4, 32), (4, 128), (2, 5), (3, 8), (1, 1)] {
-                let most = most_streaming_rows(k, n_experts);
-                for n_rows in 1..3000 {
-                    let tokens = expected_tokens(n_rows, k, n_experts);
-                    let chosen = choose_moe(&variants, room, 45, tokens);
-                    assert!(n_rows <= most || !variants[chosen].is_streaming());
-                }
-            }
-        }
-    }
 
     /// Those at most a tenth slower than the fastest, as measured (kernels/NOTES.md).
     #[test]

@@ -44,8 +44,6 @@ pub struct Workspace {
     pub act: DeviceBuffer<u16>,
     pub places: DeviceBuffer<u32>,
     pub listed: DeviceBuffer<u32>,
-    pub t_tiles: DeviceBuffer<u16>,
-    pub act_tiles: DeviceBuffer<u16>,
     pub y: DeviceBuffer<u16>,
     pub logits: DeviceBuffer<f32>,
     pub sample_partials: DeviceBuffer<u64>,
@@ -91,8 +89,6 @@ impl Workspace {
             act: device.alloc(what, lengths.act)?,
             places: device.alloc(what, lengths.places)?,
             listed: device.alloc(what, lengths.listed)?,
-            t_tiles: device.alloc(what, lengths.t_tiles)?,
-            act_tiles: device.alloc(what, lengths.act_tiles)?,
             y: device.alloc(what, lengths.y)?,
             logits: device.alloc("logits", lengths.logits)?,
             sample_partials: device.alloc("logits", lengths.sample_partials)?,
@@ -129,15 +125,7 @@ impl Workspace {
     }
 
     pub(super) fn workspace_bytes(&self) -> u64 {
-        let two = [
-            &self.t,
-            &self.qkv,
-            &self.attended,
-            &self.act,
-            &self.t_tiles,
-            &self.act_tiles,
-            &self.y,
-        ];
+        let two = [&self.t, &self.qkv, &self.attended, &self.act, &self.y];
         let words = [
             &self.x,
             &self.mid,
@@ -179,8 +167,6 @@ impl Workspace {
         self.qkv.fill(0, self.qkv.len(), 0xFF)?;
         self.attended.fill(0, self.attended.len(), 0xFF)?;
         self.act.fill(0, self.act.len(), 0xFF)?;
-        self.t_tiles.fill(0, self.t_tiles.len(), 0xFF)?;
-        self.act_tiles.fill(0, self.act_tiles.len(), 0xFF)?;
         self.y.fill(0, self.y.len(), 0xFF)?;
         self.gates.fill(0, self.gates.len(), 0xFF)?;
         self.partial.fill(0, self.partial.len(), 0xFF)?;
