@@ -121,29 +121,6 @@ struct RowValues {
         }
     }
 
-    // x += ((w0 y0 + w1 y1) + w2 y2) + .. in rank order: outputs y of the row's experts, rows of
-    // HIDDEN, by their gates w.
-    __device__ __forceinline__ void add_outputs(const u16* y, const float* gates) {
-        #pragma unroll
-        for (int n = 0; n < N; n++) {
-            if (!has(n)) continue;
-            float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-            #pragma unroll
-            for (int rank = 0; rank < TOP_K; rank++) {
-                uint2 of_rank = *(const uint2*)(y + (u64)rank * HIDDEN + at(n));
-                float gate = gates[rank];
-                sum.x = __fmaf_rn(gate, bf16_to_f32((u16)of_rank.x), sum.x);
-                sum.y = __fmaf_rn(gate, bf16_to_f32((u16)(of_rank.x >> 16)), sum.y);
-                sum.z = __fmaf_rn(gate, bf16_to_f32((u16)of_rank.y), sum.z);
-                sum.w = __fmaf_rn(gate, bf16_to_f32((u16)(of_rank.y >> 16)), sum.w);
-            }
-            v[n].x += sum.x;
-            v[n].y += sum.y;
-            v[n].z += sum.z;
-            v[n].w += sum.w;
-        }
-    }
-
     // t = bf16(x / sqrt(mean(x^2) + eps) * scale).
     __device__ __forceinline__ void normalize(const vector_t* scale, float eps, u16* t, float* scratch) const {
         float sum = 0.0f;

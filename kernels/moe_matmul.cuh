@@ -303,9 +303,7 @@ template <class G, class Store> __device__ __forceinline__ void moe_stream(const
 #endif
 
 // Variants by how many tokens an expert has; src/engine/cuda/variants.rs has the same numbers.
-// 192 rows divide 2880 and 5760. (matmul.cuh, where it stands before, has others of these names.)
-#undef VARIANT
-#undef VARIANTS
+// 192 rows divide 2880 and 5760.
 #define VARIANT(NAME, STORE, THREADS, BLOCKS, ...) \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MoeArgs args) { moe_matmul<__VA_ARGS__, STORE>(args); }
 #ifdef WARPGROUPS

@@ -28,31 +28,6 @@ template <int PENDING> __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
 }
 
-// The thread's copies to shared memory up to here arrive at the barrier when they are there.
-__device__ __forceinline__ void copy_async_arrive(u32 barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(barrier) : "memory");
-}
-
-// What blocks of a running kernel tell each other by. All that the thread has seen and written is
-// there for who acquires the sum.
-__device__ __forceinline__ void add_release(u32* sum) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(sum) : "memory");
-}
-__device__ __forceinline__ u32 load_acquire(const u32* sum) {
-    u32 v;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(sum) : "memory");
-    return v;
-}
-// A word that stands for itself alone.
-__device__ __forceinline__ void store_relaxed(u64* to, u64 v) {
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(to), "l"(v) : "memory");
-}
-__device__ __forceinline__ u64 load_relaxed(const u64* from) {
-    u64 v;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
-    return v;
-}
-
 // A kernel may be launched while the one before it still runs. It lets the next one begin to
 // start, and waits for all that the one before has written, before it reads or writes anything
 // but weights.

@@ -25,9 +25,28 @@ extern "C" __global__ void __launch_bounds__(256) moe_combine(
     follow_between();
     u64 row = blockIdx.x;
     x += row * HIDDEN;
+    y += row * TOP_K * HIDDEN;
+    gates += row * TOP_K;
     RowValues values;
     values.load(x);
-    values.add_outputs(y + row * TOP_K * HIDDEN, gates + row * TOP_K);
+    #pragma unroll
+    for (int n = 0; n < RowValues::N; n++) {
+        if (!RowValues::has(n)) continue;
+        float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+        #pragma unroll
+        for (int rank = 0; rank < TOP_K; rank++) {
+            uint2 of_rank = *(const uint2*)(y + (u64)rank * HIDDEN + RowValues::at(n));
+            float gate = gates[rank];
+            sum.x = __fmaf_rn(gate, bf16_to_f32((u16)of_rank.x), sum.x);
+            sum.y = __fmaf_rn(gate, bf16_to_f32((u16)(of_rank.x >> 16)), sum.y);
+            sum.z = __fmaf_rn(gate, bf16_to_f32((u16)of_rank.y), sum.z);
+            sum.w = __fmaf_rn(gate, bf16_to_f32((u16)(of_rank.y >> 16)), sum.w);
+        }
+        values.v[n].x += sum.x;
+        values.v[n].y += sum.y;
+        values.v[n].z += sum.z;
+        values.v[n].w += sum.w;
+    }
     values.store(x);
     values.normalize(scale, eps, t + row * HIDDEN, scratch);
 }

@@ -57,14 +57,8 @@ __device__ __forceinline__ void barrier_arrive_if(u32 barrier, u32 told) {
                  "@told mbarrier.arrive.shared::cta.b64 _, [%0];}" :: "r"(barrier), "r"(told) : "memory");
 }
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    // The first sleeps while it waits; the older GPUs have but the second.
-#if __CUDA_ARCH__ >= 900
-#define WAIT "try_wait"
-#else
-#define WAIT "test_wait"
-#endif
     asm volatile("{.reg .pred done;\n"
-                 "again: mbarrier." WAIT ".parity.shared::cta.b64 done, [%0], %1;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra again;}" :: "r"(barrier), "r"(parity) : "memory");
 }
 // Copies a run of bytes (a multiple of 16) to shared memory; the barrier counts them.

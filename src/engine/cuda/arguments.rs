@@ -92,7 +92,7 @@ pub struct ExpertBuffers {
     pub act_tiles: u64,
 }
 
-/// As `RouteArgs` in kernels/routing.cuh.
+/// As `RouteArgs` in kernels/topk_routing.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct RouteArgs {
@@ -111,38 +111,6 @@ pub struct RouteArgs {
     /// Set by the launch: rows of a tile, and pieces of weights in shared memory.
     pub tile_rows: u32,
     pub n_slots: u32,
-}
-
-/// As `LayerStepArgs` in kernels/layer_step.cu.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub struct LayerStepArgs {
-    pub out: MatmulArgs,
-    pub route: RouteArgs,
-    pub gate_up: MoeArgs,
-    pub down: MoeArgs,
-    pub qkv: MatmulArgs,
-    pub next_norm: u64,
-    pub mid: u64,
-    pub arrived: u64,
-    pub keys: u64,
-    /// Set by the launch.
-    pub layout: LayerStepLayout,
-}
-
-/// How a block of `layer_step` divides its shared memory: groups of 64 k of a stage of each
-/// product, and where what is in it begins.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LayerStepLayout {
-    pub out_groups: u32,
-    pub gate_up_groups: u32,
-    pub down_groups: u32,
-    pub qkv_groups: u32,
-    pub norms_at: u32,
-    pub keys_at: u32,
-    pub dense_at: u32,
-    pub experts_at: u32,
 }
 
 /// As `AttentionArgs` in kernels/attention.cuh.

@@ -2,10 +2,8 @@
 //!
 //! Nothing here waits or copies; a decode step is captured as a graph by running this once.
 
-use super::launch::{
-    AttentionArgs, Dense, ExpertBuffers, Kernels, LayerStepArgs, MatmulArgs, MoeArgs, RouteArgs,
-};
-use super::memory::{self, KvGeometry};
+use super::launch::{AttentionArgs, Dense, ExpertBuffers, Kernels, MatmulArgs, MoeArgs, RouteArgs};
+use super::memory::KvGeometry;
 use super::model::{CudaModel, Experts, LayerWeights, Projection};
 use super::pack;
 use super::workspace::Workspace;
@@ -73,9 +71,6 @@ impl Pass<'_> {
                 n_rows,
             )?,
         }
-        if kernels.has_layer_step(n_rows) && is_step(rows) && until == Until::Normed {
-            return self.layers_of_one_row(rows);
-        }
         for (i, layer) in model.layers.iter().enumerate() {
             let norm = layer.attention_norm.at(0);
             if i == 0 {
@@ -108,104 +103,33 @@ impl Pass<'_> {
         )?)
     }
 
-    /// All layers of a step of one row, and the norm behind them: the same operations, of which one
-    /// kernel does those between the attention of a layer and that of the next.
-    fn layers_of_one_row(&self, rows: Rows) -> Result<(), EngineError> {
-        let (kernels, model, work) = (self.kernels, self.model, self.work);
-        let config = &model.config;
-        for (i, layer) in model.layers.iter().enumerate() {
-            if i == 0 {
-                let norm = layer.attention_norm.at(0);
-                let (x, t) = (work.x.at(0), work.t.at(0));
-                kernels.rmsnorm(x, norm, t, config.rms_norm_eps, 1)?;
-                kernels.matmul(Dense::Qkv, &self.qkv_args(layer, rows, false))?;
-            }
-            self.attend(layer, rows)?;
-            let next = model.layers.get(i + 1);
-            let norm = next.map_or(&model.final_norm, |next| &next.attention_norm);
-            let entries = work.experts.at(0);
-            kernels.layer_step(&LayerStepArgs {
-                out: self.out_args(layer, 1),
-                route: RouteArgs {
-                    x: work.mid.at(0),
-                    ..self.route_args(layer, 1)
-                },
-                gate_up: MoeArgs {
-                    x: work.t.at(0),
-                    act: work.act.at(0),
-                    entries,
-                    ..self.gate_up_args(layer)
-                },
-                down: MoeArgs {
-                    x: work.act.at(0),
-                    y: work.y.at(0),
-                    entries,
-                    ..self.down_args(layer)
-                },
-                qkv: next.map_or(MatmulArgs::default(), |next| {
-                    self.qkv_args(next, rows, false)
-                }),
-                next_norm: norm.at(0),
-                mid: work.mid.at(0),
-                arrived: work.exchange.at(0),
-                keys: work.exchange.at(memory::EXCHANGE_KEYS),
-                ..LayerStepArgs::default()
-            })?;
-        }
-        Ok(())
-    }
-
     fn attention(
         &self,
         layer: &LayerWeights,
         rows: Rows,
         cached_only: bool,
     ) -> Result<(), EngineError> {
-        let kernels = self.kernels;
-        let mut qkv = self.qkv_args(layer, rows, cached_only);
-        let cache = qkv.cache;
-        // A ring's old positions may still be read in a pass of more than one row.
-        let append_later = layer.kind == LayerKind::Sliding && !is_step(rows);
-        if append_later {
-            qkv.cache = 0;
-        }
-        kernels.matmul(Dense::Qkv, &qkv)?;
-        if !cached_only {
-            self.attend(layer, rows)?;
-        }
-        if append_later {
-            qkv.cache = cache;
-            kernels.ring_append(&qkv)?;
-        }
-        if cached_only {
-            return Ok(());
-        }
-        Ok(kernels.matmul(Dense::Add, &self.out_args(layer, rows.n_rows()))?)
-    }
-
-    /// Where a layer's keys and values are, layers of its kind, and pages of a sequence's table.
-    fn cache(&self, layer: &LayerWeights) -> (u64, usize, usize) {
-        let (work, geometry) = (self.work, self.geometry);
-        match layer.kind {
-            LayerKind::Sliding => (work.rings.at(0), geometry.n_sliding_layers, 0),
-            LayerKind::Full => (
+        let (kernels, work, geometry) = (self.kernels, self.work, self.geometry);
+        let config = &self.model.config;
+        let n_rows = rows.n_rows();
+        let sliding = layer.kind == LayerKind::Sliding;
+        let is_step = matches!(rows, Rows::Step { .. });
+        let (cache, n_layers, max_pages) = if sliding {
+            (work.rings.at(0), geometry.n_sliding_layers, 0)
+        } else {
+            (
                 work.pages.at(0),
                 geometry.n_full_layers,
                 work.lengths.max_pages,
-            ),
-        }
-    }
-
-    fn qkv_args(&self, layer: &LayerWeights, rows: Rows, cached_only: bool) -> MatmulArgs {
-        let (work, config) = (self.work, &self.model.config);
-        let (cache, n_layers, max_pages) = self.cache(layer);
+            )
+        };
         // Queries of a layer whose output nobody needs are left out, by whole blocks.
         let first_tile = if cached_only {
             config.q_width() / pack::TILE_M / pack::BLOCK_TILES * pack::BLOCK_TILES
         } else {
             0
         };
-        MatmulArgs {
+        let mut qkv = MatmulArgs {
             qkv: work.qkv.at(0),
             rows: work.rows.at(0),
             rope: work.rope.at(0),
@@ -217,72 +141,72 @@ impl Pass<'_> {
             layer: layer.kind_index as u32,
             n_layers: n_layers as u32,
             max_pages: max_pages as u32,
-            ring: self.geometry.ring as u32,
-            ..dense(&layer.qkv, work.t.at(0), rows.n_rows())
-        }
-    }
-
-    fn attend(&self, layer: &LayerWeights, rows: Rows) -> Result<(), EngineError> {
-        let (kernels, work, geometry) = (self.kernels, self.work, self.geometry);
-        let config = &self.model.config;
-        let sliding = layer.kind == LayerKind::Sliding;
-        let (cache, n_layers, max_pages) = self.cache(layer);
-        let mut args = AttentionArgs {
-            qkv: work.qkv.at(0),
-            out: work.attended.at(0),
-            rows: work.rows.at(0),
-            blocks: 0,
-            sinks: layer.sinks.at(0),
-            cache,
-            page_table: work.page_table.at(0),
-            partial: work.partial.at(0),
-            items: 0,
-            n_items: 0,
-            shared: 0,
-            n_heads: config.n_heads as u32,
-            n_kv_heads: config.n_kv_heads as u32,
-            layer: layer.kind_index as u32,
-            n_layers: n_layers as u32,
-            max_pages: max_pages as u32,
             ring: geometry.ring as u32,
-            window: config.sliding_window as u32,
-            max_splits: work.lengths.max_splits as u32,
-            scale: 1.0 / (config.head_dim as f32).sqrt(),
+            ..dense(&layer.qkv, work.t.at(0), n_rows)
         };
-        match rows {
-            Rows::Step { n_rows, shares } => {
-                if shares {
-                    args.items = work.items.at(0);
-                    args.n_items = work.n_items.at(0);
-                    args.shared = work.shared.at(0);
+        // A ring's old positions may still be read in a pass of more than one row.
+        let append_later = sliding && !is_step;
+        if append_later {
+            qkv.cache = 0;
+        }
+        kernels.matmul(Dense::Qkv, &qkv)?;
+        if !cached_only {
+            let mut args = AttentionArgs {
+                qkv: work.qkv.at(0),
+                out: work.attended.at(0),
+                rows: work.rows.at(0),
+                blocks: 0,
+                sinks: layer.sinks.at(0),
+                cache,
+                page_table: work.page_table.at(0),
+                partial: work.partial.at(0),
+                items: 0,
+                n_items: 0,
+                shared: 0,
+                n_heads: config.n_heads as u32,
+                n_kv_heads: config.n_kv_heads as u32,
+                layer: layer.kind_index as u32,
+                n_layers: n_layers as u32,
+                max_pages: max_pages as u32,
+                ring: geometry.ring as u32,
+                window: config.sliding_window as u32,
+                max_splits: work.lengths.max_splits as u32,
+                scale: 1.0 / (config.head_dim as f32).sqrt(),
+            };
+            match rows {
+                Rows::Step { n_rows, shares } => {
+                    if shares {
+                        args.items = work.items.at(0);
+                        args.n_items = work.n_items.at(0);
+                        args.shared = work.shared.at(0);
+                    }
+                    kernels.attention_decode(sliding, &args, n_rows)?;
                 }
-                kernels.attention_decode(sliding, &args, n_rows)?;
-            }
-            Rows::Prefill { n_blocks, .. } => {
-                args.blocks = work.blocks.at(0);
-                kernels.attention(sliding, &args, n_blocks)?;
+                Rows::Prefill { n_blocks, .. } => {
+                    args.blocks = work.blocks.at(0);
+                    kernels.attention(sliding, &args, n_blocks)?;
+                }
             }
         }
-        Ok(())
-    }
-
-    fn out_args(&self, layer: &LayerWeights, n_rows: usize) -> MatmulArgs {
-        MatmulArgs {
-            out: self.work.x.at(0),
-            ..dense(&layer.out, self.work.attended.at(0), n_rows)
+        if append_later {
+            qkv.cache = cache;
+            kernels.ring_append(&qkv)?;
         }
+        if cached_only {
+            return Ok(());
+        }
+        let out = MatmulArgs {
+            out: work.x.at(0),
+            ..dense(&layer.out, work.attended.at(0), n_rows)
+        };
+        Ok(kernels.matmul(Dense::Add, &out)?)
     }
 
     fn mlp(&self, layer: &LayerWeights, n_rows: usize) -> Result<(), EngineError> {
-        let kernels = self.kernels;
-        kernels.route(&self.route_args(layer, n_rows))?;
-        let (gate_up, down) = (self.gate_up_args(layer), self.down_args(layer));
-        Ok(kernels.experts(&self.expert_buffers(), &gate_up, &down, n_rows)?)
-    }
-
-    fn route_args(&self, layer: &LayerWeights, n_rows: usize) -> RouteArgs {
-        let (work, config) = (self.work, &self.model.config);
-        RouteArgs {
+        let (kernels, work) = (self.kernels, self.work);
+        let config = &self.model.config;
+        let k = config.n_experts_per_token;
+        let route = RouteArgs {
             x: work.x.at(0),
             norm: layer.mlp_norm.at(0),
             t: work.t.at(0),
@@ -292,16 +216,13 @@ impl Pass<'_> {
             experts: work.experts.at(0),
             gates: work.gates.at(0),
             n_experts: config.n_experts as u32,
-            k: config.n_experts_per_token as u32,
+            k: k as u32,
             n_rows: n_rows as u32,
             eps: config.rms_norm_eps,
             ..RouteArgs::default()
-        }
-    }
-
-    fn expert_buffers(&self) -> ExpertBuffers {
-        let work = self.work;
-        ExpertBuffers {
+        };
+        kernels.route(&route)?;
+        let buffers = ExpertBuffers {
             t: work.t.at(0),
             act: work.act.at(0),
             y: work.y.at(0),
@@ -313,21 +234,14 @@ impl Pass<'_> {
             // `down` leaves y when gate_up has read its tokens; act is one or the other.
             t_tiles: work.y.at(0),
             act_tiles: work.act.at(0),
-        }
-    }
-
-    /// Where what they take and leave lies is told by the launch.
-    fn gate_up_args(&self, layer: &LayerWeights) -> MoeArgs {
-        let config = &self.model.config;
-        MoeArgs {
+        };
+        let gate_up = MoeArgs {
             n_out: config.intermediate as u32,
             limit: config.swiglu_limit,
             ..self.expert_args(&layer.gate_up)
-        }
-    }
-
-    fn down_args(&self, layer: &LayerWeights) -> MoeArgs {
-        self.expert_args(&layer.down)
+        };
+        let down = self.expert_args(&layer.down);
+        Ok(kernels.experts(&buffers, &gate_up, &down, n_rows)?)
     }
 
     fn expert_args(&self, experts: &Experts) -> MoeArgs {
@@ -354,10 +268,6 @@ impl Pass<'_> {
         };
         Ok(self.kernels.matmul(Dense::Logits, &args)?)
     }
-}
-
-fn is_step(rows: Rows) -> bool {
-    matches!(rows, Rows::Step { .. })
 }
 
 fn dense(projection: &Projection, x: u64, n_rows: usize) -> MatmulArgs {

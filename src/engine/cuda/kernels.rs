@@ -29,8 +29,6 @@ const ATTENTION: &str = concat!(
 );
 const MATMUL: &str = include_str!("../../../kernels/matmul.cuh");
 const MOE: &str = include_str!("../../../kernels/moe_matmul.cuh");
-const ROW: &str = include_str!("../../../kernels/gemm_row.cuh");
-const ROUTING: &str = include_str!("../../../kernels/routing.cuh");
 
 /// One text to compile.
 #[derive(Clone, Debug)]
@@ -49,8 +47,7 @@ fn kernel(name: &'static str, shared: &[&str], text: &str) -> Kernel {
     Kernel {
         name,
         text: whole,
-        uses_matrix_units: name.contains("matmul")
-            || ["attention", "topk_routing", "layer_step"].contains(&name),
+        uses_matrix_units: name.contains("matmul") || ["attention", "topk_routing"].contains(&name),
     }
 }
 
@@ -70,17 +67,6 @@ pub fn moe_matmul_file(format: MatrixFormat) -> &'static str {
         MatrixFormat::Mxint8 => "moe_matmul_mxint8",
         MatrixFormat::Mxfp4 => "moe_matmul_mxfp4",
     }
-}
-
-/// What `layer_step.cu` finds before it: the formats of its weights.
-fn formats_text(format: WeightFormat) -> String {
-    let name = |format| match format {
-        MatrixFormat::Bf16 => "BF16",
-        MatrixFormat::Mxint8 => "MXINT8",
-        MatrixFormat::Mxfp4 => "MXFP4",
-    };
-    let (dense, experts) = (name(format.attention), name(format.experts));
-    format!("constexpr Format DENSE = {dense}, EXPERTS = {experts};\n")
 }
 
 /// The texts for weights of these formats: one for each format of the dense products.
@@ -104,16 +90,13 @@ pub fn texts(format: WeightFormat) -> Vec<Kernel> {
         MatrixFormat::Mxfp4 => text!("moe_matmul_mxfp4"),
     };
     let moe_matmul = kernel(moe_matmul_file(format.experts), &[GEMM, MOE], moe_matmul);
-    let formats = formats_text(format);
-    let layer_step = [GEMM, MATMUL, MOE, ROW, ROUTING, formats.as_str()];
     let mut kernels = vec![
         kernel("embed", &[], text!("embed")),
         kernel("rmsnorm", &[], text!("rmsnorm")),
-        kernel("topk_routing", &[ROUTING], text!("topk_routing")),
+        kernel("topk_routing", &[], text!("topk_routing")),
         kernel("attention", &[ATTENTION], text!("attention")),
         matmul(format.attention),
         moe_matmul,
-        kernel("layer_step", &layer_step, text!("layer_step")),
         kernel("sample", &[], text!("sample")),
         kernel("synthetic", &[], text!("synthetic")),
     ];

@@ -11,8 +11,7 @@ use std::sync::{Arc, Mutex};
 use cudarc::driver::sys;
 
 pub use super::arguments::{
-    AttentionArgs, Dense, ExpertBuffers, GatherArgs, LayerStepArgs, LayerStepLayout, MatmulArgs,
-    MoeArgs, RouteArgs, SampleArgs,
+    AttentionArgs, Dense, ExpertBuffers, GatherArgs, MatmulArgs, MoeArgs, RouteArgs, SampleArgs,
 };
 use super::counts::{Calls, add};
 use super::decode::Slot;
@@ -20,7 +19,6 @@ use super::device::{Device, Function, Module, check};
 use super::error::CudaError;
 use super::graph::Event;
 use super::kernels::{self, Build, Cubin};
-use super::layer_step;
 use super::memory::MAX_SAMPLE_PARTS;
 use super::nvrtc::Nvrtc;
 use super::pack;
@@ -63,8 +61,6 @@ pub struct Kernels {
     dense: [Vec<Function>; 3],
     gate_up: Vec<Function>,
     down: Vec<Function>,
-    /// With its layout and shared memory; nothing for models that it does not take.
-    layer_step: Option<(Function, LayerStepLayout, usize)>,
     ring_append: Function,
     survey: Function,
     tally: Function,
@@ -222,12 +218,6 @@ impl Kernels {
         let fits = |n_slots: &usize| {
             route_shared(config, 16, *n_slots) + ROUTE_STATIC <= device.shared_bytes as usize
         };
-        let layer_step = layer_step::layout(config, build.format, room)
-            .map(|(layout, shared)| {
-                let function = function("layer_step", "layer_step", shared)?;
-                Ok::<_, CudaError>((function, layout, shared))
-            })
-            .transpose()?;
         let many_slots = [all, ahead].into_iter().find(fits);
         Ok(Self {
             experts_format,
@@ -263,7 +253,6 @@ impl Kernels {
             down: moe_of("down")?,
             dense_variants,
             moe_variants,
-            layer_step,
             ring_append,
             survey: function("sample", "survey", 0)?,
             tally: function("sample", "tally", 0)?,
@@ -649,30 +638,6 @@ impl Kernels {
             )?;
         }
         Ok(())
-    }
-
-    /// Whether [`Kernels::layer_step`] takes this model's layers with so many rows.
-    pub fn has_layer_step(&self, n_rows: usize) -> bool {
-        n_rows == 1 && self.layer_step.is_some()
-    }
-
-    /// A layer of a step of one row from behind its attention to before the next one's.
-    ///
-    /// # Errors
-    /// The driver refuses the launch, or the model is not one that [`Kernels::has_layer_step`].
-    pub fn layer_step(&self, args: &LayerStepArgs) -> Result<(), CudaError> {
-        let Some((function, layout, shared)) = self.layer_step else {
-            return Err(CudaError::Shape {
-                key: "rows of a pass",
-                found: 1,
-                expected: "separate kernels for such a model",
-            });
-        };
-        let args = LayerStepArgs { layout, ..*args };
-        // Blocks wait for each other: each multiprocessor has one.
-        let grid = [self.room.n_multiprocessors, 1, 1];
-        let threads = 32 * layer_step::WARPS;
-        self.follow(function, grid, threads, shared, &[arg(&args)])
     }
 
     /// Attention of a prefill pass over `n_blocks` blocks of rows.

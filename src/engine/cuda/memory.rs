@@ -60,9 +60,6 @@ impl KvGeometry {
     }
 }
 
-/// Where in `exchange` the experts' keys begin.
-pub const EXCHANGE_KEYS: usize = 2;
-
 /// Most parts that a row of logits is gone through by, and 64-bit words of what one comes to:
 /// `Partial` in kernels/sample.cu.
 pub const MAX_SAMPLE_PARTS: usize = 64;
@@ -83,11 +80,6 @@ pub struct Lengths {
     pub max_splits: usize,
     /// Residual, f32 `[R, hidden]`.
     pub x: usize,
-    /// The residual within a layer of a step of one row, f32 `[hidden]`.
-    pub mid: usize,
-    /// By which blocks of such a step tell each other, 8 bytes each: three counts of blocks, then a
-    /// key an expert.
-    pub exchange: usize,
     /// Normed residual, bf16 `[R, hidden]`.
     pub t: usize,
     /// bf16 `[R, qkv_width]`.
@@ -132,8 +124,6 @@ impl Lengths {
             max_pages,
             max_splits,
             x: max_rows.saturating_mul(config.hidden),
-            mid: config.hidden,
-            exchange: EXCHANGE_KEYS + config.n_experts,
             t: max_rows.saturating_mul(config.hidden),
             qkv: max_rows.saturating_mul(config.qkv_width()),
             attended: max_rows.saturating_mul(config.q_width()),
@@ -160,8 +150,6 @@ impl Lengths {
     pub fn n_bytes(&self, n_slots: usize) -> u64 {
         let four = [
             self.x,
-            self.mid,
-            2 * self.exchange,
             3usize.saturating_mul(self.entries),
             self.offsets,
             self.places,

@@ -17,7 +17,6 @@ pub mod forward;
 pub mod graph;
 pub mod kernels;
 pub mod launch;
-pub mod layer_step;
 pub mod load;
 pub mod memory;
 pub mod model;

@@ -283,6 +283,7 @@ impl Variant {
             return f64::INFINITY;
         }
         let (stage_ns, l2) = match self.unit {
+            Unit::Direct { .. } if self.octets > 1 => (160.0, 6000.0),
             Unit::Direct { .. } => (120.0, 6000.0),
             Unit::Streams { .. } => (200.0, 7500.0),
             _ => (320.0, 7500.0),
@@ -341,7 +342,7 @@ mod tests {
             (qkv, 1, vec!["d8"]),
             (add, 1, vec!["d8"]),
             (qkv, 64, vec!["s16", "s32", "s64"]),
-            (add, 64, vec!["d16", "s16", "s32", "s64"]),
+            (add, 64, vec!["s16", "s32", "s64"]),
             (logits, 64, vec!["s32", "s64", "s128x128", "s256x128"]),
             (qkv, 256, vec!["s128x128"]),
             (add, 256, vec!["s32", "s64"]),

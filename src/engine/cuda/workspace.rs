@@ -32,8 +32,6 @@ pub struct Workspace {
     pub pages: DeviceBuffer<u16>,
     pub rings: DeviceBuffer<u16>,
     pub x: DeviceBuffer<f32>,
-    pub mid: DeviceBuffer<f32>,
-    pub exchange: DeviceBuffer<u64>,
     pub t: DeviceBuffer<u16>,
     pub qkv: DeviceBuffer<u16>,
     pub attended: DeviceBuffer<u16>,
@@ -77,8 +75,6 @@ impl Workspace {
             pages: device.alloc("KV pages", shape.n_pages.saturating_mul(geometry.page_len))?,
             rings: device.alloc("KV rings", n_sequences.saturating_mul(geometry.ring_len))?,
             x: device.alloc(what, lengths.x)?,
-            mid: device.alloc(what, lengths.mid)?,
-            exchange: device.alloc(what, lengths.exchange)?,
             t: device.alloc(what, lengths.t)?,
             qkv: device.alloc(what, lengths.qkv)?,
             attended: device.alloc(what, lengths.attended)?,
@@ -115,8 +111,6 @@ impl Workspace {
         work.attended.fill(0, lengths.attended, 0)?;
         work.y.fill(0, lengths.y, 0)?;
         work.act.fill(0, lengths.act, 0)?;
-        // Zero between launches.
-        work.exchange.fill(0, lengths.exchange, 0)?;
         Ok(work)
     }
 
@@ -128,7 +122,6 @@ impl Workspace {
         let two = [&self.t, &self.qkv, &self.attended, &self.act, &self.y];
         let words = [
             &self.x,
-            &self.mid,
             &self.gates,
             &self.logits,
             &self.rope,
@@ -150,7 +143,6 @@ impl Workspace {
             + words.iter().map(|buffer| buffer.n_bytes()).sum::<u64>()
             + counts.iter().map(|buffer| buffer.n_bytes()).sum::<u64>()
             + self.sample_partials.n_bytes()
-            + self.exchange.n_bytes()
             + self.rows.n_bytes()
             + self.blocks.n_bytes()
             + self.slots.n_bytes()
@@ -162,7 +154,6 @@ impl Workspace {
     /// Fills all activations with NaN: nothing in them outlives a pass.
     pub(super) fn poison(&self) -> Result<(), CudaError> {
         self.x.fill(0, self.x.len(), 0xFF)?;
-        self.mid.fill(0, self.mid.len(), 0xFF)?;
         self.t.fill(0, self.t.len(), 0xFF)?;
         self.qkv.fill(0, self.qkv.len(), 0xFF)?;
         self.attended.fill(0, self.attended.len(), 0xFF)?;
