@@ -61,6 +61,11 @@ test-full: setup test test-browser
 test-gpu *args:
     cargo test --release --manifest-path '{{ manifest }}' --test cuda --test cuda_attention --test cuda_loading --test cuda_formats --test cuda_invariance --test cuda_lost "$@" -- --ignored --test-threads 2
 
+# Real benchmark files, read as a few lines of Python read them: just test-samples FOLDER
+[no-cd]
+test-samples folder:
+    PODIUM_SAMPLES="$(realpath '{{ folder }}')" cargo test --release --manifest-path '{{ manifest }}' --test samples -- --ignored
+
 # Measure the CUDA engine: just bench --workload b64,b256
 [no-cd]
 bench *args:

@@ -7,7 +7,7 @@ mod support;
 
 use std::collections::BTreeSet;
 
-use support::{Scratch, bits, jsonl, nano_rows, root, run_ok};
+use support::{Scratch, bits, jsonl, nano_rows, root, run_ok, snapshot};
 
 #[test]
 fn the_readme_lists_the_commands_of_the_help() {
@@ -200,6 +200,46 @@ fn inspect_shows_how_a_file_is_read() {
     let document: serde_json::Value =
         serde_json::from_slice(&run_ok(scratch.path(), &args).stdout).unwrap();
     assert_eq!(document["n_rows"], 300);
+}
+
+/// Two files: lengths against a context, golds, baselines, and rows that cannot run with their
+/// reasons, those that are mended alike told once.
+#[test]
+fn inspect_counts_what_a_run_would_meet() {
+    let scratch = Scratch::new("inspect-counts");
+    let long = "and then one more ".repeat(40);
+    scratch.write(
+        "choice.jsonl",
+        [
+            r#"{"id": 1, "question": "Which is red?", "options": ["moss", "rust"], "answer": "B"}"#.into(),
+            r#"{"id": 2, "question": "Which is green?", "options": ["moss", "rust"], "answer": "A"}"#.into(),
+            r#"{"id": 3, "question": "Which is soft?", "options": ["moss", "rust"], "answer": "A"}"#.into(),
+            r#"{"id": 4, "question": "", "options": ["moss", "rust"], "answer": "A"}"#.into(),
+            r#"{"id": 5, "options": ["moss", "rust"], "answer": "A"}"#.to_owned(),
+            format!(r#"{{"id": 6, "question": "{long}", "options": ["moss", "rust"], "answer": "A"}}"#),
+            format!(r#"{{"id": 7, "question": "{long}?", "options": ["moss", "rust"], "answer": "B"}}"#),
+        ]
+        .join("\n"),
+    );
+    scratch.write(
+        "free.csv",
+        "question,answer,subject\n1 + 1?,2,sums\n1 + 2?,3,sums\n",
+    );
+    let args = ["inspect", "choice.jsonl", "free.csv", "--context", "200"];
+    snapshot::check_exact("inspect-two-files", scratch.path(), &args);
+    let args = [&args[..], &["--json"]].concat();
+    let stdout = String::from_utf8(run_ok(scratch.path(), &args).stdout).unwrap();
+    let documents: Vec<serde_json::Value> = stdout
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(documents.len(), 2);
+    assert_eq!(documents[0]["n_defects"], 4);
+    assert_eq!(documents[0]["n_too_long"], 2);
+    assert_eq!(documents[0]["defects"].as_array().unwrap().len(), 2);
+    assert_eq!(documents[0]["random_baseline"], 0.5);
+    assert_eq!(documents[1]["groups"]["sums"], 2);
+    assert_eq!(documents[1]["context"], 200);
 }
 
 #[test]

@@ -1,12 +1,16 @@
 //! The committed data sets through reader, profile and scorer: a reply that is the gold is right,
-//! another row's gold is wrong, and every row renders.
+//! another row's gold is wrong, and every row renders. Every shape of a prompt file under
+//! `tests/datasets` is read as its table says, or refused with its reason.
 
-use std::path::Path;
+mod support;
 
-use podium::dataset::{self, Gold};
+use std::path::{Path, PathBuf};
+
+use podium::dataset::{self, Gold, Pins, Record};
 use podium::profile::Profile;
 use podium::prompt::Reasoning;
 use podium::score::{self, Status};
+use support::{Scratch, run, snapshot};
 
 #[test]
 fn the_gold_as_a_reply_is_right_and_a_wrong_one_is_not() {
@@ -67,4 +71,172 @@ fn every_question_of_nano_is_on_the_test_side() {
         }
     }
     assert!(n_rows > 2000, "{n_rows} rows");
+}
+
+/// What `tests/datasets/expected.txt` says of a file.
+struct Expected {
+    file: String,
+    mapping: String,
+    /// Id, gold and options of each row, as the table spells them.
+    rows: Vec<String>,
+}
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/datasets")
+}
+
+fn table() -> Vec<Expected> {
+    let text = std::fs::read_to_string(fixtures().join("expected.txt")).expect("it is checked in");
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    let blocks = lines.collect::<Vec<_>>();
+    blocks
+        .split(|line| line.is_empty())
+        .filter_map(|block| {
+            let (first, rows) = block.split_first()?;
+            let (file, mapping) = first
+                .split_once(" | ")
+                .expect("a block begins with its file");
+            Some(Expected {
+                file: file.to_owned(),
+                mapping: mapping.to_owned(),
+                rows: rows.iter().map(|row| (*row).to_owned()).collect(),
+            })
+        })
+        .collect()
+}
+
+/// A record as the table spells it.
+fn spelled(record: &Record) -> String {
+    let id = match &record.id {
+        Some(serde_json::Value::String(id)) => id.clone(),
+        Some(id) => id.to_string(),
+        None => "-".to_owned(),
+    };
+    let gold = match &record.gold {
+        Some(Gold::Option(index)) => format!("[{}]", score::option_letter(*index)),
+        Some(Gold::Text(text)) => text.clone(),
+        None => "-".to_owned(),
+    };
+    let options = match record.options.as_slice() {
+        [] => "-".to_owned(),
+        options => options.join(" / "),
+    };
+    format!("{id} | {gold} | {options}")
+}
+
+#[test]
+fn every_shape_is_read_as_the_table_says() {
+    let table = table();
+    let mut files: Vec<String> = std::fs::read_dir(fixtures())
+        .expect("it is checked in")
+        .map(|entry| entry.expect("it can be read"))
+        .filter(|entry| entry.path().is_file())
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| !name.ends_with(".py") && name != "expected.txt")
+        .collect();
+    files.sort();
+    let mut named: Vec<&String> = table.iter().map(|it| &it.file).collect();
+    named.sort();
+    assert_eq!(
+        named,
+        files.iter().collect::<Vec<_>>(),
+        "a line for each file"
+    );
+    for expected in table {
+        let dataset = match dataset::read(&fixtures().join(&expected.file)) {
+            Ok(dataset) => dataset,
+            Err(error) => panic!("{}: {error}", expected.file),
+        };
+        let mapping = dataset.mapping.to_string().replace('\n', "; ");
+        assert_eq!(mapping, expected.mapping, "{}", expected.file);
+        let rows: Vec<String> = dataset.records.iter().map(spelled).collect();
+        assert_eq!(rows, expected.rows, "{}", expected.file);
+        for record in &dataset.records {
+            assert_eq!(record.defect, None, "{}", expected.file);
+            assert!(!record.question.contains("Options:"), "{}", expected.file);
+        }
+    }
+}
+
+/// Files that have no reading, or more than one: what is said of each.
+#[test]
+fn refusals_say_what_and_how_to_mend_it() {
+    let folder = fixtures().join("refused");
+    let mut n_files = 0;
+    for entry in std::fs::read_dir(&folder).expect("it is checked in") {
+        let name = entry.expect("it can be read").file_name();
+        let name = name.to_string_lossy();
+        let output = run(&folder, &["inspect", &name]);
+        let (stem, _) = name.split_once('.').expect("a file has an ending");
+        let snapshot = format!("refused-{}", stem.replace('_', "-"));
+        snapshot::check_output(&snapshot, &folder, &["inspect", &name], &output);
+        assert_eq!(output.status.code(), Some(2), "{name}");
+        n_files += 1;
+    }
+    assert!(n_files >= 12);
+}
+
+/// The mend that a refusal names does mend it.
+#[test]
+fn pins_settle_what_a_file_leaves_open() {
+    let cases = [
+        (
+            "index_open.jsonl",
+            "gold_kind = \"index_from0\"",
+            "1 | [B] | a hill / an ant / a bus / a ship",
+        ),
+        (
+            "index_open.jsonl",
+            "gold_kind = \"index_from1\"",
+            "1 | [A] | a hill / an ant / a bus / a ship",
+        ),
+        ("two_golds.jsonl", "gold = \"target\"", "1 | 3 miles | -"),
+        (
+            "two_options.jsonl",
+            "options = \"choices\"",
+            "1 | [A] | y / x",
+        ),
+        ("splits.json", "rows = \"test\"", "- | no | -"),
+        (
+            "headless_open.csv",
+            "header = false\nid = \"1\"\nquestion = \"2\"\ngold = \"4\"",
+            "12 | 9 | -",
+        ),
+        (
+            "headless_subject.csv",
+            "group = \"1\"\nquestion = \"2\"\noptions = [\"3\", \"4\"]\ngold = \"5\"",
+            "- | [A] | bread / glass",
+        ),
+        ("one_column.csv", "header = false", "- | - | -"),
+    ];
+    for (file, pins, row) in cases {
+        let pins: Pins = toml::from_str(pins).expect("the case is valid");
+        match dataset::read_with(&fixtures().join("refused").join(file), &pins) {
+            Ok(dataset) => assert_eq!(spelled(&dataset.records[0]), row, "{file}"),
+            Err(error) => panic!("{file}: {error}"),
+        }
+    }
+}
+
+/// A damaged Parquet file is an error, never a panic.
+#[test]
+fn damaged_parquet_is_refused_or_read() {
+    let scratch = Scratch::new("parquet");
+    for name in [
+        "lists.parquet",
+        "structs_zstd.parquet",
+        "plain_gzip.parquet",
+    ] {
+        let bytes = std::fs::read(fixtures().join(name)).expect("it is checked in");
+        for at in 0..bytes.len() {
+            for flip in [0x01, 0x80, 0xff] {
+                let mut damaged = bytes.clone();
+                damaged[at] ^= flip;
+                let path = scratch.write("a.parquet", damaged);
+                let _ = dataset::read(&path);
+            }
+            let path = scratch.write("a.parquet", &bytes[..at]);
+            assert!(dataset::read(&path).is_err(), "{name}, {at} bytes");
+        }
+    }
 }

@@ -56,9 +56,9 @@ pub struct EvalArgs {
 
 /// Arguments of `podium inspect`.
 #[derive(Debug, clap::Args)]
-#[command(
-    after_help = "Example:\n  podium inspect val.jsonl --model ./gpt-oss-20b --reasoning high"
-)]
+#[command(after_help = "Examples:\n  \
+        podium inspect val.jsonl --model ./gpt-oss-20b --reasoning high\n  \
+        podium inspect data/*.parquet --context 4096 --json")]
 pub struct InspectArgs {
     /// Prompt files, globs or folders
     #[arg(required = true, value_name = "DATASET")]
@@ -75,6 +75,9 @@ pub struct InspectArgs {
     /// Date line of the system message
     #[arg(long, value_name = "YYYY-MM-DD", value_parser = values::date)]
     pub date: Option<String>,
+    /// Count the prompts that leave no room in so many positions [default: the model's]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub context: Option<u32>,
     /// One object for each data set on stdout
     #[arg(long)]
     pub json: bool,

@@ -7,11 +7,11 @@ use serde_json::Map;
 use sha2::{Digest, Sha256};
 
 use super::cell::{Cell, Row};
-use super::guess::{gold_candidates, is_gold_name};
-use super::mapping::{GoldKind, Mapping, Pins};
+use super::guess::gold_candidates;
+use super::mapping::{GoldKind, Mapping, OptionsSource, Pins};
 use super::options::{self, Options};
 use super::sniff::hex;
-use super::{DatasetError, Defect, Location, Message, Record, gold};
+use super::{DatasetError, Defect, Location, Message, Record, gold, inline, visible};
 
 /// Builds the records and settles the gold part of the mapping.
 pub fn records(
@@ -20,10 +20,19 @@ pub fn records(
     mut mapping: Mapping,
     pins: &Pins,
 ) -> Result<(Mapping, Vec<Record>), DatasetError> {
+    let candidates = gold_candidates(&rows, &mapping, pins);
+    if mapping.options.is_none()
+        && pins.options.is_none()
+        && let Some(question) = &mapping.question
+        && inline::applies(&rows, question, &candidates)
+    {
+        mapping.options = Some(OptionsSource::Field(question.clone()));
+    }
     let mut options = Vec::with_capacity(rows.len());
     let mut defects = Vec::with_capacity(rows.len());
     for row in &rows {
         let read = match (&mapping.options, &row.fields) {
+            (Some(_), Ok(_)) if mapping.has_inline_options() => Ok(inline_options(row, &mapping)),
             (Some(source), Ok(_)) => options::read(row, source),
             _ => Ok(Options::default()),
         };
@@ -34,7 +43,6 @@ pub fn records(
         options.push(read);
         defects.push(defect);
     }
-    let candidates = gold_candidates(&rows, &mapping, pins);
     let gold = gold::decide(path, &rows, &options, &candidates, pins)?;
     (mapping.gold, mapping.gold_kind) = gold.unzip();
     let mut records: Vec<Record> = rows
@@ -44,6 +52,18 @@ pub fn records(
         .collect();
     set_keys(&rows, &mapping, &mut records);
     Ok((mapping, records))
+}
+
+/// The options at the end of a question's text; none where it does not end in any.
+fn inline_options(row: &Row, mapping: &Mapping) -> Options {
+    let question = mapping.question.as_deref().and_then(|field| row.get(field));
+    let texts = question
+        .and_then(Cell::text)
+        .and_then(|text| Some(inline::split(text)?.1));
+    Options {
+        texts: texts.unwrap_or_default(),
+        labels: Vec::new(),
+    }
 }
 
 fn record(
@@ -80,11 +100,7 @@ fn record(
     record.id = get(&mapping.id).map(Cell::to_value);
     record.group = get(&mapping.group).and_then(Cell::scalar);
     record.cluster = get(&mapping.cluster).and_then(Cell::scalar);
-    record.fields = fields
-        .iter()
-        .filter(|(name, _)| may_be_rendered(name, mapping))
-        .map(|(name, cell)| (name.clone(), cell.to_value()))
-        .collect();
+    record.fields = visible::fields(fields, mapping);
     let mut defect = None;
     match question(row, mapping) {
         Ok((question, messages)) => {
@@ -108,14 +124,6 @@ fn record(
     record
 }
 
-/// Whether a template may use a field: the gold and what gives it away may not reach a prompt.
-fn may_be_rendered(name: &str, mapping: &Mapping) -> bool {
-    let is_gold = mapping.gold.as_deref() == Some(name);
-    let is_messages = mapping.messages.as_deref() == Some(name);
-    let is_used = mapping.uses(name);
-    !is_gold && !is_messages && (is_used || !is_gold_name(name))
-}
-
 /// The question, and the turns of a messages row.
 fn question(row: &Row, mapping: &Mapping) -> Result<(String, Vec<Message>), Defect> {
     if let Some(field) = &mapping.messages
@@ -136,7 +144,11 @@ fn question(row: &Row, mapping: &Mapping) -> Result<(String, Vec<Message>), Defe
     match row.get(field) {
         None => Err(defect(format!("the row has no `{field}`, so no {what}"))),
         Some(cell) if cell.is_blank() => Err(defect(format!("the {what} is empty"))),
-        Some(Cell::Text(text)) => Ok((text.clone(), Vec::new())),
+        Some(Cell::Text(text)) => {
+            let is_inline = mapping.has_inline_options();
+            let stem = inline::split(text).filter(|_| is_inline).map(|it| it.0);
+            Ok((stem.unwrap_or(text).to_owned(), Vec::new()))
+        }
         Some(_) => Err(defect(format!("the {what} is not text"))),
     }
 }

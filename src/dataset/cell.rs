@@ -22,7 +22,7 @@ pub enum Cell {
 /// A row of the file.
 #[derive(Clone, Debug)]
 pub struct Row {
-    /// The line it begins on, from 1.
+    /// The line it begins on, from 1; in a Parquet file its number.
     pub line: usize,
     /// Its fields, or why it has none.
     pub fields: Result<Vec<(String, Cell)>, Defect>,
@@ -98,13 +98,19 @@ impl Cell {
 }
 
 impl Row {
-    /// A field of a row that has fields.
+    /// A field of a row that has fields; `question.stem` is the field `stem` of the object
+    /// `question`, where no field has that whole name.
     pub fn get(&self, name: &str) -> Option<&Cell> {
-        self.fields
-            .as_ref()
-            .ok()?
-            .iter()
-            .find_map(|(field, cell)| (field == name).then_some(cell))
+        let fields = self.fields.as_ref().ok()?;
+        let find = |name: &str| {
+            fields
+                .iter()
+                .find_map(|(field, cell)| (field == name).then_some(cell))
+        };
+        find(name).or_else(|| {
+            let (outer, inner) = name.split_once('.')?;
+            find(outer)?.get(inner)
+        })
     }
 }
 
@@ -117,6 +123,14 @@ pub fn object_from_json(text: &str) -> Result<Vec<(String, Cell)>, String> {
         Cell::Number(_) => Err("the row is a number, not an object".into()),
         Cell::Bool(_) | Cell::Null => Err("the row is a constant, not an object".into()),
     }
+}
+
+/// The fields of a JSON object with their values as they stand in the text.
+pub fn object_parts(text: &str) -> Option<Vec<(String, &RawValue)>> {
+    let mut deserializer = serde_json::Deserializer::from_str(text);
+    let parts = deserializer.deserialize_map(ObjectParts).ok()?;
+    deserializer.end().ok()?;
+    Some(parts)
 }
 
 /// A JSON text as a cell.

@@ -1,25 +1,66 @@
-//! Rows of CSV files with a header. Every cell is text: `007` stays `007`.
+//! Rows of CSV files, with a header or without. Every cell is text: `007` stays `007`.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use super::cell::{Cell, Row};
-use super::guess::is_question_name;
-use super::mapping::Pins;
-use super::sniff::OpenFile;
-use super::{DatasetError, Defect};
 
-/// The rows of a CSV file; its first row names the columns.
-pub fn rows(path: &Path, file: &OpenFile, pins: &Pins) -> Result<Vec<Row>, DatasetError> {
+use super::mapping::Pins;
+use super::names::is_question_name;
+use super::sniff::OpenFile;
+use super::{DatasetError, Defect, headless};
+
+/// The rows of a CSV file.
+pub struct Table {
+    pub rows: Vec<Row>,
+    /// Whether the first row names the columns; without, they are numbered from 1.
+    pub has_header: bool,
+}
+
+/// A row as it stands in the file.
+struct Stored<'a> {
+    line: usize,
+    bytes: &'a [u8],
+    cells: ::csv::ByteRecord,
+}
+
+/// Reads a CSV file; whether it has a header is told from the whole of it.
+pub fn read(path: &Path, file: &OpenFile, pins: &Pins) -> Result<Table, DatasetError> {
     let bytes = file.bytes.as_slice();
     let delimiter = delimiter(bytes);
+    let stored = stored_rows(bytes, delimiter);
+    let has_header = has_header(&stored, pins);
+    let (names, data) = match stored.split_first() {
+        Some((first, rest)) if has_header => (header_names(path, &first.cells)?, rest),
+        _ => (numbers(&stored), stored.as_slice()),
+    };
+    let n_data = data.len();
+    let rows = data.iter().enumerate().map(|(index, row)| {
+        let fields = if index + 1 == n_data && ends_in_quotes(row.bytes, delimiter) {
+            Err(unclosed_quote(row.bytes))
+        } else {
+            fields(&names, &row.cells, has_header)
+        };
+        let raw = if fields.is_err() { row.bytes } else { &[] };
+        Row {
+            line: row.line,
+            fields,
+            raw: raw.to_vec(),
+        }
+    });
+    Ok(Table {
+        rows: rows.collect(),
+        has_header,
+    })
+}
+
+fn stored_rows(bytes: &[u8], delimiter: u8) -> Vec<Stored<'_>> {
     let mut reader = ::csv::ReaderBuilder::new()
         .has_headers(false)
         .flexible(true)
         .delimiter(delimiter)
         .from_reader(bytes);
     let mut rows = Vec::new();
-    let mut header: Option<Vec<String>> = None;
     let mut record = ::csv::ByteRecord::new();
     let mut from = 0;
     let mut line = 1;
@@ -34,26 +75,48 @@ pub fn rows(path: &Path, file: &OpenFile, pins: &Pins) -> Result<Vec<Row>, Datas
             .count();
         let (blank, stored) = stored.split_at(n_blank);
         line += count_lines(blank);
-        match &header {
-            None => header = Some(header_names(path, &record, pins)?),
-            Some(header) => {
-                let fields = if to == bytes.len() && ends_in_quotes(stored, delimiter) {
-                    Err(unclosed_quote(stored))
-                } else {
-                    fields(header, &record)
-                };
-                let raw = if fields.is_err() { stored } else { &[] };
-                rows.push(Row {
-                    line,
-                    fields,
-                    raw: raw.to_vec(),
-                });
-            }
-        }
+        rows.push(Stored {
+            line,
+            bytes: stored,
+            cells: record.clone(),
+        });
         line += count_lines(stored);
         from = to;
     }
-    Ok(rows)
+    rows
+}
+
+/// Whether the first row names the columns: because the profile says so, because it has a name
+/// that is known, or because it does not look like the rows below it.
+fn has_header(rows: &[Stored], pins: &Pins) -> bool {
+    if let Some(has_header) = pins.header {
+        return has_header;
+    }
+    let Some((first, rest)) = rows.split_first() else {
+        return true;
+    };
+    let first: Vec<&str> = first.cells.iter().map(headless::plain).collect();
+    let is_known = |name: &&str| is_question_name(name) || pins.names(name);
+    if first.iter().any(is_known) {
+        return true;
+    }
+    let rest: Vec<Vec<&str>> = rest
+        .iter()
+        .map(|row| row.cells.iter().map(headless::plain).collect())
+        .collect();
+    !headless::looks_like_data(&first, &rest)
+}
+
+/// `1`, `2`, … for as many columns as most rows have.
+fn numbers(rows: &[Stored]) -> Vec<String> {
+    let mut counts: HashMap<usize, usize> = HashMap::new();
+    for row in rows {
+        *counts.entry(row.cells.len()).or_default() += 1;
+    }
+    let most = counts.into_iter().max_by_key(|&(n_cells, n)| (n, n_cells));
+    (1..=most.map_or(0, |it| it.0))
+        .map(|n| n.to_string())
+        .collect()
 }
 
 fn count_lines(bytes: &[u8]) -> usize {
@@ -83,60 +146,46 @@ fn delimiter(bytes: &[u8]) -> u8 {
         .0
 }
 
-fn header_names(
-    path: &Path,
-    record: &::csv::ByteRecord,
-    pins: &Pins,
-) -> Result<Vec<String>, DatasetError> {
+fn header_names(path: &Path, record: &::csv::ByteRecord) -> Result<Vec<String>, DatasetError> {
     let names: Vec<String> = record
         .iter()
         .map(|cell| String::from_utf8_lossy(cell).trim().to_owned())
         .collect();
-    let is_known = |name: &String| is_question_name(name) || pins.names(name);
-    if !names.iter().any(is_known) && looks_like_data(&names) {
-        return Err(DatasetError::NoHeader {
-            path: path.to_owned(),
-            first_row: names,
-        });
-    }
     let mut seen = HashSet::new();
-    if let Some(name) = names
+    match names
         .iter()
         .find(|name| !name.is_empty() && !seen.insert(name.as_str()))
     {
-        return Err(DatasetError::DoubledHeader {
+        Some(name) => Err(DatasetError::DoubledHeader {
             path: path.to_owned(),
             name: name.clone(),
-        });
+        }),
+        None => Ok(names),
     }
-    Ok(names)
 }
 
-/// Whether a first row without a known name is rather a row of data: a number, a sentence or a
-/// doubled cell is no column's name.
-fn looks_like_data(cells: &[String]) -> bool {
-    let mut seen = HashSet::new();
-    cells.iter().any(|cell| {
-        cell.parse::<f64>().is_ok()
-            || cell.contains(['?', '\n'])
-            || cell.split_whitespace().count() > 4
-            || (!cell.is_empty() && !seen.insert(cell))
-    }) || cells.len() == 1
-}
-
-fn fields(header: &[String], record: &::csv::ByteRecord) -> Result<Vec<(String, Cell)>, Defect> {
-    if record.len() != header.len() {
+fn fields(
+    names: &[String],
+    record: &::csv::ByteRecord,
+    has_header: bool,
+) -> Result<Vec<(String, Cell)>, Defect> {
+    if record.len() != names.len() {
+        let others = if has_header {
+            "the header"
+        } else {
+            "most rows"
+        };
         return Err(Defect {
             field: None,
             message: format!(
-                "the row has {} cells, the header {}",
+                "the row has {} cells, {others} {}",
                 record.len(),
-                header.len()
+                names.len()
             ),
             hint: "put quotes around a cell that holds a separator".into(),
         });
     }
-    header
+    names
         .iter()
         .zip(record)
         .map(|(name, cell)| match std::str::from_utf8(cell) {

@@ -37,11 +37,31 @@ pub enum DatasetError {
     },
     #[error("`{path}` has no field that holds a question; it has {}", list(.fields))]
     NoQuestion { path: PathBuf, fields: Vec<String> },
-    #[error("`{path}` has no header: its first row is {}", list(.first_row))]
+    #[error(
+        "`{path}` holds replies (`{field}`) and no questions, so it is no prompt file; it has {}",
+        list(.fields)
+    )]
+    Replies {
+        path: PathBuf,
+        /// The field that holds what a model wrote.
+        field: String,
+        fields: Vec<String>,
+    },
+    #[error("`{path}` is a `{schema}` file of a run, no prompt file")]
+    OfARun { path: PathBuf, schema: String },
+    #[error(
+        "`{path}` has no header, and its rows do not tell which column is the {role}: {}",
+        .candidates.join(" or ")
+    )]
     NoHeader {
         path: PathBuf,
-        first_row: Vec<String>,
+        /// What is open: `question`, `gold answer`.
+        role: &'static str,
+        /// The columns' numbers, and how each begins.
+        candidates: Vec<String>,
     },
+    #[error("`{path}` cannot be read as Parquet: {reason}")]
+    Parquet { path: PathBuf, reason: String },
     #[error("the header of `{path}` names `{name}` twice")]
     DoubledHeader { path: PathBuf, name: String },
     #[error("`{path}` can be read in {} ways: the {role} is {}", .candidates.len(), either(.candidates))]
@@ -51,9 +71,8 @@ pub enum DatasetError {
         role: &'static str,
         /// The fields, or the readings of one field.
         candidates: Vec<String>,
-        /// The key under `[mapping]` that decides, and a value for it.
-        key: &'static str,
-        example: String,
+        /// For each candidate the key under `[mapping]` that decides for it, and its value.
+        mends: Vec<(&'static str, String)>,
     },
     #[error("`{path}` has no field `{field}`, which `{key}` of the profile's mapping names; it has {}", list(.fields))]
     PinnedField {
@@ -78,7 +97,10 @@ impl DatasetError {
             | Self::UnknownFormat { path }
             | Self::NoObjects { path, .. }
             | Self::NoQuestion { path, .. }
+            | Self::Replies { path, .. }
+            | Self::OfARun { path, .. }
             | Self::NoHeader { path, .. }
+            | Self::Parquet { path, .. }
             | Self::DoubledHeader { path, .. }
             | Self::Ambiguous { path, .. }
             | Self::PinnedField { path, .. } => path,
@@ -99,27 +121,43 @@ impl DatasetError {
                 format!("convert it from {what} to `.jsonl` or `.csv` in UTF-8 (also `.gz`) first")
             }
             Self::UnknownFormat { .. } => {
-                "write one JSON object a line, a JSON array of objects, or CSV whose first row \
-                 names the columns"
+                "write one JSON object a line, a JSON array of objects, CSV whose first row names \
+                 the columns, or Parquet"
                     .into()
             }
             Self::NoObjects { .. } => {
                 "each line must be an object like {\"id\": 1, \"question\": \"…\"}".into()
             }
             Self::NoQuestion { .. } => {
-                "name the field in a profile (`[mapping]`, `question = \"FIELD\"`) and pass it \
-                 with `--profile FILE`"
+                "name the field in a profile (`[mapping]`, `question = \"FIELD\"`; for CSV without \
+                 a header also `header = false`) and pass it with `--profile FILE`"
                     .into()
             }
+            Self::Replies { .. } => {
+                "pass the file that holds the prompts; `podium score RUN` judges replies that a run \
+                 has saved"
+                    .into()
+            }
+            Self::OfARun { .. } => "pass the file that the run was made from".into(),
             Self::NoHeader { .. } => {
-                "put a first row that names the columns before it, such as `id,question,answer`"
+                "put a first row that names the columns before it, such as `id,question,answer`; \
+                 or number them in a profile (`[mapping]`, `header = false`, `question = \"1\"`, \
+                 `gold = \"2\"`, for choices also `options = [\"2\", \"3\"]`) and pass it with \
+                 `--profile FILE`"
                     .into()
             }
+            Self::Parquet { .. } => "the download may be cut off: fetch the file again".into(),
             Self::DoubledHeader { .. } => "give each column its own name".into(),
-            Self::Ambiguous { key, example, .. } => format!(
-                "decide in a profile (`[mapping]`, `{key} = \"{example}\"`) and pass it with \
-                 `--profile FILE`"
-            ),
+            Self::Ambiguous { mends, .. } => {
+                let lines: Vec<String> = mends
+                    .iter()
+                    .map(|(key, value)| format!("`{key} = \"{value}\"`"))
+                    .collect();
+                format!(
+                    "decide in a profile (`[mapping]`, {}) and pass it with `--profile FILE`",
+                    lines.join(" or ")
+                )
+            }
             Self::PinnedField { key, .. } => {
                 format!("correct `{key}` under `[mapping]` in the profile")
             }

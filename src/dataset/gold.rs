@@ -53,13 +53,12 @@ pub fn decide(
                 .all(|readings| readings.iter().any(|it| agree(reading, it)))
         })
         .collect();
-    let ambiguous = |candidates: Vec<String>, key, example: String| {
+    let ambiguous = |candidates: Vec<String>, mends| {
         Err(DatasetError::Ambiguous {
             path: path.to_owned(),
             role: "gold answer",
             candidates,
-            key,
-            example,
+            mends,
         })
     };
     let Some(chosen) = fitting.first() else {
@@ -67,8 +66,8 @@ pub fn decide(
             .iter()
             .filter_map(|readings| Some(readings.first()?.field.clone()))
             .collect();
-        let example = names.first().cloned().unwrap_or_default();
-        return ambiguous(names, "gold", example);
+        let mends = names.iter().map(|it| ("gold", it.clone())).collect();
+        return ambiguous(names, mends);
     };
     let is_explicit = chosen.kind == GoldKind::Label;
     if !is_explicit && fitting.iter().any(|it| it.golds != chosen.golds) {
@@ -76,11 +75,10 @@ pub fn decide(
             .iter()
             .map(|it| format!("{} as {}", it.field, it.kind))
             .collect();
-        let example = serde_json::to_value(chosen.kind)
-            .ok()
-            .and_then(|value| value.as_str().map(str::to_owned))
-            .unwrap_or_default();
-        return ambiguous(names, "gold_kind", example);
+        let mends = fitting
+            .iter()
+            .map(|it| ("gold_kind", it.kind.key().to_owned()));
+        return ambiguous(names, mends.collect());
     }
     Ok(Some((chosen.field.clone(), chosen.kind)))
 }
@@ -214,14 +212,7 @@ fn place(text: &str, options: &Options, kind: GoldKind) -> Option<usize> {
                 .iter()
                 .position(|label| label.trim().eq_ignore_ascii_case(text))?
         }
-        GoldKind::Letter => {
-            let mut letters = bare(text).chars();
-            let letter = letters.next().filter(char::is_ascii_alphabetic)?;
-            if letters.next().is_some() {
-                return None;
-            }
-            usize::from(letter.to_ascii_uppercase() as u8 - b'A')
-        }
+        GoldKind::Letter => letter(text)?,
         GoldKind::OptionText => {
             let find = |same: fn(&str, &str) -> bool| {
                 options.texts.iter().position(|it| same(it.trim(), text))
@@ -236,6 +227,16 @@ fn place(text: &str, options: &Options, kind: GoldKind) -> Option<usize> {
         GoldKind::Text => return None,
     };
     (index < n_options).then_some(index)
+}
+
+/// The option that a letter stands for: `B`, `b`, `(B)`, `B.`.
+pub fn letter(text: &str) -> Option<usize> {
+    let mut letters = bare(text).chars();
+    let letter = letters.next().filter(char::is_ascii_alphabetic)?;
+    if letters.next().is_some() {
+        return None;
+    }
+    Some(usize::from(letter.to_ascii_uppercase() as u8 - b'A'))
 }
 
 /// A label without its brackets and stops: `(B)`, `B.`, `B)`.

@@ -6,145 +6,30 @@ use std::path::Path;
 use super::DatasetError;
 use super::cell::{Cell, Row};
 use super::mapping::{Mapping, OptionsSource, Pins};
+use super::names::{
+    GOLD_NAMES, GROUP_NAMES, ID_NAMES, MESSAGES_NAMES, OPTIONS_NAMES, QUESTION_NAMES, REPLY_NAMES,
+    WEAK_ID_NAMES, is_wrapper_name, role_name,
+};
 use super::options::find_columns;
 
-/// Names of the first rank are questions wherever they stand, those of the second only where
-/// none of the first is.
-const QUESTION_NAMES: [&[&str]; 2] = [
-    &[
-        "question",
-        "questiontext",
-        "problem",
-        "problemstatement",
-        "prompt",
-        "query",
-    ],
-    &["instruction", "input", "text", "stem", "task"],
-];
-const MESSAGES_NAMES: [&str; 8] = [
-    "messages",
-    "conversation",
-    "conversations",
-    "chat",
-    "turns",
-    "prompt",
-    "input",
-    "question",
-];
-const ID_NAMES: [&str; 14] = [
-    "id",
-    "uid",
-    "uuid",
-    "guid",
-    "qid",
-    "questionid",
-    "taskid",
-    "problemid",
-    "exampleid",
-    "sampleid",
-    "itemid",
-    "rowid",
-    "recordid",
-    "promptid",
-];
-/// Names that are ids only where each row has its own value.
-const WEAK_ID_NAMES: [&str; 5] = ["key", "idx", "index", "number", "row"];
-const OPTIONS_NAMES: [&str; 7] = [
-    "options",
-    "choices",
-    "answerchoices",
-    "answeroptions",
-    "candidates",
-    "endings",
-    "alternatives",
-];
-/// As with questions, the second rank counts only without the first.
-const GOLD_NAMES: [&[&str]; 2] = [
-    &[
-        "answer",
-        "gold",
-        "target",
-        "label",
-        "expected",
-        "expectedanswer",
-        "correct",
-        "correctanswer",
-        "correctoption",
-        "correctchoice",
-        "finalanswer",
-        "groundtruth",
-        "reference",
-        "referenceanswer",
-        "goldanswer",
-        "goldlabel",
-        "answerkey",
-        "answerletter",
-        "answeridx",
-        "answerindex",
-        "correctidx",
-        "correctindex",
-        "correctanswerindex",
-        "correctanswerletter",
-        "goldidx",
-        "goldindex",
-        "labelidx",
-        "cop",
-    ],
-    &[
-        "solution",
-        "expectedoutput",
-        "output",
-        "response",
-        "completion",
-    ],
-];
-/// What goes with a gold answer and gives it away.
-const GOLD_ONLY_NAMES: [&str; 12] = [
-    "canonicalsolution",
-    "answers",
-    "references",
-    "rationale",
-    "explanation",
-    "reasoning",
-    "cot",
-    "exp",
-    "test",
-    "tests",
-    "testcases",
-    "incorrectanswers",
-];
-const GROUP_NAMES: [&str; 4] = ["group", "family", "subject", "category"];
-
-/// A field's name without case, blanks, dashes and underscores.
-pub fn plain_name(name: &str) -> String {
-    name.chars()
-        .filter(|c| c.is_alphanumeric())
-        .flat_map(char::to_lowercase)
-        .collect()
-}
-
-/// Whether a column of this name may hold questions.
-pub fn is_question_name(name: &str) -> bool {
-    let name = plain_name(name);
-    QUESTION_NAMES
-        .iter()
-        .any(|rank| rank.contains(&name.as_str()))
-}
-
-/// Whether a field of this name holds a gold answer or gives it away.
-pub fn is_gold_name(name: &str) -> bool {
-    let name = plain_name(name);
-    GOLD_NAMES.iter().any(|rank| rank.contains(&name.as_str()))
-        || GOLD_ONLY_NAMES.contains(&name.as_str())
-}
-
-/// The field names in the order of their first appearance.
+/// The field names in the order of their first appearance, also those inside a wrapping object:
+/// `question.stem`.
 pub fn field_names(rows: &[Row]) -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
     let mut seen = std::collections::HashSet::new();
-    for (name, _) in rows.iter().flat_map(|row| row.fields.iter().flatten()) {
+    let mut add = |name: String| {
         if seen.insert(name.clone()) {
-            names.push(name.clone());
+            names.push(name);
+        }
+    };
+    for (name, cell) in rows.iter().flat_map(|row| row.fields.iter().flatten()) {
+        add(name.clone());
+        if let Cell::Object(fields) = cell
+            && is_wrapper_name(name)
+        {
+            for (inner, _) in fields {
+                add(format!("{name}.{inner}"));
+            }
         }
     }
     names
@@ -158,6 +43,7 @@ pub fn mapping(path: &Path, rows: &[Row], pins: &Pins) -> Result<Mapping, Datase
         fields: field_names(rows),
     };
     guess.check_pins(pins)?;
+    guess.refuse_own_files()?;
     let (question, messages) = guess.question(pins)?;
     let is_taken = |field: &String| {
         [&question, &messages]
@@ -194,11 +80,7 @@ pub fn gold_candidates(rows: &[Row], mapping: &Mapping, pins: &Pins) -> Vec<Stri
     for rank in GOLD_NAMES {
         let found: Vec<String> = rank
             .iter()
-            .flat_map(|name| {
-                fields
-                    .iter()
-                    .filter(move |field| plain_name(field) == *name)
-            })
+            .flat_map(|name| fields.iter().filter(move |field| role_name(field) == *name))
             .filter(|field| !is_taken(field) && filled(rows, field).next().is_some())
             .cloned()
             .collect();
@@ -263,12 +145,24 @@ impl Guess<'_> {
         }
     }
 
+    /// A run's files are no prompt files, though some hold texts.
+    fn refuse_own_files(&self) -> Result<(), DatasetError> {
+        let schema = self.rows.first().and_then(|row| row.get("schema")?.text());
+        match schema.filter(|schema| schema.starts_with("podium.")) {
+            Some(schema) => Err(DatasetError::OfARun {
+                path: self.path.to_owned(),
+                schema: schema.to_owned(),
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// The fields of the given plain names, in the names' order.
     fn named<'n>(&'n self, names: &'n [&str]) -> impl Iterator<Item = &'n String> {
         names.iter().flat_map(move |name| {
             self.fields
                 .iter()
-                .filter(move |field| plain_name(field) == *name)
+                .filter(move |field| role_name(field) == *name)
         })
     }
 
@@ -290,10 +184,22 @@ impl Guess<'_> {
             }
             (_, Some(messages)) => Ok((None, Some(messages.clone()))),
             (Some(question), None) => Ok((Some(question), None)),
-            (None, None) => Err(DatasetError::NoQuestion {
-                path: self.path.to_owned(),
+            (None, None) => Err(self.no_question()),
+        }
+    }
+
+    fn no_question(&self) -> DatasetError {
+        let path = self.path.to_owned();
+        match self.named(&REPLY_NAMES).next() {
+            Some(field) => DatasetError::Replies {
+                path,
+                field: field.clone(),
                 fields: self.fields.clone(),
-            }),
+            },
+            None => DatasetError::NoQuestion {
+                path,
+                fields: self.fields.clone(),
+            },
         }
     }
 
@@ -335,12 +241,12 @@ impl Guess<'_> {
                 .any(|second| differ(first, second))
         });
         if clash {
+            let names: Vec<String> = found.iter().map(|field| (*field).clone()).collect();
             return Err(DatasetError::Ambiguous {
                 path: self.path.to_owned(),
                 role,
-                candidates: found.iter().map(|field| (*field).clone()).collect(),
-                key,
-                example: found.first().map(|it| (*it).clone()).unwrap_or_default(),
+                mends: names.iter().map(|it| (key, it.clone())).collect(),
+                candidates: names,
             });
         }
         let most = found
@@ -382,8 +288,7 @@ impl Guess<'_> {
                 path: self.path.to_owned(),
                 role: "question",
                 candidates: vec![question.clone(), messages.to_owned()],
-                key: "question",
-                example: question,
+                mends: vec![("question", question), ("messages", messages.to_owned())],
             })
         }
     }
@@ -425,7 +330,7 @@ impl Guess<'_> {
             .named(&OPTIONS_NAMES)
             .filter(|field| !is_taken(field) && filled(self.rows, field).next().is_some())
             .collect();
-        if let Some(field) = self.choose("options", "options", &found)? {
+        if let Some(field) = self.choose("list of options", "options", &found)? {
             return Ok(Some(OptionsSource::Field(field)));
         }
         let free: Vec<String> = self

@@ -5,12 +5,16 @@
 
 use std::path::Path;
 
-use super::cell::{Row, object_from_json};
+use serde_json::value::RawValue;
+
+use super::cell::{Row, object_from_json, object_parts};
+use super::mapping::Pins;
+use super::names::{QUESTION_NAMES, plain_name};
 use super::sniff::{Format, OpenFile};
 use super::{DatasetError, Defect};
 
 /// The fields under which a JSON object holds its rows.
-const ROWS_FIELDS: [&str; 9] = [
+const ROWS_FIELDS: [&str; 17] = [
     "examples",
     "data",
     "rows",
@@ -19,14 +23,28 @@ const ROWS_FIELDS: [&str; 9] = [
     "records",
     "instances",
     "problems",
+    "prompts",
+    "tasks",
+    "samples",
+    "entries",
+    "dataset",
     "test",
+    "validation",
+    "dev",
+    "train",
 ];
 
 /// The rows of a JSON or JSON lines file.
-pub fn rows(path: &Path, file: &OpenFile) -> Result<Vec<Row>, DatasetError> {
+pub fn rows(path: &Path, file: &OpenFile, pins: &Pins) -> Result<Vec<Row>, DatasetError> {
     let bytes = file.bytes.as_slice();
     let rows = match file.format {
-        Format::Json => array_rows(bytes).unwrap_or_else(|| line_rows(bytes)),
+        Format::Json => {
+            let held = match bytes.trim_ascii_start().first() {
+                Some(b'{') => held_array(path, bytes, pins)?,
+                _ => None,
+            };
+            array_rows(bytes, held).unwrap_or_else(|| line_rows(bytes))
+        }
         _ => line_rows(bytes),
     };
     let first = match rows.first() {
@@ -81,12 +99,12 @@ fn stream_rows(bytes: &[u8]) -> Option<Vec<Row>> {
     Some(rows)
 }
 
-/// The elements of an array that is the whole file, or of one that an object holds.
-fn array_rows(bytes: &[u8]) -> Option<Vec<Row>> {
+/// The elements of an array that is the whole file, or of the one that begins at `held`.
+fn array_rows(bytes: &[u8], held: Option<usize>) -> Option<Vec<Row>> {
     let start = bytes.iter().position(|b| !b.is_ascii_whitespace())?;
     let start = match bytes.get(start)? {
         b'[' => start,
-        _ => match held_array(bytes, start) {
+        _ => match held {
             Some(start) => start,
             None => {
                 // A file that is one object is one row.
@@ -122,18 +140,59 @@ fn array_rows(bytes: &[u8]) -> Option<Vec<Row>> {
     (!is_whole_file || after.is_empty()).then_some(rows)
 }
 
-/// Where the array begins that an object holds under one of [`ROWS_FIELDS`].
-fn held_array(bytes: &[u8], start: usize) -> Option<usize> {
+/// Where the array begins that an object holds: under the pinned field, else under the only one
+/// of [`ROWS_FIELDS`] that holds objects. Absent where the object is a row itself.
+fn held_array(path: &Path, bytes: &[u8], pins: &Pins) -> Result<Option<usize>, DatasetError> {
+    let held = objects_by_field(bytes).unwrap_or_default();
+    if let Some(field) = &pins.rows {
+        return match held.iter().find(|(name, _)| name == field) {
+            Some((_, start)) => Ok(Some(*start)),
+            None => Err(DatasetError::PinnedField {
+                path: path.to_owned(),
+                key: "rows",
+                field: field.clone(),
+                fields: held.into_iter().map(|(name, _)| name).collect(),
+            }),
+        };
+    }
+    let likely: Vec<&(String, usize)> = held
+        .iter()
+        .filter(|(name, _)| ROWS_FIELDS.contains(&plain_name(name).as_str()))
+        .collect();
+    match likely.as_slice() {
+        [] => Ok(None),
+        [(_, start)] => Ok(Some(*start)),
+        _ => {
+            let names: Vec<String> = likely.iter().map(|(name, _)| name.clone()).collect();
+            Err(DatasetError::Ambiguous {
+                path: path.to_owned(),
+                role: "list of rows",
+                mends: names.iter().map(|it| ("rows", it.clone())).collect(),
+                candidates: names,
+            })
+        }
+    }
+}
+
+/// The fields of a file that is one JSON object which hold arrays of objects, and where these
+/// begin; none where the object has a question of its own.
+fn objects_by_field(bytes: &[u8]) -> Option<Vec<(String, usize)>> {
     let text = std::str::from_utf8(bytes).ok()?;
-    let parts: std::collections::HashMap<String, &serde_json::value::RawValue> =
-        serde_json::from_str(text.get(start..)?).ok()?;
-    let raw = ROWS_FIELDS.iter().find_map(|field| {
-        let raw = parts.get(*field)?;
+    let parts: Vec<(String, &RawValue)> = object_parts(text)?;
+    let has_question = parts.iter().any(|(name, raw)| {
+        let is_text = raw.get().starts_with('"');
+        is_text && QUESTION_NAMES[0].contains(&plain_name(name).as_str())
+    });
+    if has_question {
+        return None;
+    }
+    let held = parts.into_iter().filter_map(|(name, raw)| {
         let inner = raw.get().strip_prefix('[')?.trim_start();
-        (inner.starts_with('{')).then_some(raw.get())
-    })?;
-    // The raw value is borrowed from the text: its distance is its place.
-    (raw.as_ptr() as usize).checked_sub(bytes.as_ptr() as usize)
+        // The raw value is borrowed from the text: its distance is its place.
+        let start = (raw.get().as_ptr() as usize).checked_sub(bytes.as_ptr() as usize)?;
+        inner.starts_with('{').then_some((name, start))
+    });
+    Some(held.collect())
 }
 
 /// The length of an array's element: up to the comma or bracket that ends it.
@@ -164,8 +223,7 @@ fn element_end(bytes: &[u8]) -> usize {
 
 /// The length of the object that the bytes begin with.
 fn value_end(bytes: &[u8]) -> Option<usize> {
-    let mut stream =
-        serde_json::Deserializer::from_slice(bytes).into_iter::<&serde_json::value::RawValue>();
+    let mut stream = serde_json::Deserializer::from_slice(bytes).into_iter::<&RawValue>();
     stream.next()?.ok()?;
     Some(stream.byte_offset())
 }

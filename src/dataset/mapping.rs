@@ -22,7 +22,8 @@ pub struct Mapping {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum OptionsSource {
-    /// In one field, as a list or an object.
+    /// In one field, as a list or an object; in the question's own field, as lettered lines at
+    /// its end.
     Field(String),
     /// In a column each.
     Columns(Vec<String>),
@@ -50,6 +51,10 @@ pub enum GoldKind {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Pins {
+    /// The field of a JSON file's object that holds the rows.
+    pub rows: Option<String>,
+    /// Whether a CSV file's first row names its columns; without, they are numbered from 1.
+    pub header: Option<bool>,
     pub id: Option<String>,
     pub question: Option<String>,
     pub messages: Option<String>,
@@ -73,6 +78,28 @@ impl Mapping {
         ];
         single.iter().any(|it| it.as_deref() == Some(field))
             || self.options.as_ref().is_some_and(|it| it.names(field))
+    }
+
+    /// Whether the options are lettered lines at the end of the question's text.
+    pub fn has_inline_options(&self) -> bool {
+        match (&self.question, &self.options) {
+            (Some(question), Some(OptionsSource::Field(options))) => question == options,
+            _ => false,
+        }
+    }
+}
+
+impl GoldKind {
+    /// Its name in a profile.
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::Label => "label",
+            Self::Letter => "letter",
+            Self::OptionText => "option_text",
+            Self::IndexFrom0 => "index_from0",
+            Self::IndexFrom1 => "index_from1",
+            Self::Text => "text",
+        }
     }
 }
 
@@ -138,7 +165,13 @@ impl fmt::Display for Mapping {
         };
         add("question", &self.question);
         add("messages", &self.messages);
-        add("options", &self.options.as_ref().map(ToString::to_string));
+        let options = match &self.options {
+            Some(source) if self.has_inline_options() => {
+                Some(format!("{source} (the lettered lines at its end)"))
+            }
+            source => source.as_ref().map(ToString::to_string),
+        };
+        add("options", &options);
         let gold = match (&self.gold, self.gold_kind) {
             (Some(field), Some(kind)) => Some(format!("{field} ({kind})")),
             (field, _) => field.clone(),
@@ -147,5 +180,26 @@ impl fmt::Display for Mapping {
         add("group", &self.group);
         add("cluster", &self.cluster);
         formatter.write_str(&lines.join("\n"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kinds_key_is_what_a_profile_takes() {
+        for kind in [
+            GoldKind::Label,
+            GoldKind::Letter,
+            GoldKind::OptionText,
+            GoldKind::IndexFrom0,
+            GoldKind::IndexFrom1,
+            GoldKind::Text,
+        ] {
+            let pins: Pins = toml::from_str(&format!("gold_kind = \"{}\"", kind.key()))
+                .expect("the key is known");
+            assert_eq!(pins.gold_kind, Some(kind));
+        }
     }
 }

@@ -1,12 +1,14 @@
-//! Records out of prompt files: readers for JSONL, JSON arrays and CSV (each also gzipped), and
-//! the mapping of their fields found out from the whole file.
+//! Records out of prompt files: readers for JSONL, JSON arrays, CSV and Parquet (each also
+//! gzipped), and the mapping of their fields found out from the whole file.
 //!
 //! A record keeps its file and line, so that every later message can name them. A row that
 //! cannot be used is a record with a [`Defect`], never a missing row. This module knows nothing
 //! of prompts, models or flags.
 //!
-//! [`read`] goes through `sniff` (bytes, format), `json` or `csv` (rows of cells),
-//! `guess` (which field is what: the `mapping`), `options` and `gold` (their spellings), `build` (records).
+//! [`read`] goes through `sniff` (bytes, format), `json`, `csv` or `parquet` (rows of cells),
+//! `guess` and `headless` (which field is what: the `mapping`, by `names` and by content),
+//! `options`, `inline` and `gold` (their spellings), `build` (records) and `visible` (what of a
+//! row a template may use).
 
 mod build;
 mod cell;
@@ -14,12 +16,17 @@ mod csv;
 mod error;
 mod gold;
 mod guess;
+mod headless;
+mod inline;
 mod json;
 mod mapping;
+mod names;
 mod options;
+mod parquet;
 mod sniff;
 #[cfg(test)]
 mod tests;
+mod visible;
 
 use std::path::{Path, PathBuf};
 
@@ -30,7 +37,7 @@ pub use mapping::{GoldKind, Mapping, OptionsSource, Pins};
 pub use sniff::Format;
 
 /// Where a record stands. `line` is the line its row begins on (for a JSON array: the line the
-/// element begins on), counted from 1.
+/// element begins on; in a Parquet file, which has no lines, the row), counted from 1.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Location {
     pub file: PathBuf,
@@ -113,21 +120,31 @@ pub fn read(path: &Path) -> Result<Dataset, DatasetError> {
 /// As [`read`], and when a pinned field is in no row.
 pub fn read_with(path: &Path, pins: &Pins) -> Result<Dataset, DatasetError> {
     let file = sniff::open(path)?;
-    let rows = match file.format {
-        Format::Jsonl | Format::Json => json::rows(path, &file)?,
-        Format::Csv => csv::rows(path, &file, pins)?,
+    let format = file.format;
+    let content_hash = file.content_hash.clone();
+    let mut pins = std::borrow::Cow::Borrowed(pins);
+    let rows = match format {
+        Format::Jsonl | Format::Json => json::rows(path, &file, &pins)?,
+        Format::Csv => {
+            let table = csv::read(path, &file, &pins)?;
+            if !table.has_header && !table.rows.is_empty() {
+                pins = std::borrow::Cow::Owned(headless::pins(path, &table.rows, &pins)?);
+            }
+            table.rows
+        }
+        Format::Parquet => parquet::rows(path, file)?,
     };
     if rows.is_empty() {
         return Err(DatasetError::NoRows {
             path: path.to_owned(),
         });
     }
-    let mapping = guess::mapping(path, &rows, pins)?;
-    let (mapping, records) = build::records(path, rows, mapping, pins)?;
+    let mapping = guess::mapping(path, &rows, &pins)?;
+    let (mapping, records) = build::records(path, rows, mapping, &pins)?;
     Ok(Dataset {
         path: path.to_owned(),
-        content_hash: file.content_hash,
-        format: file.format,
+        content_hash,
+        format,
         mapping,
         records,
     })

@@ -2,8 +2,8 @@
 
 use super::Defect;
 use super::cell::{Cell, Row, from_json};
-use super::guess::plain_name;
 use super::mapping::OptionsSource;
+use super::names::{plain_name, role_name};
 
 /// The options of a row.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -30,7 +30,7 @@ const COLUMN_PREFIXES: [&str; 9] = [
 
 /// Columns that hold an option each: `A`, `B`, … or `option_a`, … or `option1`, ….
 pub fn find_columns(fields: &[String]) -> Option<Vec<String>> {
-    let find = |plain: &str| fields.iter().find(|field| plain_name(field) == plain);
+    let find = |plain: &str| fields.iter().find(|field| role_name(field) == plain);
     for prefix in COLUMN_PREFIXES {
         let letters: Vec<String> = ('a'..='z')
             .map_while(|c| find(&format!("{prefix}{c}")).cloned())
@@ -104,6 +104,11 @@ fn from_columns(row: &Row, columns: &[String]) -> Result<Options, Defect> {
         } else {
             digits.to_owned()
         });
+    }
+    // The number of a column without a name is its place, no label.
+    let is_number = |column: &String| column.chars().all(|c| c.is_ascii_digit());
+    if columns.iter().all(is_number) {
+        options.labels.clear();
     }
     Ok(options)
 }

@@ -9,7 +9,7 @@ use flate2::read::MultiGzDecoder;
 use sha2::{Digest, Sha256};
 
 use super::DatasetError;
-use super::guess::is_question_name;
+use super::names::is_question_name;
 
 /// A prompt file's format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -19,8 +19,9 @@ pub enum Format {
     Jsonl,
     /// An array of objects, or an object that holds one.
     Json,
-    /// Comma, semicolon or tab separated, with a header.
+    /// Comma, semicolon or tab separated, with or without a header.
     Csv,
+    Parquet,
 }
 
 impl fmt::Display for Format {
@@ -29,6 +30,7 @@ impl fmt::Display for Format {
             Self::Jsonl => "JSON lines",
             Self::Json => "JSON",
             Self::Csv => "CSV",
+            Self::Parquet => "Parquet",
         })
     }
 }
@@ -44,6 +46,9 @@ pub struct OpenFile {
 
 /// A gzip file that unpacks to more is refused: it could fill the memory.
 const MAX_BYTES: u64 = 4 << 30;
+
+/// The first and the last bytes of a Parquet file.
+const PARQUET_MAGIC: &[u8] = b"PAR1";
 
 /// Bytes looked at for zero bytes.
 const HEAD_BYTES: usize = 8 << 10;
@@ -65,6 +70,13 @@ pub fn open(path: &Path) -> Result<OpenFile, DatasetError> {
         stored
     };
     let content_hash = hex(&Sha256::digest(&bytes));
+    if bytes.starts_with(PARQUET_MAGIC) {
+        return Ok(OpenFile {
+            bytes,
+            content_hash,
+            format: Format::Parquet,
+        });
+    }
     check_content(path, &bytes)?;
     if bytes.starts_with(b"\xef\xbb\xbf") {
         bytes.drain(..3);
@@ -112,8 +124,7 @@ fn decompress(path: &Path, stored: &[u8]) -> Result<Vec<u8>, DatasetError> {
 
 /// Refuses what is certainly no text, by its first bytes.
 fn check_content(path: &Path, bytes: &[u8]) -> Result<(), DatasetError> {
-    const MAGIC: [(&[u8], &str); 9] = [
-        (b"PAR1", "a Parquet file"),
+    const MAGIC: [(&[u8], &str); 8] = [
         (b"ARROW1", "an Arrow file"),
         (b"PK\x03\x04", "a ZIP archive or an Excel workbook"),
         (b"\x28\xb5\x2f\xfd", "compressed with zstd"),

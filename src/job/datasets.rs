@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// Endings that a folder's files are taken by; each also with `.gz`.
-const ENDINGS: [&str; 3] = [".jsonl", ".json", ".csv"];
+const ENDINGS: [&str; 6] = [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"];
 
 /// Why no prompt file was found.
 #[derive(Debug, thiserror::Error)]

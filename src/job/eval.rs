@@ -21,6 +21,7 @@ use crate::dataset;
 use crate::engine::checkpoint::Precision;
 use crate::engine::cpu::CpuOptions;
 use crate::profile::Profile;
+use crate::report::inspection::indent;
 use crate::report::summary::Summary;
 use crate::report::table::color_wanted;
 use crate::submission::log::{self, RESULTS_FILE};
@@ -414,14 +415,6 @@ fn heading(run: &Run, path: &Path, n_missing: usize, n_done: usize) -> String {
         ),
     };
     text
-}
-
-/// Every line moved in by two blanks.
-pub fn indent(text: &str) -> String {
-    text.lines()
-        .map(|line| format!("  {line}"))
-        .collect::<Vec<_>>()
-        .join("\n")
 }
 
 #[cfg(test)]

@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::inspection::{INSPECT_SCHEMA, Inspection, Lengths, Reason};
 use super::rescore::{RESCORE_SCHEMA, Rescore, Verdict};
 use super::summary::{Summary, tests::finished};
+use crate::dataset::{Format, GoldKind, Mapping, OptionsSource};
 use crate::engine::BackendMemory;
 use crate::score::Status;
 use crate::submission::manifest::Accuracy;
@@ -231,6 +233,55 @@ fn manifests_and_summaries_fit() {
 #[test]
 fn comparisons_fit() {
     check("comparison", &json(&super::compare::tests::three()));
+}
+
+#[test]
+fn inspections_fit() {
+    let full = Inspection {
+        schema: INSPECT_SCHEMA,
+        dataset: "a.jsonl".into(),
+        format: Format::Jsonl,
+        content_hash: "00".into(),
+        mapping: Mapping {
+            question: Some("question".into()),
+            options: Some(OptionsSource::Columns(vec!["A".into(), "B".into()])),
+            gold_kind: Some(GoldKind::IndexFrom0),
+            ..Mapping::default()
+        },
+        profile: "choice".into(),
+        n_rows: 2,
+        n_defects: 1,
+        defects: vec![Reason {
+            message: "the question is empty".into(),
+            hint: "fill `question`".into(),
+            field: Some("question".into()),
+            n_rows: 1,
+            first_key: "a".into(),
+            first_line: 2,
+        }],
+        n_gold: 1,
+        golds: vec![("A".into(), 1)],
+        majority_baseline: Some(1.0),
+        random_baseline: Some(0.5),
+        groups: [("sums".into(), 2)].into(),
+        n_options: [(2, 1)].into(),
+        tokenizer: "nano".into(),
+        prompt_tokens: Lengths::new(vec![7]),
+        context: 8192,
+        n_too_long: 0,
+        first_prompt: Some("<|start|>".into()),
+    };
+    check("inspect", &json(&full));
+    let empty = Inspection {
+        mapping: Mapping::default(),
+        defects: Vec::new(),
+        majority_baseline: None,
+        random_baseline: None,
+        prompt_tokens: None,
+        first_prompt: None,
+        ..full
+    };
+    check("inspect", &json(&empty));
 }
 
 #[test]
