@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::JobError;
 use super::datasets;
 use super::eval::{indent, read_dataset};
-use super::model::OpenModel;
+use super::model::Description;
 use super::nano::NANO;
 use super::prepare::prepare;
 use crate::cli::eval::InspectArgs;
@@ -24,7 +24,7 @@ const MAX_DEFECTS: usize = 10;
 /// A file, profile or tokenizer that cannot be used.
 pub fn inspect(args: &InspectArgs) -> Result<u8, JobError> {
     let paths = datasets::find(&args.datasets)?;
-    let model = OpenModel::open(args.model.as_deref().unwrap_or(NANO))?;
+    let model = Description::read(args.model.as_deref().unwrap_or(NANO), args.json)?;
     for path in &paths {
         let (dataset, profile) = read_dataset(path, args.profile.as_deref(), model.is_nano)?;
         let reasoning = args
@@ -53,7 +53,7 @@ pub fn inspect(args: &InspectArgs) -> Result<u8, JobError> {
         let at = |share: f64| {
             lengths.get(((lengths.len().saturating_sub(1)) as f64 * share).round() as usize)
         };
-        let max_context = model.checkpoint.config().max_context;
+        let max_context = model.config.max_context;
         let n_too_long = lengths.iter().filter(|&&n| n >= max_context).count();
         let mut groups: BTreeMap<&str, usize> = BTreeMap::new();
         for group in records.iter().filter_map(|record| record.group.as_deref()) {
