@@ -142,8 +142,8 @@ pub struct NumericsArgs {
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Options {
     /// Checkpoint folder, `nano`, `synthetic:SHAPE[:SEED]` (random weights of gpt-oss-20b, gpt-oss-120b
-    /// or a config.json), or a hub id such as openai/gpt-oss-20b[@REVISION], out of the hub cache or
-    /// downloaded into it [default: nano]
+    /// or a config.json), or a hub id such as openai/gpt-oss-20b or OWNER/NAME@REVISION, out
+    /// of the hub cache or downloaded into it [default: nano]
     #[arg(long, value_name = "MODEL", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,

@@ -1,9 +1,9 @@
 //! Checkpoints by name: `owner/name`, or `owner/name@REVISION`.
 //!
 //! They lie in the cache that all tools of the hub share, one folder a repository (`cache.rs`). What
-//! is there is used without a request; what is not is downloaded into it ([`download`]), over the
-//! hub's HTTP protocol ([`client`]), so that other tools find it in turn. Of a repository only the
-//! files that podium reads are taken ([`files`]).
+//! is there is used without a request; what is not is downloaded into it (`download.rs`), over the
+//! hub's HTTP protocol (`client.rs`), so that other tools find it in turn. Of a repository only the
+//! files that podium reads are taken (`files.rs`).
 //!
 //! The environment is the one of those tools: `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN` and the token file,
 //! `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HUB_DOWNLOAD_TIMEOUT`; for the way there `HTTPS_PROXY`,
