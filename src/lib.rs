@@ -16,6 +16,7 @@ pub mod cli;
 pub mod dataset;
 pub mod engine;
 pub mod error;
+pub mod hub;
 pub mod job;
 pub mod profile;
 pub mod prompt;

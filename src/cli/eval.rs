@@ -13,7 +13,7 @@ use crate::prompt::Reasoning;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     podium eval datasets/nano/mixed.jsonl\n  \
-    podium eval a.jsonl b.csv --model ./gpt-oss-20b --batch 32 --max-new-tokens 4096\n  \
+    podium eval a.jsonl b.csv --model openai/gpt-oss-20b --batch 32 --max-new-tokens 4096\n  \
     podium eval val.jsonl --samples 4 --temperature 1 --seed 7\n  \
     podium eval val.jsonl --shard 1/3            then: podium merge RUN RUN RUN\n  \
     podium eval --config submissions/RUN/run.json\n\n\
@@ -63,7 +63,8 @@ pub struct InspectArgs {
     /// Prompt files, globs or folders
     #[arg(required = true, value_name = "DATASET")]
     pub datasets: Vec<PathBuf>,
-    /// Whose tokenizer counts the tokens: a checkpoint folder, or `nano`
+    /// Whose tokenizer counts the tokens: a checkpoint folder, `nano` or a hub id (no weights are
+    /// downloaded)
     #[arg(long, value_name = "MODEL")]
     pub model: Option<String>,
     /// Profile: a built-in name or a TOML file
@@ -91,7 +92,8 @@ pub struct InspectArgs {
     podium plan --shape gpt-oss-120b --card 80GiB --precision 4bit\n\n\
     A card is planned for as it is when idle: its memory less what the CUDA context takes.")]
 pub struct PlanArgs {
-    /// Checkpoint folder, `nano` or `synthetic:SHAPE[:SEED]` [default: nano]
+    /// Checkpoint folder, `nano`, `synthetic:SHAPE[:SEED]` or a hub id (no weights are downloaded)
+    /// [default: nano]
     #[arg(conflicts_with = "shape")]
     pub model: Option<String>,
     /// Plan for a published shape without its weights: gpt-oss-20b or gpt-oss-120b
@@ -143,7 +145,8 @@ pub struct NumericsArgs {
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Options {
     /// Checkpoint folder, `nano`, `synthetic:SHAPE[:SEED]` (random weights of gpt-oss-20b, gpt-oss-120b
-    /// or a config.json), or a hub id whose files are in the local hub cache [default: nano]
+    /// or a config.json), or a hub id such as openai/gpt-oss-20b or OWNER/NAME@REVISION, out
+    /// of the hub cache or downloaded into it [default: nano]
     #[arg(long, value_name = "MODEL", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,

@@ -144,7 +144,7 @@ pub struct MergeArgs {
     podium quantize nano ./nano-bf16 --precision 16bit"
 )]
 pub struct QuantizeArgs {
-    /// Checkpoint folder, `nano` or `synthetic:SHAPE[:SEED]`
+    /// Checkpoint folder, `nano`, `synthetic:SHAPE[:SEED]` or a hub id
     #[arg(value_name = "IN")]
     pub input: String,
     /// Folder to write; it must not exist yet or be empty
@@ -202,7 +202,7 @@ pub struct SynthArgs {
     Example:\n  podium logits ./gpt-oss-20b input.jsonl --exact > logits.jsonl"
 )]
 pub struct LogitsArgs {
-    /// Checkpoint folder, `nano` or `synthetic:SHAPE[:SEED]`
+    /// Checkpoint folder, `nano`, `synthetic:SHAPE[:SEED]` or a hub id
     pub model: String,
     /// JSONL file of token sequences, or `-` for standard input
     pub input: PathBuf,
@@ -219,7 +219,7 @@ pub struct LogitsArgs {
 /// Arguments of `podium selfcheck`.
 #[derive(Debug, clap::Args)]
 pub struct SelfcheckArgs {
-    /// Checkpoint folder, `nano` or `synthetic:SHAPE[:SEED]`
+    /// Checkpoint folder, `nano`, `synthetic:SHAPE[:SEED]` or a hub id
     #[arg(long, default_value = crate::job::nano::NANO)]
     pub model: String,
     /// Rows to run

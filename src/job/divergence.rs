@@ -53,7 +53,7 @@ pub fn measure(a: &Path, b: &Path) -> Result<Divergence, JobError> {
         config: config.options,
     };
     let model_word = layers.model();
-    let model = OpenModel::open(&model_word.value)?;
+    let model = OpenModel::open(&model_word.value, false)?;
     if model.hash != manifest.generation.model {
         return Err(JobError::Changed {
             what: "model",

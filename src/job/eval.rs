@@ -8,7 +8,7 @@ use super::attempt::Attempt;
 use super::datasets;
 use super::device;
 use super::folder::{Opening, SUBMISSIONS};
-use super::model::OpenModel;
+use super::model::{self, OpenModel};
 use super::prepare::{Prepared, prepare};
 use super::report::page_after;
 use super::run::{Run, Weights};
@@ -20,6 +20,7 @@ use crate::cli::values::AutoOr;
 use crate::dataset;
 use crate::engine::checkpoint::Precision;
 use crate::engine::cpu::CpuOptions;
+use crate::hub::Part;
 use crate::profile::Profile;
 use crate::report::inspection::indent;
 use crate::report::summary::Summary;
@@ -34,7 +35,6 @@ use crate::telemetry::process_start;
 /// # Errors
 /// Something that keeps a run from being done; rows in error are no such thing.
 pub fn eval(args: &EvalArgs, config: ConfigFile) -> Result<u8, JobError> {
-    signal::install();
     let layers = Layers {
         flags: args.options.clone(),
         config: config.options,
@@ -57,7 +57,11 @@ pub fn eval(args: &EvalArgs, config: ConfigFile) -> Result<u8, JobError> {
         return Err(JobError::OneFolder { n_runs });
     }
     let model_word = layers.model();
-    let model = OpenModel::open(&model_word.value)?;
+    // A signal during a download ends the process at once: nothing is lost, the download goes on.
+    // From there on signals are noted.
+    model::resolve(&model_word.value, Part::Whole, args.quiet)?;
+    signal::install();
+    let model = OpenModel::open(&model_word.value, args.quiet)?;
     let mut weights: Weights = None;
     let mut begun = process_start();
     let mut attempt = Attempt::current();

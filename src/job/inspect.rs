@@ -6,7 +6,7 @@ use std::path::Path;
 use super::JobError;
 use super::datasets;
 use super::eval::read_dataset;
-use super::model::OpenModel;
+use super::model::Description;
 use super::nano::NANO;
 use super::prepare::{Prepared, prepare};
 use crate::cli::eval::InspectArgs;
@@ -20,7 +20,7 @@ use crate::score::baseline;
 /// A file, profile or tokenizer that cannot be used; files before it are shown.
 pub fn inspect(args: &InspectArgs) -> Result<u8, JobError> {
     let paths = datasets::find(&args.datasets)?;
-    let model = OpenModel::open(args.model.as_deref().unwrap_or(NANO))?;
+    let model = Description::read(args.model.as_deref().unwrap_or(NANO), args.json)?;
     for (index, path) in paths.iter().enumerate() {
         let inspection = inspect_one(args, &model, path)?;
         if args.json {
@@ -33,7 +33,7 @@ pub fn inspect(args: &InspectArgs) -> Result<u8, JobError> {
     Ok(0)
 }
 
-fn inspect_one(args: &InspectArgs, model: &OpenModel, path: &Path) -> Result<Inspection, JobError> {
+fn inspect_one(args: &InspectArgs, model: &Description, path: &Path) -> Result<Inspection, JobError> {
     let (dataset, profile) = read_dataset(path, args.profile.as_deref(), model.is_nano)?;
     let reasoning = args
         .reasoning
@@ -43,7 +43,7 @@ fn inspect_one(args: &InspectArgs, model: &OpenModel, path: &Path) -> Result<Ins
     let mut prepared = prepare(dataset, profile, &model.tokenizer, reasoning, date);
     let lengths = prepared.rows.iter().map(|row| row.tokens.len());
     let lengths: Vec<usize> = lengths.filter(|&n| n > 0).collect();
-    let most = model.checkpoint.config().max_context;
+    let most = model.config.max_context;
     let context = args
         .context
         .map_or(most, |context| most.min(context as usize));

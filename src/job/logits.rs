@@ -12,6 +12,7 @@ use crate::cli::LogitsArgs;
 use crate::engine::cpu::CpuOptions;
 use crate::engine::kv::pages_for;
 use crate::engine::{Backend, EngineShape, PageId, SequenceId, Span, TokenId};
+use crate::hub::Part;
 
 /// Logits of a position that are written unless all are asked for.
 const N_TOP: usize = 20;
@@ -31,7 +32,7 @@ struct Input {
 /// An input line that is none, ids past the vocabulary, or a sequence past the model's context.
 pub fn logits(args: &LogitsArgs) -> Result<u8, JobError> {
     let precision = precision(args.numerics.precision.as_deref())?;
-    let checkpoint = model::resolve(&args.model)?.checkpoint()?;
+    let checkpoint = model::resolve(&args.model, Part::Whole, false)?.checkpoint()?;
     let inputs = read(&args.input, checkpoint.config().max_context)?;
     let longest = inputs
         .iter()

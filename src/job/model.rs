@@ -1,7 +1,7 @@
 //! Which checkpoint a `--model` word means, and that checkpoint opened.
 //!
 //! The word is, in order: an existing folder, the built-in name `nano`, `synthetic:SHAPE[:SEED]`, a
-//! hub id whose files the local hub cache holds. podium never fetches anything.
+//! hub id: from the hub cache, or downloaded into it.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -15,6 +15,8 @@ use super::nano::{self, NANO};
 use super::synthetic::{self, Synthetic};
 use crate::engine::TokenId;
 use crate::engine::checkpoint::{Checkpoint, MatrixFormat, Precision};
+use crate::engine::config::ModelConfig;
+use crate::hub::{Hub, HubError, ModelId, Part};
 use crate::submission::identity::sha256_hex;
 use crate::tokenizer::Tokenizer;
 
@@ -55,8 +57,10 @@ impl ModelSource {
 /// Why no checkpoint was found.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
-    #[error("no model `{word}`: it is no folder, not `{NANO}`, and not in the hub cache")]
+    #[error("no model `{word}`: it is no folder, not `{NANO}`, and no hub id")]
     Unknown { word: String },
+    #[error(transparent)]
+    Hub(#[from] HubError),
     #[error("the model folder `{path}` has no `config.json`")]
     NoConfig { path: PathBuf },
     #[error("the model folder `{path}` has no `tokenizer.json`")]
@@ -73,8 +77,9 @@ impl ModelError {
     pub fn hint(&self) -> String {
         match self {
             Self::Unknown { .. } => format!(
-                "give a checkpoint's folder, `{NANO}`, or fetch the model into the hub cache first"
+                "give a checkpoint's folder, `{NANO}`, or a hub id such as `openai/gpt-oss-20b`"
             ),
+            Self::Hub(error) => error.hint(),
             Self::NoConfig { .. } => {
                 "give the folder that holds config.json and the safetensors files".to_owned()
             }
@@ -86,11 +91,12 @@ impl ModelError {
     }
 }
 
-/// Finds the checkpoint that `word` names.
+/// Finds the checkpoint that `word` names; of a hub id, this part of it, downloaded where the cache
+/// does not hold it.
 ///
 /// # Errors
-/// Nothing by that name, a folder that is no checkpoint, or no such shape.
-pub fn resolve(word: &str) -> Result<ModelSource, JobError> {
+/// Nothing by that name, a folder that is no checkpoint, no such shape, or no way to the hub.
+pub fn resolve(word: &str, part: Part, quiet: bool) -> Result<ModelSource, JobError> {
     let path = Path::new(word);
     if path.is_dir() {
         return Ok(folder(word.trim_end_matches('/'), path.to_owned())?);
@@ -101,52 +107,89 @@ pub fn resolve(word: &str) -> Result<ModelSource, JobError> {
     if word.starts_with(synthetic::PREFIX) {
         return Ok(ModelSource::Synthetic(Synthetic::named(word)?));
     }
-    let unknown = || ModelError::Unknown {
+    let id = ModelId::parse(word).ok_or_else(|| ModelError::Unknown {
         word: word.to_owned(),
-    };
-    let snapshot = hub_snapshot(word).ok_or_else(unknown)?;
-    Ok(folder(word, snapshot)?)
+    })?;
+    let path = Hub::from_env().fetch(&id, part, quiet);
+    Ok(ModelSource::Folder {
+        name: word.to_owned(),
+        path: path.map_err(ModelError::from)?,
+    })
+}
+
+/// Whether `word` is a hub id whose weights would have to be downloaded.
+pub fn needs_download(word: &str) -> bool {
+    let is_other = Path::new(word).is_dir() || word == NANO || word.starts_with(synthetic::PREFIX);
+    let id = ModelId::parse(word).filter(|_| !is_other);
+    id.is_some_and(|id| Hub::from_env().find(&id, Part::Whole).is_none())
 }
 
 fn folder(name: &str, path: PathBuf) -> Result<ModelSource, ModelError> {
     if !path.join("config.json").is_file() {
         return Err(ModelError::NoConfig { path });
     }
+    // Of a path only the last part, where it has one.
     let name = match Path::new(name).file_name() {
-        // A hub id keeps its owner; a path keeps only its last part.
-        Some(last) if path.ends_with(name) => last.to_string_lossy().into_owned(),
-        _ => name.to_owned(),
+        Some(last) => last.to_string_lossy().into_owned(),
+        None => name.to_owned(),
     };
     Ok(ModelSource::Folder { name, path })
 }
 
-/// The newest snapshot of `owner/name` in the hub cache (`HF_HUB_CACHE`, `HF_HOME/hub` or
-/// `~/.cache/huggingface/hub`).
-fn hub_snapshot(id: &str) -> Option<PathBuf> {
-    let (owner, name) = id.split_once('/')?;
-    if [owner, name]
-        .iter()
-        .any(|part| part.is_empty() || part.contains('/') || *part == "..")
-    {
-        return None;
+/// What is known of a model without its weights.
+pub struct Description {
+    pub name: String,
+    pub is_nano: bool,
+    pub config: ModelConfig,
+    /// How the configuration says that the experts are stored.
+    pub experts: MatrixFormat,
+    pub tokenizer: Tokenizer,
+}
+
+impl Description {
+    /// Reads configuration and tokenizer of the model that `word` names.
+    ///
+    /// # Errors
+    /// As [`OpenModel::open`]; weights need not be there.
+    pub fn read(word: &str, quiet: bool) -> Result<Self, JobError> {
+        let source = resolve(word, Part::Description, quiet)?;
+        let (config, experts, tokenizer) = match &source {
+            ModelSource::Nano => (
+                ModelConfig::parse(nano::CONFIG, Path::new("config.json"))?,
+                stored_experts(nano::CONFIG),
+                Tokenizer::from_bytes(nano::TOKENIZER)?,
+            ),
+            ModelSource::Folder { path, .. } => {
+                let config_path = path.join("config.json");
+                let config = read(&config_path)?;
+                (
+                    ModelConfig::parse(&config, &config_path)?,
+                    stored_experts(&config),
+                    Tokenizer::from_bytes(&read_tokenizer(path)?)?,
+                )
+            }
+            ModelSource::Synthetic(synthetic) => (
+                synthetic.config.clone(),
+                MatrixFormat::Mxfp4,
+                Tokenizer::from_bytes(&synthetic.companions()?.0)?,
+            ),
+        };
+        Ok(Self {
+            name: source.name().to_owned(),
+            is_nano: source == ModelSource::Nano,
+            config,
+            experts,
+            tokenizer,
+        })
     }
-    let var = |key: &str| std::env::var_os(key).map(PathBuf::from);
-    let cache = var("HF_HUB_CACHE")
-        .or_else(|| var("HF_HOME").map(|home| home.join("hub")))
-        .or_else(|| var("HOME").map(|home| home.join(".cache/huggingface/hub")))?;
-    let model = cache.join(format!("models--{owner}--{name}"));
-    let snapshots = model.join("snapshots");
-    if let Ok(revision) = std::fs::read_to_string(model.join("refs/main")) {
-        let path = snapshots.join(revision.trim());
-        if path.is_dir() {
-            return Some(path);
-        }
+}
+
+fn stored_experts(config: &[u8]) -> MatrixFormat {
+    let config: serde_json::Value = serde_json::from_slice(config).unwrap_or_default();
+    match config["quantization_config"].is_object() {
+        true => MatrixFormat::Mxfp4,
+        false => MatrixFormat::Bf16,
     }
-    std::fs::read_dir(snapshots)
-        .ok()?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.is_dir())
-        .max_by_key(|path| path.metadata().and_then(|m| m.modified()).ok())
 }
 
 /// A checkpoint whose files are open and checked, its weights not loaded.
@@ -163,12 +206,12 @@ pub struct OpenModel {
 }
 
 impl OpenModel {
-    /// Opens the checkpoint that `word` names.
+    /// Opens the checkpoint that `word` names; `quiet` is about the progress of a download.
     ///
     /// # Errors
     /// Nothing by that name, or files that are no GPT-OSS checkpoint with its tokenizer.
-    pub fn open(word: &str) -> Result<Self, JobError> {
-        let source = resolve(word)?;
+    pub fn open(word: &str, quiet: bool) -> Result<Self, JobError> {
+        let source = resolve(word, Part::Whole, quiet)?;
         let name = source.name().to_owned();
         let checkpoint = source.checkpoint()?;
         match source {
@@ -189,11 +232,7 @@ impl OpenModel {
                 })
             }
             ModelSource::Folder { path, .. } => {
-                let tokenizer_path = path.join("tokenizer.json");
-                if !tokenizer_path.is_file() {
-                    return Err(ModelError::NoTokenizer { path }.into());
-                }
-                let bytes = read(&tokenizer_path)?;
+                let bytes = read_tokenizer(&path)?;
                 let tokenizer = Tokenizer::from_bytes(&bytes)?;
                 let generation = std::fs::read(path.join("generation_config.json"));
                 let stop_tokens = stop_tokens(&generation.unwrap_or_default(), &tokenizer);
@@ -255,6 +294,16 @@ fn stop_tokens(generation_config: &[u8], tokenizer: &Tokenizer) -> Arc<[TokenId]
     ids.sort_unstable();
     ids.dedup();
     ids.into()
+}
+
+fn read_tokenizer(folder: &Path) -> Result<Vec<u8>, ModelError> {
+    let path = folder.join("tokenizer.json");
+    match path.is_file() {
+        true => read(&path),
+        false => Err(ModelError::NoTokenizer {
+            path: folder.to_owned(),
+        }),
+    }
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
@@ -322,10 +371,11 @@ mod tests {
 
     #[test]
     fn a_word_that_is_nothing_is_an_error_with_a_hint() {
-        let error = resolve("no/such/model").expect_err("there is no such model");
+        let found = |word| resolve(word, Part::Whole, true);
+        let error = found("no/such/model").expect_err("there is no such model");
         let is_unknown = matches!(error, JobError::Model(ModelError::Unknown { .. }));
         assert!(is_unknown);
         assert!(error.hint().contains("nano"));
-        assert!(resolve("../..").is_err());
+        assert!(found("../..").is_err());
     }
 }

@@ -6,12 +6,12 @@ mod planned;
 pub use planned::{PREFILL_ROWS, Place, Planned, Wanted, host_budget};
 
 use super::JobError;
-use super::model::OpenModel;
+use super::model::{self, Description, OpenModel};
 use super::precision;
 use crate::cli::eval::PlanArgs;
 use crate::cli::print;
 use crate::cli::values::Bytes;
-use crate::engine::checkpoint::{ByClass, Deviation, Precision};
+use crate::engine::checkpoint::{ByClass, Deviation, MatrixFormat, Precision};
 use crate::engine::cpu::CpuOptions;
 use crate::engine::plan::{
     self, Budget, Card, LedgerEntry, bytes_text, fit_table, grid, grid_table,
@@ -54,11 +54,21 @@ pub fn plan_command(args: &PlanArgs) -> Result<u8, JobError> {
         Some(name) => {
             let config =
                 shapes::named(name).ok_or_else(|| JobError::Shape { word: name.clone() })?;
-            answer(args, name, &Planned::of_shape(&config, place), precision)
+            answer(
+                args,
+                name,
+                &Planned::of_shape(&config, MatrixFormat::Mxfp4, place),
+                precision,
+            )
         }
         None => {
             let word = args.model.as_deref().unwrap_or(super::nano::NANO);
-            let model = OpenModel::open(word)?;
+            if model::needs_download(word) {
+                let model = Description::read(word, args.json)?;
+                let planned = Planned::of_shape(&model.config, model.experts, place);
+                return answer(args, &model.name, &planned, precision);
+            }
+            let model = OpenModel::open(word, args.json)?;
             let planned = Planned::of(&model.checkpoint, place)?;
             answer(args, &model.name, &planned, precision)
         }

@@ -13,6 +13,7 @@ use crate::engine::checkpoint::synthetic::companions;
 use crate::engine::checkpoint::write::{self, Written};
 use crate::engine::checkpoint::{Checkpoint, MatrixFormat, Precision};
 use crate::engine::plan::bytes_text;
+use crate::hub::Part;
 
 /// Files beside the weights that go with them, where they are there.
 const COMPANIONS: [&str; 6] = [
@@ -31,7 +32,7 @@ const COMPANIONS: [&str; 6] = [
 /// cannot be held, or a file that cannot be written.
 pub fn quantize_command(args: &QuantizeArgs) -> Result<u8, JobError> {
     let asked = precision(Some(&args.precision))?;
-    let source = resolve(&args.input)?;
+    let source = resolve(&args.input, Part::Whole, args.quiet)?;
     let (checkpoint, config, companions) = read(&source)?;
     let format = checkpoint.weight_format(asked);
     if format.attention != MatrixFormat::Bf16 {

@@ -54,7 +54,7 @@ const N_PATH_ROWS: usize = 4;
 /// # Errors
 /// The model cannot be opened or held.
 pub fn selfcheck(args: &SelfcheckArgs) -> Result<u8, JobError> {
-    let model = OpenModel::open(&args.model)?;
+    let model = OpenModel::open(&args.model, false)?;
     let precision = precision(args.numerics.precision.as_deref())?;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let n_threads = args.numerics.threads.unwrap_or(cores);

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test's failure is a panic")]
 
 pub mod checkpoint;
+pub mod hub;
 pub mod raw;
 pub mod snapshot;
 
@@ -69,7 +70,21 @@ pub fn podium(folder: &Path) -> Command {
         // These tests are of the CPU, also where there is a GPU.
         .env("CUDA_VISIBLE_DEVICES", "")
         .env("NO_COLOR", "1")
+        // No test reaches a network; tests/hub.rs has a hub of its own.
+        .env("HF_HUB_OFFLINE", "1")
         .env("HF_HUB_CACHE", folder.join("no-hub-cache"));
+    for name in [
+        "ALL_PROXY",
+        "HTTPS_PROXY",
+        "HTTP_PROXY",
+        "HF_TOKEN",
+        "HF_TOKEN_PATH",
+        "SSL_CERT_FILE",
+    ] {
+        command
+            .env_remove(name)
+            .env_remove(name.to_ascii_lowercase());
+    }
     command
 }
 

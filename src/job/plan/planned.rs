@@ -80,9 +80,9 @@ impl<'a> Planned<'a> {
         })
     }
 
-    /// A published shape, stored as it was released: MXFP4 experts, bf16 for the rest.
-    pub fn of_shape(config: &'a ModelConfig, place: Place<'a>) -> Self {
-        let (experts, vectors) = (MatrixFormat::Mxfp4, VectorFormat::Bf16);
+    /// A shape without its weights: experts as told, bf16 for the rest, as in what was released.
+    pub fn of_shape(config: &'a ModelConfig, experts: MatrixFormat, place: Place<'a>) -> Self {
+        let vectors = VectorFormat::Bf16;
         let released = Precision::Stored.formats(experts, vectors);
         Self {
             config,
@@ -293,7 +293,7 @@ mod tests {
     #[test]
     fn a_gpus_plan_has_the_bytes_of_its_own_engine() {
         let config = shapes::named("gpt-oss-20b").expect("a shape");
-        let planned = Planned::of_shape(&config, Place::Gpu);
+        let planned = Planned::of_shape(&config, MatrixFormat::Mxfp4, Place::Gpu);
         let card = Card::named("h100-80").expect("a card").usable_bytes();
         let plan = planned
             .plan(Precision::Bits4, &wanted(card))
@@ -314,7 +314,7 @@ mod tests {
     #[test]
     fn a_budget_below_the_experts_is_refused_with_the_plan() {
         let config = shapes::named("gpt-oss-20b").expect("a shape");
-        let planned = Planned::of_shape(&config, Place::Gpu);
+        let planned = Planned::of_shape(&config, MatrixFormat::Mxfp4, Place::Gpu);
         let refused = planned.plan(Precision::Bits4, &wanted(4 << 30));
         let Err(JobError::DoesNotFit { error, plan }) = refused else {
             panic!("4 GiB do not hold 12.8");
@@ -327,7 +327,7 @@ mod tests {
     #[test]
     fn less_memory_means_smaller_passes_before_fewer_slots() {
         let config = shapes::named("gpt-oss-20b").expect("a shape");
-        let planned = Planned::of_shape(&config, Place::Gpu);
+        let planned = Planned::of_shape(&config, MatrixFormat::Mxfp4, Place::Gpu);
         let mut before = (usize::MAX, usize::MAX);
         for gib in [60, 24, 18, 16, 15, 14] {
             let plan = planned.plan(Precision::Bits4, &wanted(gib << 30));
