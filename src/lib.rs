@@ -46,6 +46,7 @@ pub fn run(cli: cli::Cli) -> Result<u8, error::Error> {
         Command::Plan(args) => job::plan::plan_command(&args)?,
         Command::Compare(args) => job::compare::compare_command(&args)?,
         Command::Score(args) => job::score::score_command(&args)?,
+        Command::Lint(args) => job::lint::lint_command(&args)?,
         Command::Report(args) => job::report::report_command(&args)?,
         Command::Merge(args) => job::merge::merge_command(&args)?,
         Command::Quantize(args) => job::quantize::quantize_command(&args)?,

@@ -40,6 +40,7 @@ fn every_command_explains_itself() {
         "plan",
         "compare",
         "score",
+        "lint",
         "report",
         "merge",
         "logits",

@@ -57,6 +57,79 @@ fn independent_scorer_agrees_with_the_summary() {
     succeeds(command);
 }
 
+/// The package of a run over the made-up questions of all three types.
+fn check_package(rows: &Path, run: &Path) {
+    let mut command = python();
+    command
+        .arg(root().join("tests/python/check_submission.py"))
+        .args([rows, &run.join("submission.zip")]);
+    succeeds(command);
+}
+
+#[test]
+#[ignore = "needs Python with pandas: just test-full"]
+fn independent_pandas_accepts_the_curebench_package() {
+    let scratch = Scratch::new("independent-curebench");
+    let rows = root().join("tests/curebench/rows.jsonl");
+    let args = [
+        "eval",
+        rows.to_str().unwrap(),
+        "--profile",
+        "curebench",
+        "--out",
+        "run",
+        "--max-new-tokens",
+        "96",
+        "--quiet",
+    ];
+    run_ok(scratch.path(), &args);
+    let run = scratch.join("run");
+    check_package(&rows, &run);
+
+    // Replies that break submissions, in place of nano's own.
+    let replies = [
+        "None",
+        "N/A",
+        "nan",
+        "=HYPERLINK(\"x\")",
+        "Stop it.\nThen wait.",
+        " ",
+        "He said \"no\", twice",
+        "Answer: B",
+        "NULL",
+        "µg/kg → naïve",
+        "\r\n,\r",
+    ];
+    let log = run.join("results.jsonl");
+    let edited: String = std::fs::read_to_string(&log)
+        .unwrap()
+        .lines()
+        .zip(replies.iter().cycle())
+        .map(|(line, reply)| {
+            let mut row: serde_json::Value = serde_json::from_str(line).unwrap();
+            row["status"] = "answered".into();
+            row["final_text"] = (*reply).into();
+            row["raw_text"] = format!("<|channel|>final<|message|>{reply}<|return|>").into();
+            row.to_string() + "\n"
+        })
+        .collect();
+    std::fs::write(&log, edited).unwrap();
+    run_ok(scratch.path(), &["score", "run"]);
+    check_package(&rows, &run);
+    run_ok(scratch.path(), &["lint", "run"]);
+}
+
+#[test]
+#[ignore = "needs Python with pandas: just test-full"]
+fn independent_pandas_has_the_same_null_words() {
+    let mut command = python();
+    command
+        .arg(root().join("tests/python/check_submission.py"))
+        .arg("--null-words")
+        .args(podium::submission::null_words::NULL_WORDS);
+    succeeds(command);
+}
+
 /// Golden prompts of nano as input of `podium logits`.
 fn nano_prompts(step: usize) -> String {
     let prompts = root().join("models/nano/prompts.golden.jsonl");

@@ -177,6 +177,10 @@ pub struct Options {
     #[arg(long, value_name = "YYYY-MM-DD", value_parser = values::date, help_heading = "Prompt")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub date: Option<String>,
+    /// A field of the package's meta data; wins over the profile's. May be given several times
+    #[arg(long, value_name = "KEY=VALUE", help_heading = "Prompt")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub meta: Option<Vec<String>>,
     /// Only the first N rows
     #[arg(long, value_name = "N", value_parser = values::positive, help_heading = "Prompt")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -272,7 +276,7 @@ impl Options {
                 Options { $($field: self.$field.or(under.$field)),* }
             };
         }
-        lay!(model precision device exact profile reasoning date limit shard strict
+        lay!(model precision device exact profile reasoning date meta limit shard strict
              max_new_tokens temperature top_p top_k samples seed batch context host_memory
              gpu_memory threads time_limit no_refill no_prefix_reuse trace_hash)
     }

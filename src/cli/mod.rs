@@ -42,6 +42,8 @@ pub enum Command {
     Compare(CompareArgs),
     /// Judge a run's saved replies again, without the model
     Score(ScoreArgs),
+    /// Read a written submission back as the competition would
+    Lint(LintArgs),
     /// Write the page of a run: one HTML file that needs no network
     Report(ReportArgs),
     /// Join the runs of several shards into one complete run
@@ -100,7 +102,31 @@ pub struct ScoreArgs {
     /// The run's data set, where it is no longer at the path it was read from
     #[arg(long, value_name = "FILE")]
     pub dataset: Option<PathBuf>,
+    /// A field of the package's meta data; it wins over the run's own. May be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub meta: Vec<String>,
     /// One object on stdout instead of the table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `podium lint`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Exit codes: 0 nothing wrong, 1 something is wrong, 2 it could not be read.\n\n\
+    Examples:\n  podium lint latest\n  \
+    podium lint submission.zip --profile curebench --dataset curebench_testset.jsonl"
+)]
+pub struct LintArgs {
+    /// A .csv, .jsonl or .zip, or a run: its folder, a unique prefix of its name, or `latest`
+    pub submission: String,
+    /// Profile whose columns and rules it should have [default: the run's own]
+    #[arg(long, value_name = "NAME|FILE")]
+    pub profile: Option<String>,
+    /// Data set whose ids and options it should have [default: the run's own]
+    #[arg(long, value_name = "FILE")]
+    pub dataset: Option<PathBuf>,
+    /// One object on stdout instead of the text
     #[arg(long)]
     pub json: bool,
 }

@@ -13,6 +13,7 @@ use super::prepare::{Prepared, prepare};
 use super::report::page_after;
 use super::run::{Run, Weights};
 use super::settings::{Effective, Layers, Settings};
+use super::submit::{lint_after, with_meta};
 use super::{precisions, signal};
 use crate::cli::eval::{ConfigFile, EvalArgs};
 use crate::cli::print;
@@ -124,8 +125,12 @@ pub fn assemble<'a>(
     poison: bool,
 ) -> Result<Run<'a>, JobError> {
     let profile_word = layers.profile();
-    let (dataset, profile) = read_dataset(path, profile_word.as_deref(), model.is_nano)?;
+    let (dataset, mut profile) = read_dataset(path, profile_word.as_deref(), model.is_nano)?;
     let settings = Settings::resolve(layers, &profile, model.is_nano);
+    with_meta(
+        &mut profile,
+        settings.meta.value.as_deref().unwrap_or_default(),
+    )?;
     let engine = device::choose(
         settings.device.value,
         settings.exact.value,
@@ -330,7 +335,13 @@ fn finish(
         "throughput.jsonl",
         "report.html",
     ];
-    let summary = Summary::new(manifest, path, files.map(str::to_owned).into(), notes);
+    let package = manifest.submission_format.package.as_ref();
+    let files = package
+        .map(|package| package.zip.clone())
+        .into_iter()
+        .chain(files.map(str::to_owned));
+    let summary = Summary::new(manifest, path, files.collect(), notes)
+        .with_lint(lint_after(path, manifest).as_ref());
     if args.json {
         print::result(&summary.to_json());
     } else {

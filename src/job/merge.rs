@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::JobError;
 use super::folder::SUBMISSIONS;
+use super::submit::{lint_after, package_after};
 use crate::cli::MergeArgs;
 use crate::cli::print;
 use crate::report::summary::Summary;
@@ -11,7 +12,9 @@ use crate::report::table::color_wanted;
 use crate::report::tally::tally;
 use crate::submission::find::find_run;
 use crate::submission::merge::{MergeOptions, merge};
+use crate::submission::prompts::read_prompts;
 use crate::submission::write::first_sample;
+use crate::submission::{Results, log};
 
 /// Runs the command.
 ///
@@ -40,6 +43,8 @@ pub fn merge_command(args: &MergeArgs) -> Result<u8, JobError> {
         tally: &|questions, samples| tally(questions, samples, None),
     };
     let manifest = merge(&runs, &out, &options)?;
+    let results = Results::new(log::read(&out)?.rows);
+    package_after(&out, &manifest, &read_prompts(&out)?, &results)?;
     let files = [
         "submission.csv",
         "submission.jsonl",
@@ -48,7 +53,13 @@ pub fn merge_command(args: &MergeArgs) -> Result<u8, JobError> {
         "run.json",
     ];
     let notes = vec![format!("{} runs were joined", runs.len())];
-    let summary = Summary::new(&manifest, &out, files.map(str::to_owned).into(), notes);
+    let package = manifest.submission_format.package.as_ref();
+    let files = package
+        .map(|package| package.zip.clone())
+        .into_iter()
+        .chain(files.map(str::to_owned));
+    let summary = Summary::new(&manifest, &out, files.collect(), notes)
+        .with_lint(lint_after(&out, &manifest).as_ref());
     if args.json {
         print::result(&summary.to_json());
     } else {

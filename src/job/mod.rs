@@ -15,6 +15,7 @@ pub mod eval;
 pub mod fault;
 pub mod folder;
 pub mod inspect;
+pub mod lint;
 pub mod logits;
 pub mod merge;
 pub mod model;
@@ -30,6 +31,7 @@ pub mod score;
 pub mod selfcheck;
 pub mod settings;
 pub mod signal;
+pub mod submit;
 pub mod synth;
 pub mod synthetic;
 mod variants;
@@ -47,6 +49,7 @@ use crate::profile::ProfileError;
 use crate::report::compare::load::CompareError;
 use crate::report::html::PageError;
 use crate::submission::find::FindError as FindRunError;
+use crate::submission::lint::LintError;
 use crate::submission::lock::LockError;
 use crate::submission::log::LogError;
 use crate::submission::manifest::ManifestError;
@@ -94,6 +97,8 @@ pub enum JobError {
     Page(#[from] PageError),
     #[error(transparent)]
     Score(#[from] score::ScoreError),
+    #[error(transparent)]
+    Lint(#[from] LintError),
     #[error("{message}")]
     Option { message: String },
     #[error("unknown precision `{word}`")]
@@ -119,6 +124,8 @@ pub enum JobError {
     Card { word: String },
     #[error("`--out` names one folder, but {n_runs} runs were asked for")]
     OneFolder { n_runs: usize },
+    #[error("`{path}` lies in no run's folder, so what it should hold is not known")]
+    NoFormat { path: PathBuf },
     #[error("`{path}` holds files that are not a run's")]
     NotARun { path: PathBuf },
     #[error("record `{key}`: {message}\n  in {file}, line {line}{}", in_field(.field))]
@@ -202,6 +209,7 @@ impl JobError {
             Self::FindRun(error) => error.hint(),
             Self::Page(error) => error.hint(),
             Self::Score(error) => error.hint(),
+            Self::Lint(error) => error.hint(),
             Self::Option { .. } => "`podium help eval` has every option".to_owned(),
             Self::Precision { .. } => {
                 let names = Precision::POLICIES.map(Precision::name).join(", ");
@@ -223,6 +231,10 @@ impl JobError {
             }
             Self::OneFolder { .. } => {
                 "leave `--out` out, or run one data set in one precision".to_owned()
+            }
+            Self::NoFormat { .. } => {
+                "name the competition with `--profile NAME|FILE`, and its rows with `--dataset FILE`"
+                    .to_owned()
             }
             Self::NotARun { .. } => {
                 "give another `--out`, or `--fresh` to rename the folder aside".to_owned()

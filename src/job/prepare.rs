@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::dataset::{Dataset, Record};
+use crate::dataset::{Dataset, Message, Record};
 use crate::engine::TokenId;
 use crate::profile::Profile;
 use crate::prompt::{Reasoning, Segment, harmony};
@@ -99,12 +99,13 @@ pub fn prepare(
             .as_ref()
             .ok()
             .map(|(text, ids)| (text.as_str(), ids.as_slice()));
-        prompts.push(PromptRow::new(
-            &record.key,
-            record.id.clone(),
-            record.group.clone(),
-            shown,
-        ));
+        let mut prompt =
+            PromptRow::new(&record.key, record.id.clone(), record.group.clone(), shown);
+        prompt.options = Some(record.options.clone());
+        if profile.submission.tells_conversation() && shown.is_some() {
+            prompt.messages = asked(record, &profile, reasoning, date);
+        }
+        prompts.push(prompt);
         rows.push(match rendered {
             Ok((_, ids)) => Row {
                 tokens: ids.into(),
@@ -148,6 +149,23 @@ fn render(
         .encode(&segments)
         .map_err(|error| error_at(record, error.to_string(), error.hint().to_owned(), None))?;
     Ok((spell(&segments), ids))
+}
+
+/// A rendered row's turns for the submission, the instructions first.
+fn asked(
+    record: &Record,
+    profile: &Profile,
+    reasoning: Reasoning,
+    date: Option<&str>,
+) -> Vec<Message> {
+    let Ok(prompt) = profile.render(record, reasoning, date) else {
+        return Vec::new();
+    };
+    let instructions = prompt.instructions.map(|content| Message {
+        role: "developer".to_owned(),
+        content,
+    });
+    instructions.into_iter().chain(prompt.turns).collect()
 }
 
 /// A prompt as one text, special tokens spelled out.

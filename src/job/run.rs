@@ -16,6 +16,7 @@ use super::prepare::Prepared;
 use super::progress::Progress;
 use super::record::{Recorder, blank_row};
 use super::settings::{Effective, Settings};
+use super::submit::{package_after, submission_format};
 use crate::batch::Job;
 use crate::engine::StopReason;
 use crate::engine::checkpoint::{ByClass, Deviation, Precision};
@@ -24,7 +25,7 @@ use crate::engine::cpu::path::CpuPath;
 use crate::engine::cuda::Staging;
 use crate::engine::generate::{GenerateOptions, Outcome as Generated, generate};
 use crate::engine::plan::{MemoryPlan, ledger_table};
-use crate::profile::{Profile, Source};
+use crate::profile::Profile;
 use crate::prompt::harmony;
 use crate::report::tally::tally;
 use crate::score::{self, Status};
@@ -34,9 +35,7 @@ use crate::submission::manifest::{
     Origin, Outcome, RUN_SCHEMA, RunManifest, Session, Setting, Shard,
 };
 use crate::submission::prompts::{prompts_hash, write_prompts};
-use crate::submission::write::{
-    Column, ColumnValue, SubmissionFormat, chosen_sample, first_sample, write_submission,
-};
+use crate::submission::write::{chosen_sample, first_sample, write_submission};
 use crate::submission::{ResultRow, Results};
 use crate::telemetry::device::DeviceLoad;
 use crate::telemetry::memory::{MemoryEvent, MemoryLog, MemorySummary, SAMPLE_PERIOD};
@@ -545,7 +544,7 @@ impl Run<'_> {
             &manifest.submission_format,
             &first_sample,
         )?;
-        Ok(())
+        package_after(path, manifest, &self.prepared.prompts, &results)
     }
 
     /// The rows with their verdicts by this run's scoring: replies are read again, never made
@@ -628,24 +627,4 @@ fn row_hash(key: &str) -> u64 {
 pub fn scoring_hash(profile: &Profile) -> String {
     let parts = serde_json::json!([profile.scoring, profile.submission]);
     sha256_hex(parts.to_string().as_bytes())
-}
-
-/// The profile's columns as the writer takes them.
-pub fn submission_format(profile: &Profile) -> SubmissionFormat {
-    let columns = profile.submission.columns.iter().map(|column| Column {
-        name: column.name.clone(),
-        value: match column.source {
-            Source::Id => ColumnValue::Id,
-            Source::Answer => ColumnValue::Answer,
-            Source::FinalText => ColumnValue::FinalText,
-            Source::RawText => ColumnValue::RawText,
-            Source::Score => ColumnValue::Score,
-            Source::Status => ColumnValue::Status,
-            Source::Group => ColumnValue::Group,
-        },
-    });
-    SubmissionFormat {
-        columns: columns.collect(),
-        ..SubmissionFormat::default()
-    }
 }

@@ -8,13 +8,15 @@ use super::eval::read_dataset;
 use super::folder::SUBMISSIONS;
 use super::nano::NANO;
 use super::report::page_after;
-use super::run::{scoring_hash, submission_format};
+use super::run::scoring_hash;
+use super::submit::{lint_after, package_after, submission_format, with_meta};
 use crate::cli::ScoreArgs;
 use crate::cli::eval::unredacted;
 use crate::cli::print;
 use crate::dataset::Record;
 use crate::profile::Profile;
 use crate::report::html::current_rows;
+use crate::report::lint::LintBrief;
 use crate::report::rescore::{RESCORE_SCHEMA, Rescore, Verdict};
 use crate::report::table::color_wanted;
 use crate::report::tally::tally;
@@ -74,7 +76,7 @@ pub fn score_command(args: &ScoreArgs) -> Result<u8, JobError> {
     let path = find_run(Path::new(SUBMISSIONS), &args.run)?;
     let _lock = RunLock::acquire(&path)?;
     let mut manifest = RunManifest::read(&path)?;
-    let prompts = read_prompts(&path)?;
+    let mut prompts = read_prompts(&path)?;
     let (records, profile) = read_records(args, &manifest)?;
     let keys = || records.iter().map(|record| record.key.as_str());
     if let Some((row, (found, prompt))) = keys()
@@ -91,6 +93,10 @@ pub fn score_command(args: &ScoreArgs) -> Result<u8, JobError> {
         .into());
     }
 
+    // A run of an older version has not kept the options; the columns need them.
+    for (prompt, record) in prompts.iter_mut().zip(&records) {
+        prompt.options.get_or_insert_with(|| record.options.clone());
+    }
     let logged = Results::new(log::read(&path)?.rows);
     let before = current_rows(&path, &prompts, &logged);
     let judged: Vec<ResultRow> = records
@@ -122,6 +128,7 @@ pub fn score_command(args: &ScoreArgs) -> Result<u8, JobError> {
 
     manifest.scoring_hash = rescore.scoring_hash.clone();
     manifest.tally = Some(tally);
+    let package_before = manifest.submission_format.package.take();
     manifest.submission_format = submission_format(&profile);
     write_submission(
         &path,
@@ -130,8 +137,23 @@ pub fn score_command(args: &ScoreArgs) -> Result<u8, JobError> {
         &manifest.submission_format,
         &first_sample,
     )?;
+    package_after(&path, &manifest, &prompts, &judged)?;
+    if let Some(stale) = package_before
+        && manifest
+            .submission_format
+            .package
+            .as_ref()
+            .is_none_or(|package| package.zip != stale.zip)
+    {
+        // Made of the submission that is no more: nobody should hand it in.
+        std::fs::remove_file(path.join(stale.zip)).ok();
+    }
     manifest.write(&path)?;
     page_after(&path, Some(&judged));
+    let rescore = Rescore {
+        lint: lint_after(&path, &manifest).as_ref().map(LintBrief::of),
+        ..rescore
+    };
     if args.json {
         print::result(&rescore.to_json());
     } else {
@@ -162,7 +184,15 @@ fn read_records(
         .map(|word| unredacted(word).to_string_lossy().into_owned());
     let word = args.profile.clone().or(own);
     let is_nano = manifest.model_path == NANO;
-    let (dataset, profile) = read_dataset(&path, word.as_deref(), is_nano)?;
+    let (dataset, mut profile) = read_dataset(&path, word.as_deref(), is_nano)?;
+    if profile.submission.package.is_some() {
+        let own: Option<Vec<String>> = manifest
+            .config
+            .get("meta")
+            .and_then(|setting| serde_json::from_value(setting.value.clone()).ok());
+        with_meta(&mut profile, &own.unwrap_or_default())?;
+    }
+    with_meta(&mut profile, &args.meta)?;
     if dataset.content_hash != manifest.generation.dataset {
         return Err(ScoreError::OtherDataset {
             path,

@@ -14,7 +14,7 @@ use minijinja::{Environment, UndefinedBehavior, Value, context};
 use serde::{Deserialize, Serialize};
 
 pub use error::ProfileError;
-pub use submission::{Column, Source, Submission};
+pub use submission::{Column, Quote, Source, Submission};
 
 use crate::dataset::{Dataset, Message, Pins, Record};
 use crate::prompt::{Prompt, Reasoning};
@@ -57,13 +57,17 @@ pub struct Defaults {
     pub reasoning: Option<Reasoning>,
 }
 
-const BUILTIN: [(&str, &str); 3] = [
+const BUILTIN: [(&str, &str); 4] = [
     ("qa", include_str!("../../datasets/profiles/qa.toml")),
     (
         "choice",
         include_str!("../../datasets/profiles/choice.toml"),
     ),
     ("nano", include_str!("../../datasets/profiles/nano.toml")),
+    (
+        "curebench",
+        include_str!("../../datasets/profiles/curebench.toml"),
+    ),
 ];
 
 impl Profile {

@@ -122,8 +122,64 @@ fn columns_have_names_of_their_own() {
         (column.source, column.name.as_str()),
         (Source::Answer, "prediction")
     );
-    assert_eq!(String::from(column), "answer as prediction");
-    assert_eq!(String::from(Column::of(Source::Id)), "id");
+    assert_eq!(Column::of(Source::Id).name, "id");
+}
+
+#[test]
+fn a_submission_has_sentinels_rules_and_a_package() {
+    let parse = |text: &str| toml::from_str::<Submission>(text);
+    let found = parse(
+        r#"columns = ["id", "choice", { name = "track", constant = "2" }, "prediction as words"]
+           missing = { choice = "NOTAVALUE", words = "no answer" }
+           never_null = ["choice", "words"]
+           quote = "all"
+           package = { fields = { model_name = "{{ model }}" } }"#,
+    )
+    .expect("it is valid");
+    let missing: Vec<Option<&str>> = found
+        .columns
+        .iter()
+        .map(|column| column.missing.as_deref())
+        .collect();
+    assert_eq!(missing, [None, Some("NOTAVALUE"), None, Some("no answer")]);
+    let never_null: Vec<bool> = found.columns.iter().map(|it| it.never_null).collect();
+    assert_eq!(never_null, [false, true, false, true]);
+    assert_eq!(found.columns[2].source, Source::Constant("2".into()));
+    assert_eq!(found.quote, Quote::All);
+    assert_eq!(found.package.expect("it is there").csv, "submission.csv");
+    let all = parse("columns = [\"id\", \"answer\"]\nmissing = \"-\"\nnever_null = true");
+    let all = all.expect("it is valid").columns;
+    assert!(
+        all.iter()
+            .all(|it| it.never_null && it.missing.as_deref() == Some("-"))
+    );
+
+    for (text, part) in [
+        (r#"columns = ["id", "answer as id"]"#, "two columns"),
+        (r#"columns = []"#, "no columns"),
+        (r#"columns = ["id", 7]"#, "constant"),
+        (r#"columns = [{ name = "a", konstant = "b" }]"#, "konstant"),
+        (r#"columns = ["answer"]"#, "no column `id`"),
+        (
+            "columns = [\"id\"]\nmissing = { choice = \"x\" }",
+            "`choice`",
+        ),
+        ("columns = [\"id\"]\nnever_null = [\"words\"]", "`words`"),
+        (
+            "columns = [\"id\", \"answer\"]\nnever_null = true",
+            "`missing`",
+        ),
+        (
+            "columns = [\"id\", \"answer\"]\nnever_null = true\nmissing = \"N/A\"",
+            "pandas",
+        ),
+        ("columns = [\"id\"]\nquote = \"some\"", "some"),
+        ("columns = [\"id\"]\npackage = { csv = \"a/b\" }", "a/b"),
+        ("columns = [\"id\"]\nmising = \"\"", "mising"),
+    ] {
+        let error = parse(text).expect_err(part).to_string();
+        assert!(error.contains(part), "{error}");
+    }
 }
 
 /// Other golds in the same file give the same prompts, whatever the gold's shape.

@@ -14,6 +14,7 @@ use super::summary::{Summary, tests::finished};
 use crate::dataset::{Format, GoldKind, Mapping, OptionsSource};
 use crate::engine::BackendMemory;
 use crate::score::Status;
+use crate::submission::lint::{Checked, Finding, Kind, LINT_SCHEMA, Lint};
 use crate::submission::manifest::Accuracy;
 use crate::submission::prompts::PromptRow;
 use crate::submission::test_rows::{row, unanswered};
@@ -187,6 +188,12 @@ fn prompts_fit() {
     );
     check("prompt", &json(&full));
     check("prompt", &json(&PromptRow::new("q", None, None, None)));
+    let told = PromptRow {
+        options: Some(vec!["x".to_owned()]),
+        messages: full.asked(),
+        ..full
+    };
+    check("prompt", &json(&told));
 }
 
 #[test]
@@ -227,7 +234,48 @@ fn manifests_and_summaries_fit() {
         check("run", &json(manifest));
         let summary = Summary::new(manifest, Path::new("x"), vec!["a".into()], vec!["b".into()]);
         check("summary", &summary.to_json());
+        check("summary", &summary.with_lint(Some(&lint())).to_json());
     }
+}
+
+fn lint() -> Lint {
+    let finding = Finding {
+        kind: Kind::Choice,
+        file: "submission.csv".to_owned(),
+        row: Some(1),
+        line: Some(2),
+        column: Some("choice".to_owned()),
+        message: "no letter".to_owned(),
+    };
+    let whole_file = Finding {
+        row: None,
+        line: None,
+        column: None,
+        ..finding.clone()
+    };
+    Lint {
+        schema: LINT_SCHEMA.to_owned(),
+        files: vec![Checked {
+            file: "submission.csv".to_owned(),
+            n_rows: 3,
+            n_stopped_words: 0,
+        }],
+        findings: vec![finding, whole_file],
+        unchecked: vec!["ids".to_owned()],
+    }
+}
+
+#[test]
+fn lints_fit() {
+    check("lint", &super::lint::to_json(&lint()));
+}
+
+#[test]
+fn a_package_fits() {
+    let mut manifest = finished();
+    let profile = crate::profile::Profile::builtin("curebench").expect("it is built in");
+    manifest.submission_format = crate::job::submit::submission_format(&profile);
+    check("run", &json(&manifest));
 }
 
 #[test]

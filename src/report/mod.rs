@@ -7,6 +7,7 @@
 pub mod compare;
 pub mod html;
 pub mod inspection;
+pub mod lint;
 pub mod rescore;
 pub mod summary;
 pub mod table;

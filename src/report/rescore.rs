@@ -1,6 +1,7 @@
 //! What scoring a run again changed: as a table, and as one JSON object (schema
 //! `podium.rescore/1`).
 
+use super::lint::LintBrief;
 use super::table::{Align, Table, bold, grouped, percent, printable};
 use crate::score::Status;
 use crate::submission::ResultRow;
@@ -32,6 +33,8 @@ pub struct Rescore {
     pub n_lost: u64,
     /// All of them, in input order.
     pub changes: Vec<Change>,
+    /// What reading the new submission back found; absent when it could not be read.
+    pub lint: Option<LintBrief>,
 }
 
 /// A sample with another verdict.
@@ -132,6 +135,9 @@ impl Rescore {
         }
         line("now", &self.accuracy);
         text += &format!("\n{}", table.render(color));
+        if let Some(lint) = &self.lint {
+            text += &format!("\n{}", lint.render());
+        }
         if self.n_changed == 0 {
             return text;
         }

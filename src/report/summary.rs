@@ -4,8 +4,10 @@
 
 use std::path::Path;
 
+use super::lint::LintBrief;
 use super::table::{Align, Table, bold, bytes, duration, grouped, percent, printable, rate};
 use crate::score::Status;
+use crate::submission::lint::Lint;
 use crate::submission::manifest::{Accuracy, Outcome, RunManifest, Tally};
 use crate::submission::write::status_name;
 use crate::telemetry::device::DeviceLoad;
@@ -55,6 +57,9 @@ pub struct Summary {
     pub notes: Vec<String>,
     /// Files written, by name in `run_dir`.
     pub files: Vec<String>,
+    /// What reading the submission back found; absent when it could not be read.
+    #[serde(default)]
+    pub lint: Option<LintBrief>,
 }
 
 impl Summary {
@@ -121,7 +126,14 @@ impl Summary {
                 .find_map(|session| session.device_load),
             notes: lost_note(manifest).into_iter().chain(notes).collect(),
             files,
+            lint: None,
         }
+    }
+
+    #[must_use]
+    pub fn with_lint(mut self, lint: Option<&Lint>) -> Self {
+        self.lint = lint.map(LintBrief::of);
+        self
     }
 
     /// One JSON object on one line.
@@ -140,6 +152,9 @@ impl Summary {
         if !self.files.is_empty() {
             let files = self.files.join("  ");
             sections.push(format!("written to {}\n{}", self.run_dir, wrapped(&files)));
+        }
+        if let Some(lint) = &self.lint {
+            sections.push(lint.render());
         }
         for note in &self.notes {
             sections.push(wrapped(&format!("note: {}", printable(note))));

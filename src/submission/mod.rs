@@ -3,17 +3,24 @@
 //! A finished sample is a [`ResultRow`], a line of the [`log`]. Everything else in a run folder
 //! is made from the log and the manifest and replaced whole ([`mod@write`], [`manifest`]), so a run
 //! that was killed and resumed leaves the same submission as one that was not. One process at a
-//! time writes to a folder ([`lock`]); readers need no lock. Which rows to run and how they are
-//! scored is decided elsewhere.
+//! time writes to a folder ([`lock`]); readers need no lock. What was written is read back as the
+//! competition would ([`mod@lint`]). Which rows to run and how they are scored is decided elsewhere.
 
+pub mod answer_of;
+pub mod cells;
 pub mod environment;
 pub mod find;
+pub mod format;
 pub mod identity;
+pub mod lint;
 pub mod lock;
 pub mod log;
 pub mod manifest;
 pub mod merge;
+pub mod null_words;
+pub mod package;
 pub mod prompts;
+pub mod reply_text;
 pub mod results;
 pub mod write;
 

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::identity::hex;
 use super::write::{WriteError, replace, write_json_line};
+use crate::dataset::Message;
 
 pub const PROMPTS_FILE: &str = "prompts.jsonl";
 pub const PROMPT_SCHEMA: &str = "podium.prompt/1";
@@ -27,6 +28,13 @@ pub struct PromptRow {
     /// SHA-256 over the token ids as little-endian `u32`: unlike the text it tells a special
     /// token from a literal `<|end|>` in a question.
     pub hash: Option<String>,
+    /// The row's options as they were shown, so that a choice can be checked without the data
+    /// set; absent in runs of older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub options: Option<Vec<String>>,
+    /// The turns asked, instructions first, where the submission tells the conversation.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub messages: Vec<Message>,
 }
 
 impl PromptRow {
@@ -51,7 +59,22 @@ impl PromptRow {
                 }
                 hex(&hasher.finalize())
             }),
+            options: None,
+            messages: Vec::new(),
         }
+    }
+
+    /// The turns that the model was asked with. Where they were not kept, the rendered prompt as
+    /// one turn.
+    pub fn asked(&self) -> Vec<Message> {
+        if !self.messages.is_empty() {
+            return self.messages.clone();
+        }
+        let whole = self.text.iter().map(|text| Message {
+            role: "user".to_owned(),
+            content: text.clone(),
+        });
+        whole.collect()
     }
 }
 

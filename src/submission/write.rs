@@ -2,15 +2,19 @@
 //!
 //! Rows come in input order whatever the order they ran in, and no file holds a time, so a run
 //! that was interrupted and resumed has the same bytes as one that was not. Every file is
-//! replaced whole: written beside the old one, synced, renamed. Cells are written as they are;
-//! escaping for spreadsheets is the reader's business.
+//! replaced whole: written beside the old one, synced, renamed. Cells are written as they are but
+//! for what the profile's rules change ([`super::cells`]); escaping for spreadsheets is the
+//! reader's business.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::cells::cell;
+pub use super::format::{Column, ColumnValue, SubmissionFormat};
 use super::prompts::PromptRow;
 use super::{ResultRow, Results};
 use crate::score::Status;
@@ -18,65 +22,6 @@ use crate::score::Status;
 pub const SCORES_FILE: &str = "scores.csv";
 pub const SUBMISSION_CSV_FILE: &str = "submission.csv";
 pub const SUBMISSION_JSONL_FILE: &str = "submission.jsonl";
-
-/// What a column of a submission holds.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ColumnValue {
-    /// The row's id; its key when the file has no ids.
-    Id,
-    Answer,
-    /// 1 or 0; empty without gold.
-    Score,
-    Status,
-    Group,
-    /// The text of the final message.
-    FinalText,
-    /// Everything the model wrote.
-    RawText,
-    /// The same text in every row.
-    Constant(String),
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Column {
-    pub name: String,
-    pub value: ColumnValue,
-}
-
-/// What a competition takes.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct SubmissionFormat {
-    pub columns: Vec<Column>,
-    /// Written for an answer or text that is not there, such as `NOTAVALUE`. In JSONL an empty
-    /// one is `null`.
-    #[serde(default)]
-    pub missing: String,
-    /// Every cell of the CSV in quotes, not only those that need them.
-    #[serde(default)]
-    pub quote_all: bool,
-}
-
-impl Default for SubmissionFormat {
-    /// The generic one: id, answer, score, status, group.
-    fn default() -> Self {
-        let column = |name: &str, value| Column {
-            name: name.to_owned(),
-            value,
-        };
-        Self {
-            columns: vec![
-                column("id", ColumnValue::Id),
-                column("answer", ColumnValue::Answer),
-                column("score", ColumnValue::Score),
-                column("status", ColumnValue::Status),
-                column("group", ColumnValue::Group),
-            ],
-            missing: String::new(),
-            quote_all: false,
-        }
-    }
-}
 
 /// Chooses which of a row's samples speaks for it, by its place in the slice: the vote of maj@k.
 /// Called with at least one sample, in sample order.
@@ -87,8 +32,9 @@ pub fn first_sample(_samples: &[&ResultRow]) -> usize {
     0
 }
 
-/// Writes `scores.csv` (a line a sample) and both submission files (a line a row) into a run
-/// folder. A row without a result is there with status `not_run`. Returns the paths written.
+/// Writes `scores.csv` (a line a sample) and both submission files (a line an id) into a run
+/// folder. A row without a result is there with status `not_run`; a row whose id came before is
+/// in error and only in `scores.csv`. Returns the paths written.
 pub fn write_submission(
     run_dir: &Path,
     prompts: &[PromptRow],
@@ -99,8 +45,10 @@ pub fn write_submission(
     let scores = run_dir.join(SCORES_FILE);
     let csv = run_dir.join(SUBMISSION_CSV_FILE);
     let jsonl = run_dir.join(SUBMISSION_JSONL_FILE);
+    let mut seen = HashSet::new();
     let chosen: Vec<(&PromptRow, Option<&ResultRow>)> = prompts
         .iter()
+        .filter(|prompt| seen.insert(id_text(prompt)))
         .map(|prompt| (prompt, chosen_sample(results, &prompt.key, pick)))
         .collect();
     replace(&scores, |out| write_scores(out, prompts, results))?;
@@ -200,7 +148,7 @@ fn write_submission_csv(
     csv.write_record(format.columns.iter().map(|column| &column.name))?;
     for (prompt, row) in rows {
         csv.write_record(format.columns.iter().map(|column| {
-            match cell(&column.value, prompt, *row, &format.missing) {
+            match cell(column, prompt, *row, format) {
                 Value::Null => String::new(),
                 Value::String(text) => text,
                 other => other.to_string(),
@@ -220,7 +168,7 @@ fn write_submission_jsonl(
             .columns
             .iter()
             .map(|column| {
-                let value = cell(&column.value, prompt, *row, &format.missing);
+                let value = cell(column, prompt, *row, format);
                 (column.name.clone(), value)
             })
             .collect();
@@ -229,35 +177,8 @@ fn write_submission_jsonl(
     Ok(())
 }
 
-/// A cell with its JSON type. A text that is missing is the format's sentinel, or null.
-fn cell(value: &ColumnValue, prompt: &PromptRow, row: Option<&ResultRow>, missing: &str) -> Value {
-    let text = |text: Option<&str>| match text {
-        Some(text) => Value::from(text),
-        None if missing.is_empty() => Value::Null,
-        None => Value::from(missing),
-    };
-    match value {
-        ColumnValue::Id => prompt
-            .id
-            .clone()
-            .unwrap_or_else(|| Value::from(prompt.key.as_str())),
-        ColumnValue::Answer => {
-            text(row.and_then(|row| row.answer.as_ref().map(|answer| answer.text.as_str())))
-        }
-        ColumnValue::Score => row
-            .and_then(|row| row.correct)
-            .map_or(Value::Null, |correct| Value::from(u8::from(correct))),
-        ColumnValue::Status => {
-            Value::from(status_name(row.map_or(Status::NotRun, |row| row.status)))
-        }
-        ColumnValue::Group => prompt.group.as_deref().map_or(Value::Null, Value::from),
-        ColumnValue::FinalText => text(row.and_then(|row| row.final_text.as_deref())),
-        ColumnValue::RawText => text(row.map(|row| row.raw_text.as_str())),
-        ColumnValue::Constant(constant) => Value::from(constant.as_str()),
-    }
-}
-
-fn id_text(prompt: &PromptRow) -> String {
+/// A row's id as the CSV spells it.
+pub(crate) fn id_text(prompt: &PromptRow) -> String {
     match &prompt.id {
         None => prompt.key.clone(),
         Some(Value::String(text)) => text.clone(),
@@ -294,6 +215,8 @@ pub fn status_name(status: Status) -> &'static str {
 pub enum WriteError {
     #[error("cannot write `{path}`: {source}")]
     Write { path: PathBuf, source: io::Error },
+    #[error("field `{field}` of the submission's package cannot be filled in: {reason}")]
+    Field { field: String, reason: String },
 }
 
 impl WriteError {
@@ -303,6 +226,9 @@ impl WriteError {
                 "the log is kept; make the folder writable or make room, and give the same \
                  command again"
                     .to_owned()
+            }
+            Self::Field { field, .. } => {
+                format!("give it with `--meta {field}=VALUE`, or correct the profile")
             }
         }
     }
@@ -377,21 +303,13 @@ mod tests {
         let dir = TestDir::new("profile");
         let format = SubmissionFormat {
             columns: vec![
-                Column {
-                    name: "id".to_owned(),
-                    value: ColumnValue::Id,
-                },
-                Column {
-                    name: "prediction".to_owned(),
-                    value: ColumnValue::Answer,
-                },
-                Column {
-                    name: "track".to_owned(),
-                    value: ColumnValue::Constant("2".to_owned()),
-                },
+                Column::new("id", ColumnValue::Id),
+                Column::new("prediction", ColumnValue::Answer),
+                Column::new("track", ColumnValue::Constant("2".to_owned())),
             ],
             missing: "NOTAVALUE".to_owned(),
             quote_all: true,
+            package: None,
         };
         let results = Results::new(vec![row("007", 0), row("007", 1), wrong("007", 2, "9")]);
         let last = |samples: &[&ResultRow]| samples.len() - 1;

@@ -7,7 +7,6 @@
 
 mod comparison;
 pub mod page;
-pub mod reply;
 mod rows;
 mod run;
 mod series;

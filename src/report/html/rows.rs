@@ -9,7 +9,7 @@ use crate::submission::prompts::PromptRow;
 use crate::submission::write::status_name;
 use crate::submission::{ResultRow, RowError};
 
-use super::reply::shown;
+use crate::submission::reply_text::shown;
 
 /// Texts of a page are cut to this many bytes together; the longest lose most.
 pub(super) const MAX_TEXT_BYTES: usize = 48 << 20;

@@ -1,8 +1,9 @@
 //! A reply's raw text taken apart for reading. The verdict came from the token ids, in
 //! [`crate::prompt::harmony`]; here only the spelling is at hand, so a literal `<|end|>` that a
-//! model wrote in ordinary tokens looks like the special one. Nothing is scored by this.
+//! model wrote in ordinary tokens looks like the special one. Nothing is scored by this; pages and
+//! a submission's reasoning are made of it.
 
-/// What a page shows of a reply.
+/// What is shown of a reply.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Shown {
     /// All that is not the final message: analysis, and other channels under their names.
