@@ -180,7 +180,7 @@ pub fn read_dataset(
     profile: Option<&str>,
     is_nano: bool,
 ) -> Result<(dataset::Dataset, Profile), JobError> {
-    let (dataset, profile) = match profile {
+    let (mut dataset, profile) = match profile {
         Some(word) => {
             let profile = Profile::find(word)?;
             (dataset::read_with(path, &profile.mapping)?, profile)
@@ -191,7 +191,7 @@ pub fn read_dataset(
             (dataset, profile)
         }
     };
-    let profile = profile.resolved(&dataset.records);
+    let profile = profile.resolved(&mut dataset.records)?;
     Ok((dataset, profile))
 }
 

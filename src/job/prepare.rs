@@ -99,12 +99,10 @@ pub fn prepare(
             .as_ref()
             .ok()
             .map(|(text, ids)| (text.as_str(), ids.as_slice()));
-        prompts.push(PromptRow::new(
-            &record.key,
-            record.id.clone(),
-            record.group.clone(),
-            shown,
-        ));
+        prompts.push(PromptRow {
+            option_order: profile.option_order(record),
+            ..PromptRow::new(&record.key, record.id.clone(), record.group.clone(), shown)
+        });
         rows.push(match rendered {
             Ok((_, ids)) => Row {
                 tokens: ids.into(),

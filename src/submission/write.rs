@@ -242,7 +242,12 @@ fn cell(value: &ColumnValue, prompt: &PromptRow, row: Option<&ResultRow>, missin
             .clone()
             .unwrap_or_else(|| Value::from(prompt.key.as_str())),
         ColumnValue::Answer => {
-            text(row.and_then(|row| row.answer.as_ref().map(|answer| answer.text.as_str())))
+            let answer = row.and_then(|row| row.answer.as_ref());
+            text(
+                answer
+                    .map(|answer| prompt.in_file_order(&answer.text))
+                    .as_deref(),
+            )
         }
         ColumnValue::Score => row
             .and_then(|row| row.correct)
@@ -257,7 +262,7 @@ fn cell(value: &ColumnValue, prompt: &PromptRow, row: Option<&ResultRow>, missin
     }
 }
 
-fn id_text(prompt: &PromptRow) -> String {
+pub(super) fn id_text(prompt: &PromptRow) -> String {
     match &prompt.id {
         None => prompt.key.clone(),
         Some(Value::String(text)) => text.clone(),
