@@ -26,6 +26,7 @@ use crate::report::table::color_wanted;
 use crate::submission::log::{self, RESULTS_FILE};
 use crate::submission::manifest::{Outcome, RunManifest};
 use crate::submission::{Results, RowError};
+use crate::submission::questions::QUESTIONS_FILE;
 use crate::telemetry::process_start;
 
 /// Runs the command and gives its exit code.
@@ -314,7 +315,7 @@ fn finish(
             "and {more} more rows cannot run; scores.csv has them all"
         ));
     }
-    let files = [
+    let mut files = vec![
         "submission.csv",
         "submission.jsonl",
         "scores.csv",
@@ -325,7 +326,11 @@ fn finish(
         "throughput.jsonl",
         "report.html",
     ];
-    let summary = Summary::new(manifest, path, files.map(str::to_owned).into(), notes);
+    if manifest.generation.samples > 1 {
+        files.insert(3, QUESTIONS_FILE);
+    }
+    let files = files.into_iter().map(str::to_owned).collect();
+    let summary = Summary::new(manifest, path, files, notes);
     if args.json {
         print::result(&summary.to_json());
     } else {

@@ -26,18 +26,20 @@ use crate::engine::generate::{GenerateOptions, Outcome as Generated, generate};
 use crate::engine::plan::{MemoryPlan, ledger_table};
 use crate::profile::{Profile, Source};
 use crate::prompt::harmony;
+use crate::report::over_samples::over_samples;
 use crate::report::tally::tally;
 use crate::score::{self, Status};
 use crate::submission::environment::{Environment, redact};
 use crate::submission::identity::{GenerationIdentity, sha256_hex};
 use crate::submission::manifest::{
-    Origin, Outcome, RUN_SCHEMA, RunManifest, Session, Setting, Shard,
+    Origin, Outcome, RUN_SCHEMA, RunManifest, Session, Setting, Shard, Tally,
 };
 use crate::submission::prompts::{prompts_hash, write_prompts};
+use crate::submission::questions::write_questions;
 use crate::submission::write::{
-    Column, ColumnValue, SubmissionFormat, chosen_sample, first_sample, write_submission,
+    Column, ColumnValue, SubmissionFormat, chosen_sample, write_submission,
 };
-use crate::submission::{ResultRow, Results};
+use crate::submission::{ResultRow, Results, vote};
 use crate::telemetry::device::DeviceLoad;
 use crate::telemetry::memory::{MemoryEvent, MemoryLog, MemorySummary, SAMPLE_PERIOD};
 use crate::telemetry::throughput::{ThroughputLog, ThroughputTotals};
@@ -189,6 +191,7 @@ impl Run<'_> {
             dataset_path: redact(&dataset_path),
             model_path: redact(&self.model.name),
             profile: self.prepared.profile.name.clone(),
+            scoring: Some(self.prepared.profile.scoring.clone()),
             config: self.config(),
             submission_format: submission_format(&self.prepared.profile),
             shard: self.shard(),
@@ -533,21 +536,26 @@ impl Run<'_> {
                 .map(|record| record.key.as_str())
         };
         let questions: Vec<&ResultRow> = keys()
-            .filter_map(|key| chosen_sample(&results, key, &first_sample))
+            .filter_map(|key| chosen_sample(&results, key, &pick))
             .collect();
         let samples: Vec<&ResultRow> = results.in_order(keys()).collect();
         let random = score::baseline::random(&self.prepared.dataset.records);
-        manifest.tally = Some(tally(&questions, &samples, random));
+        manifest.tally = Some(Tally {
+            over_samples: over_samples(manifest, &samples),
+            ..tally(&questions, &samples, random)
+        });
         write_submission(
             path,
             &self.prepared.prompts,
             &results,
             &manifest.submission_format,
-            &first_sample,
+            &pick,
         )?;
         Ok(())
     }
 
+        let scoring = &self.prepared.profile.scoring;
+        let pick = vote::pick(scoring);
     /// The rows with their verdicts by this run's scoring: replies are read again, never made
     /// again, so that a changed profile or data set gold takes effect on finished rows too.
     fn judged(&self, results: &Results) -> Results {
@@ -561,6 +569,9 @@ impl Run<'_> {
                         record,
                         &self.prepared.profile,
                         stop,
+        if self.n_samples() > 1 {
+            write_questions(path, &self.prepared.prompts, &results, scoring)?;
+        }
                         &self.model.tokenizer,
                     );
                 }

@@ -6,6 +6,7 @@
 
 pub mod compare;
 pub mod html;
+pub mod over_samples;
 pub mod rescore;
 pub mod summary;
 pub mod table;

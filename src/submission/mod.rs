@@ -14,7 +14,9 @@ pub mod log;
 pub mod manifest;
 pub mod merge;
 pub mod prompts;
+pub mod questions;
 pub mod results;
+pub mod vote;
 pub mod write;
 
 #[cfg(test)]
