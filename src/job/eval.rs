@@ -23,10 +23,11 @@ use crate::engine::cpu::CpuOptions;
 use crate::profile::Profile;
 use crate::report::summary::Summary;
 use crate::report::table::color_wanted;
+use crate::score::Aggregate;
 use crate::submission::log::{self, RESULTS_FILE};
 use crate::submission::manifest::{Outcome, RunManifest};
-use crate::submission::{Results, RowError};
 use crate::submission::questions::QUESTIONS_FILE;
+use crate::submission::{Results, RowError};
 use crate::telemetry::process_start;
 
 /// Runs the command and gives its exit code.
@@ -122,6 +123,18 @@ pub fn assemble<'a>(
     let profile_word = layers.profile();
     let (dataset, profile) = read_dataset(path, profile_word.as_deref(), model.is_nano)?;
     let settings = Settings::resolve(layers, &profile, model.is_nano);
+    if settings.early_stop.value
+        && matches!(
+            profile.scoring.aggregate,
+            Aggregate::First | Aggregate::Pass
+        )
+    {
+        let message = "`--early-stop` leaves out samples that cannot change a vote, and this \
+                       profile's `aggregate` does not vote";
+        return Err(JobError::Option {
+            message: message.to_owned(),
+        });
+    }
     let engine = device::choose(
         settings.device.value,
         settings.exact.value,

@@ -77,7 +77,7 @@ pub struct LoadedWeights {
 }
 
 impl Run<'_> {
-    fn n_samples(&self) -> u32 {
+    pub(super) fn n_samples(&self) -> u32 {
         u32::try_from(self.settings.samples.value).unwrap_or(u32::MAX)
     }
 
@@ -130,7 +130,7 @@ impl Run<'_> {
     }
 
     /// Whether `--limit` and `--shard` take the row with this index.
-    fn takes(&self, row: usize) -> bool {
+    pub(super) fn takes(&self, row: usize) -> bool {
         self.settings.limit.value.is_none_or(|limit| row < limit)
             && self
                 .settings
@@ -139,8 +139,12 @@ impl Run<'_> {
                 .is_none_or(|shard| shard.takes(row))
     }
 
-    /// The samples that no finished line of the log stands for.
+    /// The samples that no finished line of the log stands for; with early stop those of them
+    /// that are needed next.
     pub fn missing(&self, results: &Results) -> Vec<(usize, u32)> {
+        if self.settings.early_stop.value {
+            return self.needed_next(results);
+        }
         let records = &self.prepared.dataset.records;
         (0..records.len())
             .filter(|&row| self.takes(row))
@@ -187,11 +191,11 @@ impl Run<'_> {
                 .into_owned(),
             generation_hash: identity.hash(),
             scoring_hash: self.scoring_hash(),
+            scoring: Some(self.prepared.profile.scoring.clone()),
             generation: identity.clone(),
             dataset_path: redact(&dataset_path),
             model_path: redact(&self.model.name),
             profile: self.prepared.profile.name.clone(),
-            scoring: Some(self.prepared.profile.scoring.clone()),
             config: self.config(),
             submission_format: submission_format(&self.prepared.profile),
             shard: self.shard(),
@@ -344,6 +348,7 @@ impl Run<'_> {
             }
         };
         self.log_errors(folder)?;
+        self.log_left_out(folder)?;
         let jobs = self.jobs(&folder.results);
         let n_jobs = jobs.len();
         if n_jobs == 0 {
@@ -391,10 +396,21 @@ impl Run<'_> {
             recorder.numerics_id = Some(opening.identity.numerics.clone());
         }
         let mut faulty = Faulty::new(&mut backend, self.fault);
-        let generated = generate(&mut faulty, jobs, &options, &stop, &mut recorder);
+        let mut generated = generate(&mut faulty, jobs, &options, &stop, &mut recorder);
+        while self.settings.early_stop.value && matches!(generated, Ok(Generated::Complete)) {
+            let jobs = self.next_round(recorder.results);
+            if jobs.is_empty() {
+                break;
+            }
+            recorder.next_round(jobs.len());
+            generated = generate(&mut faulty, jobs, &options, &stop, &mut recorder);
+        }
         recorder.flush();
         let first_token = recorder.first_token;
-        let failure = recorder.failure.take();
+        let failure = match recorder.failure.take() {
+            Some(failure) => Some(failure.into()),
+            None => self.log_left_out(folder).err(),
+        };
         progress.clear();
         let (totals, throughput_written) = throughput.finish();
         let (memory, memory_written) = memory.finish();
@@ -405,7 +421,7 @@ impl Run<'_> {
             crate::cli::print::tell(&format!("warning: {warning}\nhint: {}", warning.hint()));
         }
         let (outcome, error) = match (failure, generated) {
-            (Some(failure), _) => (Outcome::Failed, Some(failure.into())),
+            (Some(failure), _) => (Outcome::Failed, Some(failure)),
             (None, Err(error)) => (Outcome::Failed, Some(error.into())),
             (None, Ok(Generated::Complete)) => (Outcome::Complete, None),
             (None, Ok(Generated::Stopped)) => (Outcome::Stopped, None),
@@ -442,7 +458,7 @@ impl Run<'_> {
     }
 
     /// The samples that are missing and can run.
-    fn jobs(&self, results: &Results) -> Vec<Job> {
+    pub(super) fn jobs(&self, results: &Results) -> Vec<Job> {
         let job = |(row, sample): (usize, u32)| {
             let record = self.prepared.dataset.records.get(row)?;
             let prepared = self.prepared.rows.get(row)?;
@@ -535,6 +551,8 @@ impl Run<'_> {
                 .iter()
                 .map(|record| record.key.as_str())
         };
+        let scoring = &self.prepared.profile.scoring;
+        let pick = vote::pick(scoring);
         let questions: Vec<&ResultRow> = keys()
             .filter_map(|key| chosen_sample(&results, key, &pick))
             .collect();
@@ -551,14 +569,15 @@ impl Run<'_> {
             &manifest.submission_format,
             &pick,
         )?;
+        if self.n_samples() > 1 {
+            write_questions(path, &self.prepared.prompts, &results, scoring)?;
+        }
         Ok(())
     }
 
-        let scoring = &self.prepared.profile.scoring;
-        let pick = vote::pick(scoring);
     /// The rows with their verdicts by this run's scoring: replies are read again, never made
     /// again, so that a changed profile or data set gold takes effect on finished rows too.
-    fn judged(&self, results: &Results) -> Results {
+    pub(super) fn judged(&self, results: &Results) -> Results {
         let mut judged = Vec::with_capacity(results.len());
         for record in &self.prepared.dataset.records {
             for row in results.samples(&record.key) {
@@ -569,9 +588,6 @@ impl Run<'_> {
                         record,
                         &self.prepared.profile,
                         stop,
-        if self.n_samples() > 1 {
-            write_questions(path, &self.prepared.prompts, &results, scoring)?;
-        }
                         &self.model.tokenizer,
                     );
                 }
