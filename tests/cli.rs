@@ -201,23 +201,3 @@ fn inspect_shows_how_a_file_is_read() {
         serde_json::from_slice(&run_ok(scratch.path(), &args).stdout).unwrap();
     assert_eq!(document["n_rows"], 300);
 }
-
-#[test]
-fn the_readmes_profile_reads_a_file() {
-    let scratch = Scratch::new("readme-profile");
-    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
-    let profile = readme
-        .split("```toml\n")
-        .nth(1)
-        .and_then(|rest| rest.split("```").next())
-        .unwrap();
-    scratch.write("mine.toml", profile);
-    scratch.write(
-        "rows.csv",
-        "problem_id,statement,note,key\n1,What is 1 + 1?,easy,2\n",
-    );
-    let args = "eval rows.csv --profile mine.toml --max-new-tokens 64 --quiet --out run";
-    run_ok(scratch.path(), &args.split(' ').collect::<Vec<_>>());
-    let submission = std::fs::read_to_string(scratch.join("run/submission.csv")).unwrap();
-    assert!(submission.starts_with("id,prediction\n1,"), "{submission}");
-}
