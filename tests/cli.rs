@@ -242,23 +242,3 @@ fn inspect_counts_what_a_run_would_meet() {
     assert_eq!(documents[1]["groups"]["sums"], 2);
     assert_eq!(documents[1]["context"], 200);
 }
-
-#[test]
-fn the_readmes_profile_reads_a_file() {
-    let scratch = Scratch::new("readme-profile");
-    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
-    let profile = readme
-        .split("```toml\n")
-        .nth(1)
-        .and_then(|rest| rest.split("```").next())
-        .unwrap();
-    scratch.write("mine.toml", profile);
-    scratch.write(
-        "rows.csv",
-        "problem_id,statement,note,key\n1,What is 1 + 1?,easy,2\n",
-    );
-    let args = "eval rows.csv --profile mine.toml --max-new-tokens 64 --quiet --out run";
-    run_ok(scratch.path(), &args.split(' ').collect::<Vec<_>>());
-    let submission = std::fs::read_to_string(scratch.join("run/submission.csv")).unwrap();
-    assert!(submission.starts_with("id,prediction\n1,"), "{submission}");
-}

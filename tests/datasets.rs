@@ -18,12 +18,13 @@ fn the_gold_as_a_reply_is_right_and_a_wrong_one_is_not() {
     let mut n_files = 0;
     for entry in std::fs::read_dir(folder).expect("the folder is checked in") {
         let path = entry.expect("the folder is readable").path();
-        let dataset = dataset::read(&path).expect("a committed file is good");
+        let mut dataset = dataset::read(&path).expect("a committed file is good");
         assert!(dataset.records.len() >= 300);
         for is_nano in [true, false] {
             let profile = Profile::for_dataset(&dataset, is_nano)
                 .expect("built in")
-                .resolved(&dataset.records);
+                .resolved(&mut dataset.records)
+                .expect("it has no few-shot rows");
             for record in &dataset.records {
                 assert_eq!(record.defect, None);
                 profile

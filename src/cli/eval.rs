@@ -164,8 +164,9 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exact: Option<bool>,
 
-    /// Profile: a built-in name (qa, choice, nano) or a TOML file [default: nano for the nano
-    /// model, else choice or qa by the rows]
+    /// Profile: a TOML file or a built-in name (qa, choice, nano, aime, aimo, arc, bbh, gpqa,
+    /// gsm8k, humaneval, medqa, mmlu, mmlu_pro, reasoning_gym) [default: nano for the nano model,
+    /// else choice or qa by the rows]
     #[arg(long, value_name = "NAME|FILE", help_heading = "Prompt")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub profile: Option<String>,
@@ -220,10 +221,15 @@ pub struct Options {
     #[arg(long, value_name = "K", help_heading = "Sampling")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_k: Option<u32>,
-    /// Samples a row [default: 1]
+    /// Samples a row [default: the profile's, else 1]
     #[arg(long, value_name = "K", value_parser = values::positive, help_heading = "Sampling")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub samples: Option<usize>,
+    /// Leave out samples that can change neither the winner of a row's vote nor a tie; they are
+    /// `not_run`
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "Sampling", hide_possible_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub early_stop: Option<bool>,
     /// Seed of the run [default: 0]
     #[arg(long, value_name = "S", help_heading = "Sampling")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -277,7 +283,7 @@ impl Options {
             };
         }
         lay!(model precision device exact profile reasoning date meta limit shard strict
-             max_new_tokens temperature top_p top_k samples seed batch context host_memory
+             max_new_tokens temperature top_p top_k samples early_stop seed batch context host_memory
              gpu_memory threads time_limit no_refill no_prefix_reuse trace_hash)
     }
 

@@ -26,8 +26,10 @@ use crate::profile::Profile;
 use crate::report::inspection::indent;
 use crate::report::summary::Summary;
 use crate::report::table::color_wanted;
+use crate::score::Aggregate;
 use crate::submission::log::{self, RESULTS_FILE};
 use crate::submission::manifest::{Outcome, RunManifest};
+use crate::submission::questions::QUESTIONS_FILE;
 use crate::submission::{Results, RowError};
 use crate::telemetry::process_start;
 
@@ -131,6 +133,18 @@ pub fn assemble<'a>(
         &mut profile,
         settings.meta.value.as_deref().unwrap_or_default(),
     )?;
+    if settings.early_stop.value
+        && matches!(
+            profile.scoring.aggregate,
+            Aggregate::First | Aggregate::Pass
+        )
+    {
+        let message = "`--early-stop` leaves out samples that cannot change a vote, and this \
+                       profile's `aggregate` does not vote";
+        return Err(JobError::Option {
+            message: message.to_owned(),
+        });
+    }
     let engine = device::choose(
         settings.device.value,
         settings.exact.value,
@@ -190,7 +204,7 @@ pub fn read_dataset(
     profile: Option<&str>,
     is_nano: bool,
 ) -> Result<(dataset::Dataset, Profile), JobError> {
-    let (dataset, profile) = match profile {
+    let (mut dataset, profile) = match profile {
         Some(word) => {
             let profile = Profile::find(word)?;
             (dataset::read_with(path, &profile.mapping)?, profile)
@@ -201,7 +215,7 @@ pub fn read_dataset(
             (dataset, profile)
         }
     };
-    let profile = profile.resolved(&dataset.records);
+    let profile = profile.resolved(&mut dataset.records)?;
     Ok((dataset, profile))
 }
 
@@ -324,7 +338,7 @@ fn finish(
             "and {more} more rows cannot run; scores.csv has them all"
         ));
     }
-    let files = [
+    let mut files = vec![
         "submission.csv",
         "submission.jsonl",
         "scores.csv",
@@ -335,11 +349,14 @@ fn finish(
         "throughput.jsonl",
         "report.html",
     ];
+    if manifest.generation.samples > 1 {
+        files.insert(3, QUESTIONS_FILE);
+    }
     let package = manifest.submission_format.package.as_ref();
     let files = package
         .map(|package| package.zip.clone())
         .into_iter()
-        .chain(files.map(str::to_owned));
+        .chain(files.into_iter().map(str::to_owned));
     let summary = Summary::new(manifest, path, files.collect(), notes)
         .with_lint(lint_after(path, manifest).as_ref());
     if args.json {

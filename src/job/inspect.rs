@@ -33,7 +33,11 @@ pub fn inspect(args: &InspectArgs) -> Result<u8, JobError> {
     Ok(0)
 }
 
-fn inspect_one(args: &InspectArgs, model: &Description, path: &Path) -> Result<Inspection, JobError> {
+fn inspect_one(
+    args: &InspectArgs,
+    model: &Description,
+    path: &Path,
+) -> Result<Inspection, JobError> {
     let (dataset, profile) = read_dataset(path, args.profile.as_deref(), model.is_nano)?;
     let reasoning = args
         .reasoning

@@ -7,14 +7,17 @@ use super::folder::SUBMISSIONS;
 use super::submit::{lint_after, package_after};
 use crate::cli::MergeArgs;
 use crate::cli::print;
+use crate::report::over_samples::over_samples;
 use crate::report::summary::Summary;
 use crate::report::table::color_wanted;
 use crate::report::tally::tally;
 use crate::submission::find::find_run;
+use crate::submission::manifest::{RunManifest, Tally};
 use crate::submission::merge::{MergeOptions, merge};
 use crate::submission::prompts::read_prompts;
-use crate::submission::write::first_sample;
-use crate::submission::{Results, log};
+use crate::submission::questions::write_questions;
+use crate::submission::write::{PickSample, first_sample};
+use crate::submission::{Results, log, vote};
 
 /// Runs the command.
 ///
@@ -37,14 +40,29 @@ pub fn merge_command(args: &MergeArgs) -> Result<u8, JobError> {
             root.join(format!("{}-merged", first.to_string_lossy()))
         }
     };
+    // All of one scoring, or the merge is refused.
+    let first = runs.first().map(|run| RunManifest::read(run)).transpose()?;
+    let scoring = first.as_ref().and_then(|run| run.scoring.as_ref());
+    let by_vote = scoring.map(vote::pick);
+    let pick: &PickSample = match &by_vote {
+        Some(pick) => pick,
+        None => &first_sample,
+    };
     let options = MergeOptions {
         allow_mixed: args.allow_mixed,
-        pick: &first_sample,
-        tally: &|questions, samples| tally(questions, samples, None),
+        pick,
+        tally: &|questions, samples| Tally {
+            over_samples: first.as_ref().and_then(|run| over_samples(run, samples)),
+            ..tally(questions, samples, None)
+        },
     };
     let manifest = merge(&runs, &out, &options)?;
     let results = Results::new(log::read(&out)?.rows);
-    package_after(&out, &manifest, &read_prompts(&out)?, &results)?;
+    let prompts = read_prompts(&out)?;
+    if let Some(scoring) = scoring.filter(|_| manifest.generation.samples > 1) {
+        write_questions(&out, &prompts, &results, scoring)?;
+    }
+    package_after(&out, &manifest, &prompts, &results)?;
     let files = [
         "submission.csv",
         "submission.jsonl",

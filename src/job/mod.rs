@@ -11,6 +11,7 @@ pub mod compare;
 pub mod datasets;
 pub mod device;
 pub mod divergence;
+mod early_stop;
 pub mod eval;
 pub mod fault;
 pub mod folder;

@@ -101,6 +101,7 @@ pub fn prepare(
             .map(|(text, ids)| (text.as_str(), ids.as_slice()));
         let mut prompt =
             PromptRow::new(&record.key, record.id.clone(), record.group.clone(), shown);
+        prompt.option_order = profile.option_order(record);
         prompt.options = Some(record.options.clone());
         if profile.submission.tells_conversation() && shown.is_some() {
             prompt.messages = asked(record, &profile, reasoning, date);

@@ -31,6 +31,11 @@ struct State {
 }
 
 impl Progress {
+    /// So many more samples have turned out to be needed.
+    pub fn more(&self, n_jobs: usize) {
+        self.bar.inc_length(n_jobs as u64);
+    }
+
     /// Progress over `n_jobs` samples, `n_done` of them already in the log.
     pub fn new(n_jobs: usize, n_done: usize, quiet: bool) -> Self {
         let terminal = std::io::stderr().is_terminal();

@@ -77,6 +77,14 @@ impl<'a> Recorder<'a> {
         }
     }
 
+    /// Another generation of so many jobs begins.
+    pub fn next_round(&mut self, n_jobs: usize) {
+        self.flush();
+        self.last_queue = None;
+        self.n_jobs = n_jobs;
+        self.progress.more(n_jobs);
+    }
+
     /// Writes what the last batch did; call once after the generation.
     pub fn flush(&mut self) {
         if self.batch != BatchTiming::default() {

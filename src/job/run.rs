@@ -27,16 +27,18 @@ use crate::engine::generate::{GenerateOptions, Outcome as Generated, generate};
 use crate::engine::plan::{MemoryPlan, ledger_table};
 use crate::profile::Profile;
 use crate::prompt::harmony;
+use crate::report::over_samples::over_samples;
 use crate::report::tally::tally;
 use crate::score::{self, Status};
 use crate::submission::environment::{Environment, redact};
 use crate::submission::identity::{GenerationIdentity, sha256_hex};
 use crate::submission::manifest::{
-    Origin, Outcome, RUN_SCHEMA, RunManifest, Session, Setting, Shard,
+    Origin, Outcome, RUN_SCHEMA, RunManifest, Session, Setting, Shard, Tally,
 };
 use crate::submission::prompts::{prompts_hash, write_prompts};
-use crate::submission::write::{chosen_sample, first_sample, write_submission};
-use crate::submission::{ResultRow, Results};
+use crate::submission::questions::write_questions;
+use crate::submission::write::{chosen_sample, write_submission};
+use crate::submission::{ResultRow, Results, vote};
 use crate::telemetry::device::DeviceLoad;
 use crate::telemetry::memory::{MemoryEvent, MemoryLog, MemorySummary, SAMPLE_PERIOD};
 use crate::telemetry::throughput::{ThroughputLog, ThroughputTotals};
@@ -74,7 +76,7 @@ pub struct LoadedWeights {
 }
 
 impl Run<'_> {
-    fn n_samples(&self) -> u32 {
+    pub(super) fn n_samples(&self) -> u32 {
         u32::try_from(self.settings.samples.value).unwrap_or(u32::MAX)
     }
 
@@ -127,7 +129,7 @@ impl Run<'_> {
     }
 
     /// Whether `--limit` and `--shard` take the row with this index.
-    fn takes(&self, row: usize) -> bool {
+    pub(super) fn takes(&self, row: usize) -> bool {
         self.settings.limit.value.is_none_or(|limit| row < limit)
             && self
                 .settings
@@ -136,8 +138,12 @@ impl Run<'_> {
                 .is_none_or(|shard| shard.takes(row))
     }
 
-    /// The samples that no finished line of the log stands for.
+    /// The samples that no finished line of the log stands for; with early stop those of them
+    /// that are needed next.
     pub fn missing(&self, results: &Results) -> Vec<(usize, u32)> {
+        if self.settings.early_stop.value {
+            return self.needed_next(results);
+        }
         let records = &self.prepared.dataset.records;
         (0..records.len())
             .filter(|&row| self.takes(row))
@@ -184,6 +190,7 @@ impl Run<'_> {
                 .into_owned(),
             generation_hash: identity.hash(),
             scoring_hash: self.scoring_hash(),
+            scoring: Some(self.prepared.profile.scoring.clone()),
             generation: identity.clone(),
             dataset_path: redact(&dataset_path),
             model_path: redact(&self.model.name),
@@ -340,6 +347,7 @@ impl Run<'_> {
             }
         };
         self.log_errors(folder)?;
+        self.log_left_out(folder)?;
         let jobs = self.jobs(&folder.results);
         let n_jobs = jobs.len();
         if n_jobs == 0 {
@@ -387,10 +395,21 @@ impl Run<'_> {
             recorder.numerics_id = Some(opening.identity.numerics.clone());
         }
         let mut faulty = Faulty::new(&mut backend, self.fault);
-        let generated = generate(&mut faulty, jobs, &options, &stop, &mut recorder);
+        let mut generated = generate(&mut faulty, jobs, &options, &stop, &mut recorder);
+        while self.settings.early_stop.value && matches!(generated, Ok(Generated::Complete)) {
+            let jobs = self.next_round(recorder.results);
+            if jobs.is_empty() {
+                break;
+            }
+            recorder.next_round(jobs.len());
+            generated = generate(&mut faulty, jobs, &options, &stop, &mut recorder);
+        }
         recorder.flush();
         let first_token = recorder.first_token;
-        let failure = recorder.failure.take();
+        let failure = match recorder.failure.take() {
+            Some(failure) => Some(failure.into()),
+            None => self.log_left_out(folder).err(),
+        };
         progress.clear();
         let (totals, throughput_written) = throughput.finish();
         let (memory, memory_written) = memory.finish();
@@ -401,7 +420,7 @@ impl Run<'_> {
             crate::cli::print::tell(&format!("warning: {warning}\nhint: {}", warning.hint()));
         }
         let (outcome, error) = match (failure, generated) {
-            (Some(failure), _) => (Outcome::Failed, Some(failure.into())),
+            (Some(failure), _) => (Outcome::Failed, Some(failure)),
             (None, Err(error)) => (Outcome::Failed, Some(error.into())),
             (None, Ok(Generated::Complete)) => (Outcome::Complete, None),
             (None, Ok(Generated::Stopped)) => (Outcome::Stopped, None),
@@ -438,7 +457,7 @@ impl Run<'_> {
     }
 
     /// The samples that are missing and can run.
-    fn jobs(&self, results: &Results) -> Vec<Job> {
+    pub(super) fn jobs(&self, results: &Results) -> Vec<Job> {
         let job = |(row, sample): (usize, u32)| {
             let record = self.prepared.dataset.records.get(row)?;
             let prepared = self.prepared.rows.get(row)?;
@@ -531,25 +550,33 @@ impl Run<'_> {
                 .iter()
                 .map(|record| record.key.as_str())
         };
+        let scoring = &self.prepared.profile.scoring;
+        let pick = vote::pick(scoring);
         let questions: Vec<&ResultRow> = keys()
-            .filter_map(|key| chosen_sample(&results, key, &first_sample))
+            .filter_map(|key| chosen_sample(&results, key, &pick))
             .collect();
         let samples: Vec<&ResultRow> = results.in_order(keys()).collect();
         let random = score::baseline::random(&self.prepared.dataset.records);
-        manifest.tally = Some(tally(&questions, &samples, random));
+        manifest.tally = Some(Tally {
+            over_samples: over_samples(manifest, &samples),
+            ..tally(&questions, &samples, random)
+        });
         write_submission(
             path,
             &self.prepared.prompts,
             &results,
             &manifest.submission_format,
-            &first_sample,
+            &pick,
         )?;
+        if self.n_samples() > 1 {
+            write_questions(path, &self.prepared.prompts, &results, scoring)?;
+        }
         package_after(path, manifest, &self.prepared.prompts, &results)
     }
 
     /// The rows with their verdicts by this run's scoring: replies are read again, never made
     /// again, so that a changed profile or data set gold takes effect on finished rows too.
-    fn judged(&self, results: &Results) -> Results {
+    pub(super) fn judged(&self, results: &Results) -> Results {
         let mut judged = Vec::with_capacity(results.len());
         for record in &self.prepared.dataset.records {
             for row in results.samples(&record.key) {

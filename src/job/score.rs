@@ -17,6 +17,7 @@ use crate::dataset::Record;
 use crate::profile::Profile;
 use crate::report::html::current_rows;
 use crate::report::lint::LintBrief;
+use crate::report::over_samples::over_samples;
 use crate::report::rescore::{RESCORE_SCHEMA, Rescore, Verdict};
 use crate::report::table::color_wanted;
 use crate::report::tally::tally;
@@ -25,8 +26,9 @@ use crate::submission::find::find_run;
 use crate::submission::lock::RunLock;
 use crate::submission::manifest::{Origin, RunManifest};
 use crate::submission::prompts::read_prompts;
-use crate::submission::write::{chosen_sample, first_sample, write_submission};
-use crate::submission::{ResultRow, Results, log};
+use crate::submission::questions::write_questions;
+use crate::submission::write::{chosen_sample, write_submission};
+use crate::submission::{ResultRow, Results, log, vote};
 
 /// Why a run cannot be scored again.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +52,10 @@ pub enum ScoreError {
         found: String,
         expected: String,
     },
+    #[error(
+        "profile `{profile}` shows the options of row `{key}` in another order than the run did"
+    )]
+    OtherOrder { profile: String, key: String },
 }
 
 impl ScoreError {
@@ -63,6 +69,9 @@ impl ScoreError {
             }
             Self::OtherRows { .. } => {
                 "give a profile with the same id and question fields".to_owned()
+            }
+            Self::OtherOrder { .. } => {
+                "give a profile with the run's `shuffle_options` and `seed`".to_owned()
             }
         }
     }
@@ -92,6 +101,17 @@ pub fn score_command(args: &ScoreArgs) -> Result<u8, JobError> {
         }
         .into());
     }
+    if let Some((record, _)) = records
+        .iter()
+        .zip(&prompts)
+        .find(|(record, prompt)| profile.option_order(record) != prompt.option_order)
+    {
+        return Err(ScoreError::OtherOrder {
+            profile: profile.name,
+            key: record.key.clone(),
+        }
+        .into());
+    }
 
     // A run of an older version has not kept the options; the columns need them.
     for (prompt, record) in prompts.iter_mut().zip(&records) {
@@ -105,11 +125,14 @@ pub fn score_command(args: &ScoreArgs) -> Result<u8, JobError> {
         .map(|(record, row)| judge_again(record, &profile, row))
         .collect();
     let judged = Results::new(judged);
+    let pick = vote::pick(&profile.scoring);
     let questions: Vec<&ResultRow> = keys()
-        .filter_map(|key| chosen_sample(&judged, key, &first_sample))
+        .filter_map(|key| chosen_sample(&judged, key, &pick))
         .collect();
     let samples: Vec<&ResultRow> = judged.in_order(keys()).collect();
-    let tally = tally(&questions, &samples, score::baseline::random(&records));
+    let mut tally = tally(&questions, &samples, score::baseline::random(&records));
+    manifest.scoring = Some(profile.scoring.clone());
+    tally.over_samples = over_samples(&manifest, &samples);
     let rescore = Rescore {
         schema: RESCORE_SCHEMA.to_owned(),
         run: manifest.name.clone(),
@@ -130,13 +153,10 @@ pub fn score_command(args: &ScoreArgs) -> Result<u8, JobError> {
     manifest.tally = Some(tally);
     let package_before = manifest.submission_format.package.take();
     manifest.submission_format = submission_format(&profile);
-    write_submission(
-        &path,
-        &prompts,
-        &judged,
-        &manifest.submission_format,
-        &first_sample,
-    )?;
+    write_submission(&path, &prompts, &judged, &manifest.submission_format, &pick)?;
+    if manifest.generation.samples > 1 {
+        write_questions(&path, &prompts, &judged, &profile.scoring)?;
+    }
     package_after(&path, &manifest, &prompts, &judged)?;
     if let Some(stale) = package_before
         && manifest

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::BUILTIN;
+use super::Profile;
 
 /// Why a profile cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -20,16 +20,28 @@ pub enum ProfileError {
         line: usize,
         reason: String,
     },
-    #[error("the template of profile `{profile}` is not valid: {reason}")]
-    Template { profile: String, reason: String },
-    #[error("the template of profile `{profile}` fails on record `{key}`: {reason}")]
+    #[error("profile `{path}`, line {line}: `{key}` is no valid template: {reason}")]
+    Template {
+        path: PathBuf,
+        line: usize,
+        key: &'static str,
+        reason: String,
+    },
+    #[error("`{template}` of profile `{profile}` fails on record `{key}`: {reason}")]
     Render {
         profile: String,
+        template: &'static str,
         key: String,
         reason: String,
     },
-    #[error("the template of profile `{profile}` gives no text for record `{key}`")]
-    EmptyPrompt { profile: String, key: String },
+    #[error("`{template}` of profile `{profile}` gives no text for record `{key}`")]
+    EmptyPrompt {
+        profile: String,
+        template: &'static str,
+        key: String,
+    },
+    #[error("profile `{profile}`: {reason}")]
+    FewShot { profile: String, reason: String },
 }
 
 impl ProfileError {
@@ -38,14 +50,17 @@ impl ProfileError {
         match self {
             Self::Unknown { .. } => format!(
                 "name a TOML file, or one of the built-in profiles: {}",
-                BUILTIN.map(|(name, _)| name).join(", ")
+                Profile::builtin_names().collect::<Vec<_>>().join(", ")
             ),
             Self::Read { .. } => "check the path and its permissions".into(),
             Self::Invalid { .. } => {
                 "the built-in profiles under `datasets/profiles/` show every key".into()
             }
-            Self::Template { .. } | Self::EmptyPrompt { .. } => {
-                "correct `template`; it is a minijinja template".into()
+            Self::Template { key, .. } | Self::EmptyPrompt { template: key, .. } => {
+                format!("correct `{key}`; it is a minijinja template")
+            }
+            Self::FewShot { .. } => {
+                "correct `[few_shot]`; its rows need a question and a gold of their own".into()
             }
             Self::Render { .. } => {
                 "a template sees `question`, `options` and the row's fields, but never the gold; \

@@ -1,24 +1,35 @@
 //! Profiles: what a competition's rows look like, how they are asked, read and scored, and the
 //! columns its submission takes. Built-in profiles are files of the same format.
 //!
-//! A profile turns a record into a prompt; it never sees the record's gold.
+//! A profile turns a record into a prompt; it never sees the record's gold. Only the answers of
+//! few-shot rows are shown ([`few_shot`]), which are other rows.
 
+mod builtin;
+mod draws;
 mod error;
+mod few_shot;
+mod place;
+mod shuffle;
 mod submission;
+mod template;
 #[cfg(test)]
 mod tests;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use minijinja::{Environment, UndefinedBehavior, Value, context};
 use serde::{Deserialize, Serialize};
 
+use builtin::BUILTIN;
 pub use error::ProfileError;
+pub use few_shot::FewShot;
+use few_shot::Shots;
 pub use submission::{Column, Quote, Source, Submission};
 
 use crate::dataset::{Dataset, Message, Pins, Record};
 use crate::prompt::{Prompt, Reasoning};
-use crate::score::{Scoring, option_letter};
+use crate::score::{Scorer, Scoring};
+use template::Template;
 
 /// A profile, read and checked.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,14 +42,28 @@ pub struct Profile {
     /// The user's turn (minijinja). It sees `question`, `options` (each with `letter` and
     /// `text`), `row` (all fields that give no gold away) and each field by its name.
     pub template: String,
+    /// Of the few-shot choice and the options' order, each with the row's key; `--seed` is the
+    /// run's and changes neither.
+    #[serde(default)]
+    pub seed: u64,
+    /// Show each row's options in an order of its own.
+    #[serde(default)]
+    pub shuffle_options: bool,
     /// Parts of the mapping that need no guess.
     #[serde(default)]
     pub mapping: Pins,
+    #[serde(default)]
+    pub few_shot: Option<FewShot>,
     pub scoring: Scoring,
     #[serde(default)]
     pub defaults: Defaults,
     #[serde(default)]
     pub submission: Submission,
+    /// Where its own paths start.
+    #[serde(skip)]
+    folder: PathBuf,
+    #[serde(skip)]
+    shots: Arc<Shots>,
 }
 
 /// What the profile asks for where no flag says otherwise.
@@ -55,25 +80,18 @@ pub struct Defaults {
     pub top_k: Option<u32>,
     #[serde(default)]
     pub reasoning: Option<Reasoning>,
+    /// Samples a row.
+    #[serde(default)]
+    pub samples: Option<usize>,
+    /// Leave out samples that cannot change the vote.
+    #[serde(default)]
+    pub early_stop: Option<bool>,
 }
-
-const BUILTIN: [(&str, &str); 4] = [
-    ("qa", include_str!("../../datasets/profiles/qa.toml")),
-    (
-        "choice",
-        include_str!("../../datasets/profiles/choice.toml"),
-    ),
-    ("nano", include_str!("../../datasets/profiles/nano.toml")),
-    (
-        "curebench",
-        include_str!("../../datasets/profiles/curebench.toml"),
-    ),
-];
 
 impl Profile {
     /// The names of the built-in profiles.
     pub fn builtin_names() -> impl Iterator<Item = &'static str> {
-        BUILTIN.into_iter().map(|(name, _)| name)
+        BUILTIN.iter().map(|(name, _)| *name)
     }
 
     /// A built-in profile.
@@ -82,7 +100,7 @@ impl Profile {
     /// When there is none of that name.
     pub fn builtin(name: &str) -> Result<Self, ProfileError> {
         let (name, text) = BUILTIN
-            .into_iter()
+            .iter()
             .find(|(builtin, _)| *builtin == name)
             .ok_or_else(|| ProfileError::Unknown {
                 name: name.to_owned(),
@@ -137,33 +155,87 @@ impl Profile {
         Self::builtin(name)
     }
 
-    /// The profile with its scorer settled for these rows (see [`Scoring::resolve`]).
-    #[must_use]
-    pub fn resolved(mut self, records: &[Record]) -> Self {
+    /// The profile with what depends on the data set settled: the options' order, which the
+    /// records have from here on, the scorer (see [`Scoring::resolve`]) and the few-shot rows.
+    ///
+    /// # Errors
+    /// Few-shot rows that are not there or cannot be rendered.
+    pub fn resolved(mut self, records: &mut [Record]) -> Result<Self, ProfileError> {
+        if self.shuffle_options {
+            for record in records.iter_mut() {
+                shuffle::shuffle(record, self.seed);
+            }
+        }
         self.scoring = self.scoring.resolve(records);
-        self
+        self.shots = Arc::new(Shots::collect(&self, records)?);
+        Ok(self)
+    }
+
+    /// The file's index of the option shown at each place; absent where they are shown as they
+    /// stand in the file.
+    pub fn option_order(&self, record: &Record) -> Option<Vec<usize>> {
+        let n_options = record.options.len();
+        (self.shuffle_options && n_options > 0)
+            .then(|| shuffle::order(self.seed, &record.key, n_options))
     }
 
     fn from_toml(path: &Path, text: &str) -> Result<Self, ProfileError> {
-        let profile: Self = toml::from_str(text).map_err(|error| {
-            let before = error.span().and_then(|span| text.get(..span.start));
-            ProfileError::Invalid {
-                path: path.to_owned(),
-                line: before.unwrap_or_default().matches('\n').count() + 1,
-                reason: error.message().to_owned(),
-            }
+        let invalid = |line: usize, reason: &str| ProfileError::Invalid {
+            path: path.to_owned(),
+            line,
+            reason: reason.to_owned(),
+        };
+        let mut profile: Self = toml::from_str(text).map_err(|error| {
+            let at = error.span().map_or(0, |span| span.start);
+            invalid(place::line_at(text, at), error.message())
         })?;
-        environment()
-            .template_from_str(&profile.template)
-            .map_err(|error| ProfileError::Template {
-                profile: profile.name.clone(),
-                reason: error.to_string(),
-            })?;
+        profile.folder = path.parent().unwrap_or(Path::new("")).to_owned();
+        profile.check_templates(path, text)?;
+        let few_shot = profile.few_shot.as_ref();
+        if let Some((key, reason)) = few_shot.and_then(FewShot::problem) {
+            return Err(invalid(place::line_of(text, key), reason));
+        }
+        if profile.shuffle_options
+            && !matches!(profile.scoring.scorer, Scorer::Auto | Scorer::Choice)
+        {
+            let line = place::line_of(text, "shuffle_options");
+            let reason = "`shuffle_options` needs the scorer `choice` or `auto`: only a letter can \
+                          be given back in the file's order";
+            return Err(invalid(line, reason));
+        }
         Ok(profile)
     }
 
-    /// The prompt of a record. A messages row passes through; its system and developer turns
-    /// take the instructions' place.
+    fn check_templates(&self, path: &Path, text: &str) -> Result<(), ProfileError> {
+        let few_shot = self.few_shot.as_ref();
+        let shot = few_shot.and_then(|it| it.template.as_ref());
+        for (key, template) in [
+            ("template", Some(&self.template)),
+            ("few_shot.template", shot),
+            ("few_shot.answer", few_shot.map(|it| &it.answer)),
+        ] {
+            let Some(Err(broken)) = template.map(|it| template::check(it)) else {
+                continue;
+            };
+            return Err(ProfileError::Template {
+                path: path.to_owned(),
+                line: place::line_in(text, key, broken.line),
+                key,
+                reason: broken.reason,
+            });
+        }
+        Ok(())
+    }
+
+    fn few_shot_problem(&self, reason: String) -> ProfileError {
+        ProfileError::FewShot {
+            profile: self.name.clone(),
+            reason,
+        }
+    }
+
+    /// The prompt of a record. A messages row passes through, without few-shot rows; its system
+    /// and developer turns take the instructions' place.
     ///
     /// # Errors
     /// When the template names a field that the row does not have, or gives no text.
@@ -175,10 +247,9 @@ impl Profile {
     ) -> Result<Prompt, ProfileError> {
         let mut instructions = self.instructions.clone();
         let turns = if record.messages.is_empty() {
-            vec![Message {
-                role: "user".into(),
-                content: self.user_turn(record)?,
-            }]
+            let template = Template::new("template", &self.template);
+            let own = template::render(&self.name, template, record, None)?;
+            self.shots.turns(self, record, own)
         } else {
             let is_instruction =
                 |turn: &&Message| matches!(turn.role.as_str(), "system" | "developer");
@@ -197,41 +268,4 @@ impl Profile {
             turns,
         })
     }
-
-    fn user_turn(&self, record: &Record) -> Result<String, ProfileError> {
-        let options: Vec<Value> = record
-            .options
-            .iter()
-            .enumerate()
-            .map(|(index, text)| context! { letter => option_letter(index), text => text })
-            .collect();
-        let row = Value::from_serialize(&record.fields);
-        // The first of two wins: a field named `options` does not hide the options.
-        let context = context! {
-            question => record.question,
-            options => options,
-            row => row,
-            ..row.clone()
-        };
-        let text = environment()
-            .render_str(&self.template, context)
-            .map_err(|error| ProfileError::Render {
-                profile: self.name.clone(),
-                key: record.key.clone(),
-                reason: error.to_string(),
-            })?;
-        if text.trim().is_empty() {
-            return Err(ProfileError::EmptyPrompt {
-                profile: self.name.clone(),
-                key: record.key.clone(),
-            });
-        }
-        Ok(text)
-    }
-}
-
-fn environment() -> Environment<'static> {
-    let mut environment = Environment::new();
-    environment.set_undefined_behavior(UndefinedBehavior::Strict);
-    environment
 }

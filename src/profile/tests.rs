@@ -34,7 +34,7 @@ fn every_builtin_profile_is_valid() {
         assert!(!profile.scoring.rules.is_empty());
     }
     let error = Profile::builtin("qwen").expect_err("there is none");
-    assert!(error.hint().contains("qa, choice, nano"));
+    assert!(error.hint().contains("qa, choice, nano, aime"));
 }
 
 #[test]
@@ -70,9 +70,114 @@ fn an_unknown_key_is_named_with_file_and_line() {
             "{message}"
         );
     }
-    let broken = good.replace("{{ question }}", "{{ question");
-    let error = Profile::from_toml(Path::new("p.toml"), &broken);
-    assert!(matches!(error, Err(ProfileError::Template { .. })));
+}
+
+#[test]
+fn a_broken_template_is_named_with_its_key_and_line() {
+    let head = "name = \"p\"\n";
+    let tail = "\n[scoring]\nrules = [\"whole\"]\n";
+    let shots = "template = \"q\"\n[few_shot]\ncount = 1\nfrom = \"same_file\"\n";
+    for (body, key, line) in [
+        ("template = \"{{ question\"".to_owned(), "`template`", 2),
+        // The second line of the text, which begins below its quotes.
+        (
+            "template = \"\"\"\nQ:\n{% if %}\n\"\"\"".to_owned(),
+            "`template`",
+            4,
+        ),
+        (
+            format!("{shots}answer = \"{{{{ gold }}\""),
+            "`few_shot.answer`",
+            6,
+        ),
+        (
+            format!("{shots}template = '{{% for %}}'"),
+            "`few_shot.template`",
+            6,
+        ),
+    ] {
+        let text = format!("{head}{body}{tail}");
+        let error = Profile::from_toml(Path::new("p.toml"), &text).expect_err(key);
+        assert!(matches!(error, ProfileError::Template { .. }));
+        let message = error.to_string();
+        let place = format!("line {line}:");
+        assert!(
+            message.contains(key) && message.contains(&place),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn what_does_not_go_together_is_named_with_its_line() {
+    let head = "name = \"p\"\ntemplate = \"q\"\n";
+    let tail = "\n[scoring]\nscorer = \"exact\"\nrules = [\"whole\"]\n";
+    for (body, part, line) in [
+        ("[few_shot]\ncount = 1", "`file` or `from`", 3),
+        (
+            "[few_shot]\nfile = \"a\"\nfrom = \"same_file\"\ncount = 1",
+            "exclude",
+            5,
+        ),
+        ("[few_shot]\nfile = \"a\"", "`count` or `ids`", 3),
+        ("[few_shot]\nfile = \"a\"\ncount = 0", "`count` is 0", 5),
+        (
+            "[few_shot]\nfile = \"a\"\nids = [1]\ncount = 2",
+            "larger",
+            6,
+        ),
+        ("[few_shot]\nfile = \"a\"\ncout = 2", "cout", 5),
+        ("seed = 1\nshuffle_options = true", "`shuffle_options`", 4),
+        ("[defaults]\nsamples = \"many\"", "expected usize", 4),
+    ] {
+        let text = format!("{head}{body}{tail}");
+        let error = Profile::from_toml(Path::new("p.toml"), &text).expect_err(part);
+        let message = error.to_string();
+        let place = format!("line {line}:");
+        assert!(
+            message.contains(part) && message.contains(&place),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn the_built_in_profiles_are_the_folders() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("datasets/profiles");
+    let mut files: Vec<String> = std::fs::read_dir(folder)
+        .expect("it is checked in")
+        .map(|entry| entry.expect("it is readable").file_name())
+        .map(|name| name.to_string_lossy().into_owned())
+        .collect();
+    let mut built_in: Vec<String> = Profile::builtin_names()
+        .map(|name| format!("{name}.toml"))
+        .collect();
+    files.sort();
+    built_in.sort();
+    assert_eq!(files, built_in);
+}
+
+#[test]
+fn shuffled_options_keep_their_gold() {
+    let mut profile = Profile::builtin("gpqa").expect("it is built in");
+    let mut shown: Vec<Record> = ["q-1", "q-2"]
+        .map(|key| Record {
+            key: key.into(),
+            gold: Some(Gold::Option(0)),
+            ..record(&["right", "x", "y", "z"])
+        })
+        .into();
+    profile = profile.resolved(&mut shown).expect("it has no shots");
+    for (row, order) in shown.iter().zip([[1, 0, 2, 3], [2, 3, 0, 1]]) {
+        assert_eq!(profile.option_order(row), Some(order.to_vec()));
+        let Some(Gold::Option(gold)) = row.gold else {
+            panic!("the gold is an option");
+        };
+        assert_eq!(row.options[gold], "right");
+    }
+    assert_eq!(profile.option_order(&record(&[])), None);
+    let plain = Profile::builtin("choice").expect("it is built in");
+    assert_eq!(plain.option_order(&shown[0]), None);
 }
 
 #[test]

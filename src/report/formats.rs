@@ -190,6 +190,7 @@ fn prompts_fit() {
     check("prompt", &json(&PromptRow::new("q", None, None, None)));
     let told = PromptRow {
         options: Some(vec!["x".to_owned()]),
+        option_order: Some(vec![1, 0]),
         messages: full.asked(),
         ..full
     };
@@ -230,7 +231,8 @@ fn telemetry_fits() {
 fn manifests_and_summaries_fit() {
     let finished = finished();
     let fresh = crate::submission::manifest::tests::manifest();
-    for manifest in [&finished, &fresh] {
+    let sampled = super::over_samples::tests::sampled();
+    for manifest in [&finished, &fresh, &sampled] {
         check("run", &json(manifest));
         let summary = Summary::new(manifest, Path::new("x"), vec!["a".into()], vec!["b".into()]);
         check("summary", &summary.to_json());

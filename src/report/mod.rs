@@ -8,6 +8,7 @@ pub mod compare;
 pub mod html;
 pub mod inspection;
 pub mod lint;
+pub mod over_samples;
 pub mod rescore;
 pub mod summary;
 pub mod table;

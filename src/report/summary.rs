@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use super::lint::LintBrief;
+use super::over_samples;
 use super::table::{Align, Table, bold, bytes, duration, grouped, percent, printable, rate};
 use crate::score::Status;
 use crate::submission::lint::Lint;
@@ -146,6 +147,9 @@ impl Summary {
         let mut sections = vec![self.heading(color)];
         if let Some(tally) = &self.tally {
             sections.push(accuracy_table(tally).render(color));
+            if let Some(figures) = &tally.over_samples {
+                sections.push(over_samples::render(figures, color));
+            }
             sections.push(status_table(tally).render(color));
         }
         sections.push(self.speed_table().render(color));
@@ -331,7 +335,11 @@ fn accuracy_table(tally: &Tally) -> Table {
             interval,
         ]);
     };
-    line("all", &tally.accuracy);
+    let all = tally.over_samples.as_ref().map(over_samples::speaker);
+    line(
+        &all.map_or("all".to_owned(), |it| format!("all, {it}")),
+        &tally.accuracy,
+    );
     for group in &tally.by_group {
         line(&format!("  {}", group.group), &group.accuracy);
     }

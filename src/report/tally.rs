@@ -42,6 +42,7 @@ pub fn tally(
         statuses: statuses(samples).expect("columns of our own making fit together"),
         majority_baseline: majority(&scored).expect("columns of our own making fit together"),
         random_baseline,
+        over_samples: None,
     }
 }
 

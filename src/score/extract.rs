@@ -11,7 +11,7 @@ use super::choice::{
 };
 use super::correction::corrections;
 use super::metric::normalize;
-use super::{Answer, Scorer, number};
+use super::{Answer, Scorer, code, number};
 
 /// A way to find the answer in a final message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -29,6 +29,8 @@ pub enum Rule {
     OptionLetter,
     /// The text of one option; only with options.
     OptionText,
+    /// The longest fenced block, blanks and all; without a fence the whole message.
+    Code,
     /// The whole message.
     Whole,
     /// What takes an earlier answer back; goes with `answer_is`, and no profile names it.
@@ -46,6 +48,7 @@ impl Rule {
             Self::LastNumber => "last_number",
             Self::OptionLetter => "option_letter",
             Self::OptionText => "option_text",
+            Self::Code => "code",
             Self::Whole => "whole",
             Self::Correction => "correction",
         }
@@ -154,7 +157,7 @@ fn choice_hit(rule: Rule, text: &str, options: &[String]) -> Option<Hit> {
             let is_short = slice(text, span).split_whitespace().count() <= SHORT_WORDS;
             of_span(span, is_short && span[0] < span[1])
         }
-        Rule::LastNumber | Rule::Correction => None,
+        Rule::LastNumber | Rule::Code | Rule::Correction => None,
     }
 }
 
@@ -207,7 +210,7 @@ fn number_hit(rule: Rule, text: &str) -> Option<Hit> {
                 is_option: true,
             });
         }
-        Rule::OptionLetter | Rule::OptionText | Rule::Correction => return None,
+        Rule::OptionLetter | Rule::OptionText | Rule::Code | Rule::Correction => return None,
     };
     // Of `3 * 6 = 18 eggs` the number behind the last `=`, else the first.
     let content = slice(text, span);
@@ -242,6 +245,7 @@ fn text_hit(rule: Rule, text: &str) -> Option<Hit> {
         Rule::Boxed => boxed(text)?,
         Rule::AnswerIs => answer_is(text)?.span,
         Rule::Hash => hash(text)?,
+        Rule::Code => code::block(text)?,
         Rule::Whole => trimmed(text, [0, text.len()]),
         Rule::LastNumber | Rule::OptionLetter | Rule::OptionText | Rule::Correction => return None,
     };

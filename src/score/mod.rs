@@ -6,11 +6,14 @@
 
 pub mod baseline;
 mod choice;
+mod code;
 mod correction;
 pub mod extract;
 pub mod interval;
 pub mod metric;
 pub mod number;
+pub mod pass_at;
+pub mod vote;
 
 use serde::{Deserialize, Serialize};
 
@@ -100,6 +103,38 @@ pub struct Scoring {
     /// Of `decimal`: relative above 1, absolute below.
     #[serde(default = "default_tolerance")]
     pub tolerance: f64,
+    /// How several samples of a question make one score.
+    #[serde(default)]
+    pub aggregate: Aggregate,
+}
+
+/// How several samples of a question make one score. It names the figure that is the run's score
+/// and the unit of a comparison; with one sample all are the same. The submission gives the
+/// majority's answer, with `first` the first sample's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Aggregate {
+    /// The first sample alone.
+    First,
+    /// maj@k: the answer that most samples give ([`vote`]).
+    Majority,
+    /// pass@k: any right sample will do ([`pass_at`]).
+    Pass,
+    /// mean@k: the share of right samples.
+    #[default]
+    Mean,
+}
+
+impl Aggregate {
+    /// As summaries name it, of `k` samples.
+    pub fn label(self, k: u32) -> String {
+        match self {
+            Self::First => "the first sample".to_owned(),
+            Self::Majority => format!("maj@{k}"),
+            Self::Pass => format!("pass@{k}"),
+            Self::Mean => format!("mean@{k}"),
+        }
+    }
 }
 
 fn default_tolerance() -> f64 {

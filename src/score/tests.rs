@@ -277,6 +277,7 @@ fn scoring() -> Scoring {
         scorer: Scorer::Auto,
         rules: ALL.to_vec(),
         tolerance: 1e-6,
+        aggregate: Default::default(),
     }
 }
 

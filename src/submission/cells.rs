@@ -60,15 +60,19 @@ fn is_answer(value: &ColumnValue) -> bool {
 fn value_of(value: &ColumnValue, prompt: &PromptRow, row: Option<&ResultRow>) -> Value {
     let options = prompt.options.as_deref();
     let written = |text: Option<&str>| text.map_or(Value::Null, |text| without_nul(text).into());
+    // Letters of shuffled options are those of the data set's file again.
+    let of_file =
+        |text: Option<&str>| written(text.map(|text| prompt.in_file_order(text)).as_deref());
     match value {
         ColumnValue::Id => prompt
             .id
             .clone()
             .unwrap_or_else(|| Value::from(prompt.key.as_str())),
         ColumnValue::Answer => {
-            written(row.and_then(|row| row.answer.as_ref().map(|answer| answer.text.as_str())))
+            let answer = row.and_then(|row| row.answer.as_ref());
+            of_file(answer.map(|answer| answer.text.as_str()))
         }
-        ColumnValue::Choice => written(row.and_then(|row| row.choice_letter(options))),
+        ColumnValue::Choice => of_file(row.and_then(|row| row.choice_letter(options))),
         ColumnValue::Prediction => written(row.and_then(|row| row.prediction_text(options))),
         ColumnValue::Reasoning => reasoning(prompt, row),
         ColumnValue::Score => row

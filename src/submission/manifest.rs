@@ -5,15 +5,20 @@
 //! session for each process that worked on it, and the tally. It is replaced whole at each
 //! change, so that a kill leaves the last good one.
 
+mod over_samples;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+pub use over_samples::{Estimate, OverSamples, PassAt};
+
 use super::environment::Environment;
 use super::identity::{Difference, GenerationIdentity};
 use super::write::{SubmissionFormat, WriteError, replace};
+use crate::score::Scoring;
 use crate::telemetry::device::DeviceLoad;
 use crate::telemetry::memory::MemorySummary;
 use crate::telemetry::throughput::{ThroughputTotals, read_totals};
@@ -152,6 +157,9 @@ pub struct Tally {
     pub majority_baseline: Option<f64>,
     /// Expected accuracy of choosing among the options by chance.
     pub random_baseline: Option<f64>,
+    /// Absent with one sample a question.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub over_samples: Option<OverSamples>,
 }
 
 /// The document `run.json`.
@@ -161,6 +169,9 @@ pub struct RunManifest {
     pub name: String,
     pub generation_hash: String,
     pub scoring_hash: String,
+    /// What turned replies into verdicts and samples into a score; older runs do not say.
+    #[serde(default)]
+    pub scoring: Option<Scoring>,
     /// The parts of `generation_hash`.
     pub generation: GenerationIdentity,
     /// Paths as they were given, redacted.

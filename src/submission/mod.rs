@@ -20,8 +20,10 @@ pub mod merge;
 pub mod null_words;
 pub mod package;
 pub mod prompts;
+pub mod questions;
 pub mod reply_text;
 pub mod results;
+pub mod vote;
 pub mod write;
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The rendered prompts, `prompts.jsonl` (schema `podium.prompt/1`): a line a row, in input order.
 //! With it a run folder stands for itself: keys, ids, groups and order need no data set.
 
+use std::borrow::Cow;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +11,7 @@ use sha2::{Digest, Sha256};
 use super::identity::hex;
 use super::write::{WriteError, replace, write_json_line};
 use crate::dataset::Message;
+use crate::score::option_letter;
 
 pub const PROMPTS_FILE: &str = "prompts.jsonl";
 pub const PROMPT_SCHEMA: &str = "podium.prompt/1";
@@ -35,6 +37,9 @@ pub struct PromptRow {
     /// The turns asked, instructions first, where the submission tells the conversation.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub messages: Vec<Message>,
+    /// The file's index of the option shown at each place, where a profile shuffles them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub option_order: Option<Vec<usize>>,
 }
 
 impl PromptRow {
@@ -61,6 +66,20 @@ impl PromptRow {
             }),
             options: None,
             messages: Vec::new(),
+            option_order: None,
+        }
+    }
+
+    /// An answer as the data set's own file would have it: where the options were shuffled, the
+    /// letter that the shown option has there.
+    pub fn in_file_order<'a>(&self, answer: &'a str) -> Cow<'a, str> {
+        let in_file = self.option_order.as_ref().and_then(|order| {
+            let place = (0..order.len()).find(|&place| option_letter(place) == answer)?;
+            order.get(place)
+        });
+        match in_file {
+            Some(&index) => Cow::Owned(option_letter(index)),
+            None => Cow::Borrowed(answer),
         }
     }
 
@@ -150,6 +169,23 @@ impl PromptsError {
 mod tests {
     use super::*;
     use crate::telemetry::test_dir::TestDir;
+
+    #[test]
+    fn a_shown_letter_becomes_the_files() {
+        let mut prompt = PromptRow::new("a", None, None, None);
+        assert_eq!(prompt.in_file_order("B"), "B");
+        // Shown first is the file's third.
+        prompt.option_order = Some(vec![2, 0, 1]);
+        for (shown, in_file) in [
+            ("A", "C"),
+            ("B", "A"),
+            ("C", "B"),
+            ("E", "E"),
+            ("Rome", "Rome"),
+        ] {
+            assert_eq!(prompt.in_file_order(shown), in_file);
+        }
+    }
 
     #[test]
     fn prompts_come_back_and_their_hash_sees_keys_tokens_and_order() {

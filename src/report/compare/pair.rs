@@ -10,8 +10,8 @@ use super::{
     GroupPair, OutputIdentity, Pair, PairTable, Tests,
 };
 use crate::report::tally::NO_GROUP;
-use crate::score::Status;
 use crate::score::interval::Interval;
+use crate::score::{Aggregate, Scoring, Status};
 use crate::stats::cluster::clustered_mean;
 use crate::stats::mcnemar::mcnemar;
 use crate::stats::normal::{Z_80, Z_975};
@@ -20,7 +20,8 @@ use crate::stats::power::{
 };
 use crate::stats::resample::{N_REPLICATES, bootstrap_mean, quantile, sign_flip_p};
 use crate::stats::tango::tango;
-use crate::submission::ResultRow;
+use crate::submission::write::chosen_sample;
+use crate::submission::{ResultRow, vote};
 
 const CLUSTERED_FORMULA: &str =
     "d = (z(0.975) + z(0.8)) s, s the clustered standard error of the difference";
@@ -42,6 +43,8 @@ pub fn pair(run: usize, runs: &[LoadedRun], joined: &[JoinedKey], seed: u64) -> 
         unreachable!("a pair is made for a run that is there");
     };
     let samples = [base, other].map(|run| run.manifest.generation.samples);
+    // A profile whose score is maj@k compares the questions' votes.
+    let by_vote = voting(base).zip(voting(other)).map(|(a, b)| [a, b]);
     let mut excluded = Excluded::default();
     let mut counted = Counted::default();
     let mut n_samples = 0;
@@ -94,8 +97,16 @@ pub fn pair(run: usize, runs: &[LoadedRun], joined: &[JoinedKey], seed: u64) -> 
         }
         if let Some(row) = first_row {
             n_samples += u64::from(n);
-            counted.base.push(f64::from(right[0]) / f64::from(n));
-            counted.other.push(f64::from(right[1]) / f64::from(n));
+            let share = |run: usize| f64::from(right[run]) / f64::from(n);
+            let scores = match &by_vote {
+                Some([a, b]) => [
+                    voted(base, a, &question.key),
+                    voted(other, b, &question.key),
+                ],
+                None => [share(0), share(1)],
+            };
+            counted.base.push(scores[0]);
+            counted.other.push(scores[1]);
             let group = row.group.as_deref().unwrap_or(NO_GROUP);
             counted.groups.push(group.to_owned());
             counted.has_clusters |= row.cluster.is_some();
@@ -107,7 +118,7 @@ pub fn pair(run: usize, runs: &[LoadedRun], joined: &[JoinedKey], seed: u64) -> 
         }
     }
     changes.sort_by_key(|change: &Change| change.direction == Direction::Neither);
-    let single = samples == [1, 1];
+    let single = samples == [1, 1] || by_vote.is_some();
     let figures = Figures::new(&counted, single, seed);
     Ok(Pair {
         run,
@@ -132,6 +143,19 @@ pub fn pair(run: usize, runs: &[LoadedRun], joined: &[JoinedKey], seed: u64) -> 
         changes,
         divergence: None,
     })
+}
+
+/// A run's scoring where its score is maj@k.
+fn voting(run: &LoadedRun) -> Option<&Scoring> {
+    let scoring = run.manifest.scoring.as_ref()?;
+    (scoring.aggregate == Aggregate::Majority).then_some(scoring)
+}
+
+/// 1 where the vote of a run's samples is right.
+fn voted(run: &LoadedRun, scoring: &Scoring, key: &str) -> f64 {
+    let is_right = chosen_sample(&run.results, key, &vote::pick(scoring))
+        .is_some_and(|row| row.correct == Some(true));
+    f64::from(u8::from(is_right))
 }
 
 fn described(

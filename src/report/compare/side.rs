@@ -9,8 +9,8 @@ use super::load::LoadedRun;
 use super::{ComparedRun, GroupStatuses, MemoryUse, Speed, TokenCounts};
 use crate::report::tally::{NO_GROUP, tally};
 use crate::score::Status;
-use crate::submission::ResultRow;
-use crate::submission::write::{chosen_sample, first_sample, status_name};
+use crate::submission::write::{PickSample, chosen_sample, first_sample, status_name};
+use crate::submission::{ResultRow, vote};
 use crate::telemetry::memory::total_bytes;
 
 /// `A`, `B`, …, and from the 27th on a number.
@@ -25,8 +25,13 @@ pub fn label(index: usize) -> String {
 pub fn compared_run(index: usize, run: &LoadedRun, groups: &[String]) -> PolarsResult<ComparedRun> {
     let keys = || run.prompts.iter().map(|prompt| prompt.key.as_str());
     let samples: Vec<&ResultRow> = run.results.in_order(keys()).collect();
+    let by_vote = run.manifest.scoring.as_ref().map(vote::pick);
+    let pick: &PickSample = match &by_vote {
+        Some(pick) => pick,
+        None => &first_sample,
+    };
     let questions: Vec<&ResultRow> = keys()
-        .filter_map(|key| chosen_sample(&run.results, key, &first_sample))
+        .filter_map(|key| chosen_sample(&run.results, key, pick))
         .collect();
     let mut tally = tally(&questions, &samples, None);
     let place = |group: &String| {

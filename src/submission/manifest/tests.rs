@@ -19,6 +19,7 @@ pub(crate) fn manifest() -> RunManifest {
         name: "mixed-4bit-01234567".to_owned(),
         generation_hash: generation.hash(),
         scoring_hash: "5c".to_owned(),
+        scoring: None,
         generation,
         dataset_path: "datasets/nano/mixed.jsonl".to_owned(),
         model_path: "nano".to_owned(),

@@ -39,6 +39,7 @@ fn count(questions: &[&ResultRow], samples: &[&ResultRow]) -> Tally {
         statuses: Default::default(),
         majority_baseline: None,
         random_baseline: None,
+        over_samples: None,
     }
 }
 
