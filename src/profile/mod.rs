@@ -4,6 +4,7 @@
 //! A profile turns a record into a prompt; it never sees the record's gold.
 
 mod error;
+mod stage;
 mod submission;
 #[cfg(test)]
 mod tests;
@@ -14,6 +15,7 @@ use minijinja::{Environment, UndefinedBehavior, Value, context};
 use serde::{Deserialize, Serialize};
 
 pub use error::ProfileError;
+pub use stage::SecondStage;
 pub use submission::{Column, Source, Submission};
 
 use crate::dataset::{Dataset, Message, Pins, Record};
@@ -36,6 +38,8 @@ pub struct Profile {
     pub mapping: Pins,
     pub scoring: Scoring,
     #[serde(default)]
+    pub second_stage: Option<SecondStage>,
+    #[serde(default)]
     pub defaults: Defaults,
     #[serde(default)]
     pub submission: Submission,
@@ -57,13 +61,17 @@ pub struct Defaults {
     pub reasoning: Option<Reasoning>,
 }
 
-const BUILTIN: [(&str, &str); 3] = [
+const BUILTIN: [(&str, &str); 4] = [
     ("qa", include_str!("../../datasets/profiles/qa.toml")),
     (
         "choice",
         include_str!("../../datasets/profiles/choice.toml"),
     ),
     ("nano", include_str!("../../datasets/profiles/nano.toml")),
+    (
+        "curebench",
+        include_str!("../../datasets/profiles/curebench.toml"),
+    ),
 ];
 
 impl Profile {
@@ -149,12 +157,15 @@ impl Profile {
                 reason: error.message().to_owned(),
             }
         })?;
-        environment()
-            .template_from_str(&profile.template)
-            .map_err(|error| ProfileError::Template {
-                profile: profile.name.clone(),
-                reason: error.to_string(),
-            })?;
+        let second = profile.second_stage.as_ref().map(|stage| &stage.template);
+        for template in [&profile.template].into_iter().chain(second) {
+            environment()
+                .template_from_str(template)
+                .map_err(|error| ProfileError::Template {
+                    profile: profile.name.clone(),
+                    reason: error.to_string(),
+                })?;
+        }
         Ok(profile)
     }
 
@@ -173,7 +184,7 @@ impl Profile {
         let turns = if record.messages.is_empty() {
             vec![Message {
                 role: "user".into(),
-                content: self.user_turn(record)?,
+                content: self.user_turn(&self.template, record)?,
             }]
         } else {
             let is_instruction =
@@ -194,7 +205,7 @@ impl Profile {
         })
     }
 
-    fn user_turn(&self, record: &Record) -> Result<String, ProfileError> {
+    fn user_turn(&self, template: &str, record: &Record) -> Result<String, ProfileError> {
         let options: Vec<Value> = record
             .options
             .iter()
@@ -210,7 +221,7 @@ impl Profile {
             ..row.clone()
         };
         let text = environment()
-            .render_str(&self.template, context)
+            .render_str(template, context)
             .map_err(|error| ProfileError::Render {
                 profile: self.name.clone(),
                 key: record.key.clone(),
