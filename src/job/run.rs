@@ -157,6 +157,7 @@ impl Run<'_> {
             max_context: self.max_context,
             longest_prompt: self.prepared.longest_prompt(),
             n_jobs,
+            n_two_stage: 0,
             prefix_reuse: self.settings.prefix_reuse.value,
             budget: host_budget(self.settings.host_memory.value),
         };
@@ -449,6 +450,7 @@ impl Run<'_> {
                 prompt: Arc::clone(&prepared.tokens),
                 max_new_tokens: self.settings.max_new_tokens.value,
                 row_hash: row_hash(&record.key),
+                may_go_on: false,
             })
         };
         self.missing(results).into_iter().filter_map(job).collect()
