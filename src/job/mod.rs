@@ -33,6 +33,7 @@ pub mod signal;
 pub mod synth;
 pub mod synthetic;
 mod variants;
+pub mod verdict;
 
 use std::path::PathBuf;
 

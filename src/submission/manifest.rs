@@ -152,6 +152,9 @@ pub struct Tally {
     pub majority_baseline: Option<f64>,
     /// Expected accuracy of choosing among the options by chance.
     pub random_baseline: Option<f64>,
+    /// Over questions whose analysis podium closed at the answer headroom; absent without any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed: Option<Accuracy>,
 }
 
 /// The document `run.json`.

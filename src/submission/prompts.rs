@@ -27,6 +27,9 @@ pub struct PromptRow {
     /// SHA-256 over the token ids as little-endian `u32`: unlike the text it tells a special
     /// token from a literal `<|end|>` in a question.
     pub hash: Option<String>,
+    /// The user's turn of the second stage, for a row that has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_turn: Option<String>,
 }
 
 impl PromptRow {
@@ -51,6 +54,7 @@ impl PromptRow {
                 }
                 hex(&hasher.finalize())
             }),
+            next_turn: None,
         }
     }
 }
@@ -63,6 +67,11 @@ pub fn prompts_hash(prompts: &[PromptRow]) -> String {
         hasher.update((prompt.key.len() as u64).to_le_bytes());
         hasher.update(prompt.key.as_bytes());
         hasher.update(prompt.hash.as_deref().unwrap_or("none").as_bytes());
+        if let Some(turn) = &prompt.next_turn {
+            hasher.update(b"\0");
+            hasher.update((turn.len() as u64).to_le_bytes());
+            hasher.update(turn.as_bytes());
+        }
         hasher.update(b"\n");
     }
     hex(&hasher.finalize())
@@ -147,8 +156,11 @@ mod tests {
         let mut swapped = prompts.clone();
         swapped.swap(0, 1);
         assert_ne!(prompts_hash(&swapped), hash);
-        let mut other = prompts;
+        let mut other = prompts.clone();
         other[0].hash = None;
+        assert_ne!(prompts_hash(&other), hash);
+        let mut other = prompts;
+        other[0].next_turn = Some("Which?".to_owned());
         assert_ne!(prompts_hash(&other), hash);
     }
 }
