@@ -23,6 +23,9 @@ pub struct Job {
     pub max_new_tokens: usize,
     /// Hash of the row's key; with seed, sample and position it keys the generator.
     pub row_hash: u64,
+    /// Another stage of the row may follow, whose prompt begins with this one: the prompt is held
+    /// as a prefix until then.
+    pub may_go_on: bool,
 }
 
 impl Job {
@@ -32,6 +35,11 @@ impl Job {
             Some((_, head)) => head,
             None => &[],
         }
+    }
+
+    /// This job and the one that may follow it: what may begin from its prompt.
+    fn n_stages(&self) -> usize {
+        1 + usize::from(self.may_go_on)
     }
 
     fn expected_length(&self) -> usize {
@@ -60,7 +68,7 @@ impl BatchOptions {
     }
 }
 
-/// A run of tokens that at least two jobs begin with.
+/// A run of tokens that at least two jobs begin with, next stages counted.
 #[derive(Clone, Debug)]
 pub struct Prefix {
     /// The shorter prefix this one goes on from.
@@ -71,7 +79,7 @@ pub struct Prefix {
     pub n_tokens: usize,
     /// A prompt that begins with it.
     pub prompt: Arc<[TokenId]>,
-    /// Jobs below it in the tree.
+    /// Jobs below it in the tree, and the next stages that these may have.
     pub n_jobs: usize,
 }
 
@@ -95,13 +103,14 @@ impl Batch {
         std::iter::successors(prefix, |&at| self.prefixes[at].parent)
     }
 
-    /// Prompt tokens that need no computing because a prefix holds them.
+    /// Prompt tokens that need no computing because a prefix holds them, when every next stage
+    /// comes.
     pub fn n_reused_tokens(&self) -> usize {
         let held = |at: usize| self.prefixes[at].n_tokens;
         let by_jobs: usize = self
             .jobs
             .iter()
-            .filter_map(|planned| planned.prefix.map(held))
+            .filter_map(|planned| Some(planned.job.n_stages() * held(planned.prefix?)))
             .sum();
         let computed: usize = self
             .prefixes
@@ -143,7 +152,10 @@ struct Interval {
 /// The prefix tree: the LCP intervals of the sorted jobs, less those that add too little or lie
 /// too deep. Also each job's longest prefix.
 fn find_prefixes(jobs: &[Job], options: &BatchOptions) -> (Vec<Prefix>, Vec<Option<usize>>) {
-    let mut sorted: Vec<usize> = (0..jobs.len()).collect();
+    // A job that may go on stands twice: its next stage has the same beginning.
+    let mut sorted: Vec<usize> = (0..jobs.len())
+        .flat_map(|at| std::iter::repeat_n(at, jobs[at].n_stages()))
+        .collect();
     sorted.sort_by(|&a, &b| {
         if Arc::ptr_eq(&jobs[a].prompt, &jobs[b].prompt) {
             a.cmp(&b)
@@ -183,10 +195,10 @@ fn find_prefixes(jobs: &[Job], options: &BatchOptions) -> (Vec<Prefix>, Vec<Opti
         .iter()
         .map(|&interval| kept[interval])
         .collect();
-    for prefix in &prefix_of_job {
+    for (job, prefix) in jobs.iter().zip(&prefix_of_job) {
         let mut at = *prefix;
         while let Some(prefix) = at {
-            prefixes[prefix].n_jobs += 1;
+            prefixes[prefix].n_jobs += job.n_stages();
             at = prefixes[prefix].parent;
         }
     }
@@ -319,6 +331,7 @@ mod tests {
             prompt: prompt.into(),
             max_new_tokens: 8,
             row_hash: row as u64,
+            may_go_on: false,
         }
     }
 
@@ -350,6 +363,23 @@ mod tests {
         );
         assert_eq!(rows(&batch), [1, 1, 0, 0], "the longest prefix goes first");
         assert_eq!(batch.n_reused_tokens(), 2 * 69 + 2 * 59 - 40 - 19 - 29);
+    }
+
+    #[test]
+    fn a_job_that_may_go_on_shares_its_prompt_with_its_next_stage() {
+        let (a, b) = (tokens(&[(1, 40), (2, 30)]), tokens(&[(1, 40), (3, 20)]));
+        let goes_on = Job {
+            may_go_on: true,
+            ..job(1, &a)
+        };
+        let batch = plan(vec![job(0, &b), goes_on], &BatchOptions::new(4));
+        let held: Vec<_> = batch
+            .prefixes
+            .iter()
+            .map(|p| (p.parent, p.n_tokens, p.n_jobs))
+            .collect();
+        assert_eq!(held, [(None, 40, 3), (Some(0), 69, 2)]);
+        assert_eq!(batch.n_reused_tokens(), 2 * 69 + 40 - 40 - 29);
     }
 
     #[test]

@@ -110,6 +110,41 @@ fn a_dry_run_writes_nothing() {
     assert!(!scratch.join("submissions").exists());
 }
 
+/// A long run: what is done after five seconds is a whole submission, every id in its place.
+#[test]
+fn a_time_limit_leaves_a_submission_with_every_id() {
+    let scratch = Scratch::new("time-limit-long");
+    let rows: Vec<String> = (0..3000)
+        .map(|i| {
+            let question = format!("What is {} x {}?", 1234 + i, 5678 + 7 * i);
+            serde_json::json!({"id": format!("q-{i:04}"), "question": question, "answer": "1"})
+                .to_string()
+        })
+        .collect();
+    scratch.write("rows.jsonl", rows.join("\n"));
+    let args = "eval rows.jsonl --out run --quiet --batch 1 --threads 1 --time-limit 5s";
+    let started = std::time::Instant::now();
+    let output = run_ok(scratch.path(), &args.split(' ').collect::<Vec<_>>());
+    assert!(started.elapsed().as_secs() < 60);
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    assert!(stdout.contains("time limit was reached"), "{stdout}");
+    let n_done = jsonl(&scratch.join("run/results.jsonl")).len();
+    assert!((1..3000).contains(&n_done), "{n_done} rows in five seconds");
+    let submission = jsonl(&scratch.join("run/submission.jsonl"));
+    let ids: Vec<String> = (0..3000).map(|i| format!("q-{i:04}")).collect();
+    let found: Vec<&str> = submission
+        .iter()
+        .map(|r| r["id"].as_str().unwrap())
+        .collect();
+    assert_eq!(found, ids);
+    let n_not_run = submission.iter().filter(|r| r["status"] == "not_run");
+    assert_eq!(n_not_run.count(), 3000 - n_done);
+    let manifest = std::fs::read_to_string(scratch.join("run/run.json")).unwrap();
+    let manifest: serde_json::Value = serde_json::from_str(&manifest).unwrap();
+    assert_eq!(manifest["sessions"][0]["outcome"], "time_limit");
+    assert_eq!(manifest["tally"]["accuracy"]["n"], n_done);
+}
+
 #[test]
 fn a_time_limit_keeps_what_is_done() {
     let scratch = Scratch::new("time-limit");

@@ -1484,6 +1484,7 @@ fn logits_that_are_not_finite_are_tried_again_once() {
                 .into(),
             max_new_tokens: 12 + row,
             row_hash: row as u64,
+            may_go_on: false,
         });
         let options = GenerateOptions {
             prefix_reuse: false,

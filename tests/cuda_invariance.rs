@@ -328,6 +328,7 @@ impl Bench<'_> {
                 prompt: Arc::clone(&row.prompt),
                 max_new_tokens: row.n_new,
                 row_hash: row.hash,
+                may_go_on: false,
             }));
         }
         let n_jobs = jobs.len();

@@ -1,5 +1,6 @@
 //! A row's tokens, log-probabilities and logits are a function of the row alone: every schedule
-//! of the loop over the CPU backend gives the same bits, with all unused memory full of NaN.
+//! of the loop over the CPU backend gives the same bits, with all unused memory full of NaN. Half
+//! of the rows have a second stage, and all of them a headroom at which some are closed.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,6 +18,9 @@ use podium::engine::{EngineShape, SamplingParams, TokenId};
 
 #[derive(Default)]
 struct Collect {
+    prompts: BTreeMap<usize, Arc<[TokenId]>>,
+    /// First stages of the rows that have a second one.
+    first: BTreeMap<(usize, u32), Generation>,
     finished: BTreeMap<(usize, u32), Generation>,
     n_evicted: usize,
     n_reused: usize,
@@ -36,15 +40,40 @@ impl Observer for Collect {
         self.n_evicted += report.n_evicted;
         self.n_reused += report.reused_tokens;
     }
+
+    /// The first prompt, a part of the reply, another turn.
+    fn next_stage(&mut self, first: &Generation) -> Option<Job> {
+        let prompt = self.prompts[&first.row].iter();
+        let reply = first.output_ids.iter().take(20);
+        self.first.insert((first.row, first.sample), first.clone());
+        Some(Job {
+            row: first.row,
+            sample: first.sample,
+            prompt: prompt.chain(reply).chain(&[3; 15]).copied().collect(),
+            max_new_tokens: 70,
+            row_hash: 77 * first.row as u64 + 1,
+            may_go_on: false,
+        })
+    }
+
+    fn at_headroom(&mut self, _row: usize, output_ids: &[TokenId]) -> Vec<TokenId> {
+        match output_ids.last() {
+            Some(last) if last % 3 > 0 => vec![1, 2, 3, 4],
+            _ => Vec::new(),
+        }
+    }
 }
 
-/// A row's (row, sample), tokens, bits of the log-probability sum and trace hash.
+/// A stage's (row, sample), tokens, bits of the log-probability sum and trace hash.
 type Output = ((usize, u32), Vec<TokenId>, u32, Option<u64>);
+
+const HEADROOM: usize = 25;
 
 impl Collect {
     fn outputs(&self) -> Vec<Output> {
         self.finished
             .iter()
+            .chain(&self.first)
             .map(|(&at, g)| {
                 (
                     at,
@@ -76,6 +105,7 @@ fn jobs(n_vocab: usize) -> Vec<Job> {
                 prompt: prompt.clone(),
                 max_new_tokens: 60 + 90 * (row % 3),
                 row_hash: 77 * row as u64,
+                may_go_on: row % 2 == 0,
             });
         }
     }
@@ -116,11 +146,15 @@ fn run(folder: &Path, exact: bool, schedule: &Schedule) -> Collect {
     };
     let options = GenerateOptions {
         refill: schedule.refill,
+        answer_headroom: HEADROOM,
         // No stop tokens: rows end by their budgets, some of them beyond a second page.
         ..GenerateOptions::new(sampling, [].into())
     };
     let jobs = jobs(checkpoint.config().n_vocab);
-    let mut collect = Collect::default();
+    let mut collect = Collect {
+        prompts: jobs.iter().map(|j| (j.row, j.prompt.clone())).collect(),
+        ..Collect::default()
+    };
     let never = AtomicBool::new(false);
     let outcome = generate(&mut backend, jobs.clone(), &options, &never, &mut collect)
         .expect("the CPU backend generates");
@@ -128,7 +162,8 @@ fn run(folder: &Path, exact: bool, schedule: &Schedule) -> Collect {
     assert_eq!(collect.finished.len(), jobs.len());
     // Teacher forcing on the same backend gives the logged log-probabilities.
     for job in jobs.iter().step_by(5) {
-        let generation = &collect.finished[&(job.row, job.sample)];
+        let at = (job.row, job.sample);
+        let generation = collect.first.get(&at).unwrap_or(&collect.finished[&at]);
         let forced = forced_logprobs(&mut backend, &job.prompt, &generation.output_ids)
             .expect("the row fits");
         let sum = forced.iter().fold(0.0f32, |sum, logprob| sum + logprob);
@@ -149,7 +184,11 @@ fn assert_invariant(name: &str, exact: bool) {
         n_threads,
         refill,
     };
-    let expected = run(&folder, exact, &schedule(1, 0, 3, 64, 1, false)).outputs();
+    let plain = run(&folder, exact, &schedule(1, 0, 3, 64, 1, false));
+    assert_eq!(plain.first.len(), 6, "half of the rows have two stages");
+    let forced = plain.finished.values().filter(|g| g.forced.is_some());
+    assert!((1..12).contains(&forced.count()), "some rows are closed");
+    let expected = plain.outputs();
     let schedules = [
         schedule(1, 6, 12, 1, 2, true),
         schedule(3, 4, 20, 7, 1, true),

@@ -164,8 +164,8 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exact: Option<bool>,
 
-    /// Profile: a TOML file or a built-in name (qa, choice, nano, aime, aimo, arc, bbh, gpqa,
-    /// gsm8k, humaneval, medqa, mmlu, mmlu_pro, reasoning_gym) [default: nano for the nano model,
+    /// Profile: a TOML file or a built-in name (qa, choice, nano, aime, aimo, arc, bbh, curebench,
+    /// gpqa, gsm8k, humaneval, medqa, mmlu, mmlu_pro, reasoning_gym) [default: nano for the nano model,
     /// else choice or qa by the rows]
     #[arg(long, value_name = "NAME|FILE", help_heading = "Prompt")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -199,6 +199,11 @@ pub struct Options {
     #[arg(long, value_name = "N", value_parser = values::positive, help_heading = "Sampling")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_new_tokens: Option<usize>,
+    /// With N tokens of that left in the analysis, close it and let the model answer; such rows are
+    /// marked and also scored apart [default: 0, off]
+    #[arg(long, value_name = "N", help_heading = "Sampling")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub answer_headroom: Option<usize>,
     /// 0 is greedy [default: the profile's, else 0]
     #[arg(
         long,
@@ -283,7 +288,7 @@ impl Options {
             };
         }
         lay!(model precision device exact profile reasoning date meta limit shard strict
-             max_new_tokens temperature top_p top_k samples early_stop seed batch context host_memory
+             max_new_tokens answer_headroom temperature top_p top_k samples early_stop seed batch context host_memory
              gpu_memory threads time_limit no_refill no_prefix_reuse trace_hash)
     }
 

@@ -11,7 +11,7 @@ use super::folder::{Opening, SUBMISSIONS};
 use super::model::{self, OpenModel};
 use super::prepare::{Prepared, prepare};
 use super::report::page_after;
-use super::run::{Run, Weights};
+use super::run::{Run, Weights, second_budget};
 use super::settings::{Effective, Layers, Settings};
 use super::submit::{lint_after, with_meta};
 use super::{precisions, signal};
@@ -23,6 +23,7 @@ use crate::engine::checkpoint::Precision;
 use crate::engine::cpu::CpuOptions;
 use crate::hub::Part;
 use crate::profile::Profile;
+use crate::prompt::harmony;
 use crate::report::inspection::indent;
 use crate::report::summary::Summary;
 use crate::report::table::color_wanted;
@@ -32,6 +33,7 @@ use crate::submission::manifest::{Outcome, RunManifest};
 use crate::submission::questions::QUESTIONS_FILE;
 use crate::submission::{Results, RowError};
 use crate::telemetry::process_start;
+use crate::tokenizer::Tokenizer;
 
 /// Runs the command and gives its exit code.
 ///
@@ -145,6 +147,7 @@ pub fn assemble<'a>(
             message: message.to_owned(),
         });
     }
+    check_headroom(&settings, &model.tokenizer)?;
     let engine = device::choose(
         settings.device.value,
         settings.exact.value,
@@ -225,13 +228,36 @@ fn choose_context(settings: &Settings, model: &OpenModel, prepared: &Prepared) -
     match settings.context.value {
         AutoOr::Exactly(n) => n.min(most),
         AutoOr::Auto => {
-            let lengths = prepared.rows.iter().map(|row| row.tokens.len());
-            let longest = lengths.filter(|&n| n < most).max().unwrap_or(1);
-            longest
-                .saturating_add(settings.max_new_tokens.value)
-                .min(most)
+            let budget = settings.max_new_tokens.value;
+            let second = second_budget(&prepared.profile, settings);
+            prepared.longest_row(most, budget, second).min(most)
         }
     }
+}
+
+/// Whether the headroom leaves room to think before it, and to answer in it.
+fn check_headroom(settings: &Settings, tokenizer: &Tokenizer) -> Result<(), JobError> {
+    let (headroom, budget) = (
+        settings.answer_headroom.value,
+        settings.max_new_tokens.value,
+    );
+    if headroom == 0 {
+        return Ok(());
+    }
+    let cut_header = harmony::parse(&[], tokenizer);
+    let closing = tokenizer.encode(&harmony::closing(&cut_header));
+    let n_closing = closing.map_or(0, |ids| ids.len());
+    let message = if headroom >= budget {
+        format!("`--answer-headroom {headroom}` is not below the budget of {budget} tokens")
+    } else if headroom <= n_closing {
+        format!(
+            "`--answer-headroom {headroom}` has no room for an answer: opening it takes \
+             {n_closing} tokens"
+        )
+    } else {
+        return Ok(());
+    };
+    Err(JobError::Option { message })
 }
 
 /// Runs one data set in one precision; gives the exit code and the run's folder.

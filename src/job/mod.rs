@@ -36,6 +36,7 @@ pub mod submit;
 pub mod synth;
 pub mod synthetic;
 mod variants;
+pub mod verdict;
 
 use std::path::PathBuf;
 

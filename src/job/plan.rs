@@ -91,6 +91,7 @@ fn wanted(args: &PlanArgs, model: &Planned, budget: Budget, most_slots: usize) -
         max_context,
         longest_prompt: max_context - 1,
         n_jobs: args.batch.exactly().unwrap_or(most_slots),
+        n_two_stage: 0,
         prefix_reuse: true,
         budget,
     }

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use crate::dataset::{Dataset, Message, Record};
 use crate::engine::TokenId;
 use crate::profile::Profile;
-use crate::prompt::{Reasoning, Segment, harmony};
+use crate::prompt::{Prompt, Reasoning, Segment, harmony};
 use crate::submission::RowError;
 use crate::submission::prompts::PromptRow;
 use crate::tokenizer::Tokenizer;
@@ -18,6 +18,16 @@ pub struct Row {
     /// Token ids of the rendered prompt; empty for a row in error.
     pub tokens: Arc<[TokenId]>,
     pub error: Option<RowError>,
+    /// The second stage of a row that has one.
+    pub next: Option<NextTurn>,
+}
+
+/// What is asked of a row after its first reply.
+pub struct NextTurn {
+    /// The user's second turn.
+    pub text: String,
+    /// Tokens that the second prompt has beside the first one's and the reply between them.
+    pub n_tokens: usize,
 }
 
 /// A data set with its rendered prompts; `rows` stand beside `dataset.records`.
@@ -26,6 +36,8 @@ pub struct Prepared {
     pub profile: Profile,
     pub rows: Vec<Row>,
     pub prompts: Vec<PromptRow>,
+    pub reasoning: Reasoning,
+    pub date: Option<String>,
 }
 
 impl Prepared {
@@ -36,6 +48,43 @@ impl Prepared {
             .map(|row| row.tokens.len())
             .max()
             .unwrap_or(0)
+    }
+
+    /// Positions of the row that may grow longest, among those whose prompt is shorter than
+    /// `most`, with these budgets of its stages.
+    pub fn longest_row(&self, most: usize, budget: usize, second_budget: usize) -> usize {
+        let fitting = self.rows.iter().filter(|row| row.tokens.len() < most);
+        fitting
+            .map(|row| {
+                let first = row.tokens.len().saturating_add(budget);
+                match &row.next {
+                    Some(next) => first
+                        .saturating_add(next.n_tokens)
+                        .saturating_add(second_budget),
+                    None => first,
+                }
+            })
+            .max()
+            .unwrap_or_else(|| budget.saturating_add(1))
+    }
+
+    /// The prompt of a row's second stage: the first one whole, the reply's final message, the
+    /// user's second turn. The analysis between is dropped, as Harmony has it. Absent for a row
+    /// of one stage, and where the tokenizer gives up on the reply.
+    pub fn second_prompt(
+        &self,
+        row: usize,
+        final_text: &str,
+        tokenizer: &Tokenizer,
+    ) -> Option<Arc<[TokenId]>> {
+        let (record, prepared) = (self.dataset.records.get(row)?, self.rows.get(row)?);
+        let next = prepared.next.as_ref()?;
+        let prompt = self
+            .profile
+            .render(record, self.reasoning, self.date.as_deref());
+        let added = added_segments(prompt.ok()?, final_text, &next.text);
+        let added = tokenizer.encode(&added).ok()?;
+        Some(prepared.tokens.iter().copied().chain(added).collect())
     }
 
     /// Records with their rows, in input order.
@@ -62,6 +111,7 @@ impl Prepared {
                 let message = format!("needs {n} tokens, the {holder} holds {holds}");
                 row.error = Some(error_at(record, message, hint.to_owned(), None));
                 row.tokens = Arc::from([]);
+                row.next = None;
             }
         }
     }
@@ -87,7 +137,7 @@ pub fn prepare(
     reasoning: Reasoning,
     date: Option<&str>,
 ) -> Prepared {
-    let rendered: Vec<Result<(String, Vec<TokenId>), RowError>> = dataset
+    let rendered: Vec<Result<Rendered, RowError>> = dataset
         .records
         .par_iter()
         .map(|record| render(record, &profile, tokenizer, reasoning, date))
@@ -98,7 +148,7 @@ pub fn prepare(
         let shown = rendered
             .as_ref()
             .ok()
-            .map(|(text, ids)| (text.as_str(), ids.as_slice()));
+            .map(|rendered| (rendered.text.as_str(), rendered.ids.as_slice()));
         let mut prompt =
             PromptRow::new(&record.key, record.id.clone(), record.group.clone(), shown);
         prompt.option_order = profile.option_order(record);
@@ -106,15 +156,19 @@ pub fn prepare(
         if profile.submission.tells_conversation() && shown.is_some() {
             prompt.messages = asked(record, &profile, reasoning, date);
         }
+        let next = rendered.as_ref().ok().and_then(|it| it.next.as_ref());
+        prompt.next_turn = next.map(|next| next.text.clone());
         prompts.push(prompt);
         rows.push(match rendered {
-            Ok((_, ids)) => Row {
-                tokens: ids.into(),
+            Ok(rendered) => Row {
+                tokens: rendered.ids.into(),
                 error: None,
+                next: rendered.next,
             },
             Err(error) => Row {
                 tokens: Arc::from([]),
                 error: Some(error),
+                next: None,
             },
         });
     }
@@ -123,7 +177,16 @@ pub fn prepare(
         profile,
         rows,
         prompts,
+        reasoning,
+        date: date.map(str::to_owned),
     }
+}
+
+/// A row's prompt.
+struct Rendered {
+    text: String,
+    ids: Vec<TokenId>,
+    next: Option<NextTurn>,
 }
 
 fn render(
@@ -132,7 +195,7 @@ fn render(
     tokenizer: &Tokenizer,
     reasoning: Reasoning,
     date: Option<&str>,
-) -> Result<(String, Vec<TokenId>), RowError> {
+) -> Result<Rendered, RowError> {
     if let Some(defect) = &record.defect {
         let field = defect.field.clone();
         return Err(error_at(
@@ -146,10 +209,39 @@ fn render(
         .render(record, reasoning, date)
         .map_err(|error| error_at(record, error.to_string(), error.hint().to_owned(), None))?;
     let segments = harmony::render(&prompt);
-    let ids = tokenizer
-        .encode(&segments)
+    let encode = |segments: &[Segment]| {
+        tokenizer
+            .encode(segments)
+            .map_err(|error| error_at(record, error.to_string(), error.hint().to_owned(), None))
+    };
+    let ids = encode(&segments)?;
+    let next = profile
+        .next_turn(record)
         .map_err(|error| error_at(record, error.to_string(), error.hint().to_owned(), None))?;
-    Ok((spell(&segments), ids))
+    let next = match next {
+        Some(text) => {
+            let n_tokens = encode(&added_segments(prompt, "", &text))?.len();
+            Some(NextTurn { text, n_tokens })
+        }
+        None => None,
+    };
+    Ok(Rendered {
+        text: spell(&segments),
+        ids,
+        next,
+    })
+}
+
+/// What a prompt goes on with after a final message and another turn of the user.
+fn added_segments(mut prompt: Prompt, final_text: &str, next_turn: &str) -> Vec<Segment> {
+    let n_before = harmony::render(&prompt).len();
+    for (role, content) in [("assistant", final_text), ("user", next_turn)] {
+        prompt.turns.push(Message {
+            role: role.to_owned(),
+            content: content.to_owned(),
+        });
+    }
+    harmony::render(&prompt).split_off(n_before)
 }
 
 /// A rendered row's turns for the submission, the instructions first.

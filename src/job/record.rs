@@ -1,22 +1,32 @@
 //! What comes out of the engine becomes lines of the log, timings and progress.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::prepare::Prepared;
 use super::progress::Progress;
-use super::signal;
+use super::run::second_row_hash;
+use super::{signal, verdict};
+use crate::batch::Job;
 use crate::dataset::Record;
+use crate::engine::TokenId;
 use crate::engine::generate::{
     Generation, JobError as GenerateJobError, Observer, StepKind, StepReport,
 };
-use crate::prompt::harmony;
-use crate::score::{self, Status};
+use crate::prompt::harmony::{self, Reply};
+use crate::score::Status;
 use crate::submission::log::{LogError, ResultLog};
-use crate::submission::{RESULT_SCHEMA, ResultRow, Results, RowError};
+use crate::submission::{RESULT_SCHEMA, ResultRow, Results, RowError, SecondStage};
 use crate::telemetry::memory::{MemoryEvent, MemoryLog};
 use crate::telemetry::throughput::{BatchTiming, ThroughputLog};
 use crate::tokenizer::Tokenizer;
+
+/// What a row's first stage came to.
+struct FirstStage {
+    row: ResultRow,
+    reply: Reply,
+}
 
 /// Takes finished samples: parses, judges and logs each at once.
 pub struct Recorder<'a> {
@@ -32,8 +42,13 @@ pub struct Recorder<'a> {
     /// Named in each row of a run of mixed numerics.
     pub numerics_id: Option<String>,
     pub n_slots: usize,
+    /// Budget of second stages.
+    pub second_budget: usize,
     /// Why the log could not be written.
     pub failure: Option<LogError>,
+    /// First stages by row and sample whose second stage is not done: a row is logged when both
+    /// are.
+    first_stages: HashMap<(usize, u32), FirstStage>,
     batch: BatchTiming,
     last_queue: Option<usize>,
     n_jobs: usize,
@@ -69,7 +84,9 @@ impl<'a> Recorder<'a> {
             stop,
             numerics_id: None,
             n_slots,
+            second_budget: 0,
             failure: None,
+            first_stages: HashMap::new(),
             batch: BatchTiming::default(),
             last_queue: None,
             n_jobs,
@@ -93,6 +110,49 @@ impl<'a> Recorder<'a> {
         }
     }
 
+    /// The row of a reply, without a verdict.
+    fn stage_row(&self, record: &Record, generation: &Generation, reply: &Reply) -> ResultRow {
+        ResultRow {
+            raw_text: self.tokenizer.decode(&generation.output_ids),
+            final_text: reply.final_text.clone(),
+            output_ids: generation.output_ids.clone(),
+            logprob_sum: Some(generation.logprob_sum),
+            logprob_sum_bits: Some(format!("{:08x}", generation.logprob_sum.to_bits())),
+            prompt_tokens: generation.prompt_tokens as u32,
+            reused_tokens: generation.reused_tokens as u32,
+            analysis_tokens: reply.analysis_tokens,
+            final_tokens: reply.final_tokens,
+            stop_reason: Some(generation.stop),
+            seconds: Some(generation.seconds),
+            format_issues: reply.issues.clone(),
+            trace_hash: generation.trace_hash.map(|hash| format!("{hash:016x}")),
+            numerics_id: self.numerics_id.clone(),
+            forced: forced(generation),
+            ..blank_row(record, generation.sample, Status::NotRun)
+        }
+    }
+
+    fn second_stage(&self, generation: &Generation, reply: &Reply) -> Option<SecondStage> {
+        let next = self.prepared.rows.get(generation.row)?.next.as_ref()?;
+        Some(SecondStage {
+            user_turn: next.text.clone(),
+            raw_text: self.tokenizer.decode(&generation.output_ids),
+            final_text: reply.final_text.clone(),
+            output_ids: generation.output_ids.clone(),
+            logprob_sum: generation.logprob_sum,
+            logprob_sum_bits: format!("{:08x}", generation.logprob_sum.to_bits()),
+            prompt_tokens: generation.prompt_tokens as u32,
+            reused_tokens: generation.reused_tokens as u32,
+            analysis_tokens: reply.analysis_tokens,
+            final_tokens: reply.final_tokens,
+            stop_reason: generation.stop,
+            seconds: generation.seconds,
+            format_issues: reply.issues.clone(),
+            trace_hash: generation.trace_hash.map(|hash| format!("{hash:016x}")),
+            forced: forced(generation),
+        })
+    }
+
     fn append(&mut self, row: ResultRow) {
         if self.failure.is_some() {
             return;
@@ -114,30 +174,58 @@ impl Observer for Recorder<'_> {
             return;
         };
         let reply = harmony::parse(&generation.output_ids, self.tokenizer);
-        let verdict = score::judge(
-            record,
-            &self.prepared.profile.scoring,
-            &reply,
-            generation.stop,
-        );
-        let mut row = blank_row(record, generation.sample, verdict.status);
+        let of_row = (generation.row, generation.sample);
+        let profile = &self.prepared.profile;
+        let (mut row, verdict) = match self.first_stages.remove(&of_row) {
+            None => {
+                let verdict = verdict::judge(record, profile, (&reply, generation.stop), None);
+                (self.stage_row(record, &generation, &reply), verdict)
+            }
+            Some(FirstStage {
+                mut row,
+                reply: first,
+            }) => {
+                let stop = row.stop_reason.unwrap_or(generation.stop);
+                let second = Some((&reply, generation.stop));
+                let verdict = verdict::judge(record, profile, (&first, stop), second);
+                row.second = self.second_stage(&generation, &reply);
+                (row, verdict)
+            }
+        };
+        row.status = verdict.status;
         row.correct = verdict.correct;
         row.answer = verdict.answer;
-        row.raw_text = self.tokenizer.decode(&generation.output_ids);
-        row.final_text = reply.final_text;
-        row.output_ids = generation.output_ids;
-        row.logprob_sum = Some(generation.logprob_sum);
-        row.logprob_sum_bits = Some(format!("{:08x}", generation.logprob_sum.to_bits()));
-        row.prompt_tokens = generation.prompt_tokens as u32;
-        row.reused_tokens = generation.reused_tokens as u32;
-        row.analysis_tokens = reply.analysis_tokens;
-        row.final_tokens = reply.final_tokens;
-        row.stop_reason = Some(generation.stop);
-        row.seconds = Some(generation.seconds);
-        row.format_issues = reply.issues;
-        row.trace_hash = generation.trace_hash.map(|hash| format!("{hash:016x}"));
-        row.numerics_id = self.numerics_id.clone();
         self.append(row);
+    }
+
+    /// A row of two stages goes on when its first reply has a final message, finished or not.
+    fn next_stage(&mut self, generation: &Generation) -> Option<Job> {
+        let Generation { row, sample, .. } = *generation;
+        let record = self.prepared.dataset.records.get(row)?;
+        let reply = harmony::parse(&generation.output_ids, self.tokenizer);
+        let final_text = reply.final_text.as_deref()?;
+        let prompt = self
+            .prepared
+            .second_prompt(row, final_text, self.tokenizer)?;
+        let first = self.stage_row(record, generation, &reply);
+        self.first_stages
+            .insert((row, sample), FirstStage { row: first, reply });
+        Some(Job {
+            row,
+            sample,
+            prompt,
+            max_new_tokens: self.second_budget,
+            row_hash: second_row_hash(&record.key),
+            may_go_on: false,
+        })
+    }
+
+    fn at_headroom(&mut self, _row: usize, output_ids: &[TokenId]) -> Vec<TokenId> {
+        let reply = harmony::parse(output_ids, self.tokenizer);
+        // A vocabulary without these tokens has no analysis to close.
+        self.tokenizer
+            .encode(&harmony::closing(&reply))
+            .unwrap_or_default()
     }
 
     fn failed(&mut self, row: usize, sample: u32, error: GenerateJobError) {
@@ -151,7 +239,13 @@ impl Observer for Recorder<'_> {
         } else {
             "raise `--context`, or shorten the row"
         };
-        let mut row = blank_row(record, sample, Status::Error);
+        // A second stage that cannot run leaves the open answer of the first.
+        let mut row = match self.first_stages.remove(&(row, sample)) {
+            Some(first) => first.row,
+            None => blank_row(record, sample, Status::Error),
+        };
+        row.status = Status::Error;
+        row.correct = record.gold.as_ref().map(|_| false);
         row.error = Some(RowError {
             message: error.to_string(),
             hint: hint.to_owned(),
@@ -195,6 +289,12 @@ impl Observer for Recorder<'_> {
     }
 }
 
+/// As a row keeps it.
+fn forced(generation: &Generation) -> Option<[u32; 2]> {
+    let forced = generation.forced.as_ref()?;
+    Some([forced.start as u32, forced.end as u32])
+}
+
 /// A log line of a record, with nothing in it but what the record says.
 pub fn blank_row(record: &Record, sample: u32, status: Status) -> ResultRow {
     ResultRow {
@@ -223,5 +323,7 @@ pub fn blank_row(record: &Record, sample: u32, status: Status) -> ResultRow {
         error: None,
         trace_hash: None,
         numerics_id: None,
+        forced: None,
+        second: None,
     }
 }

@@ -17,8 +17,8 @@ use super::progress::Progress;
 use super::record::{Recorder, blank_row};
 use super::settings::{Effective, Settings};
 use super::submit::{package_after, submission_format};
+use super::verdict::judge_again;
 use crate::batch::Job;
-use crate::engine::StopReason;
 use crate::engine::checkpoint::{ByClass, Deviation, Precision};
 use crate::engine::cpu::CpuOptions;
 use crate::engine::cpu::path::CpuPath;
@@ -26,7 +26,6 @@ use crate::engine::cuda::Staging;
 use crate::engine::generate::{GenerateOptions, Outcome as Generated, generate};
 use crate::engine::plan::{MemoryPlan, ledger_table};
 use crate::profile::Profile;
-use crate::prompt::harmony;
 use crate::report::over_samples::over_samples;
 use crate::report::tally::tally;
 use crate::score::{self, Status};
@@ -42,7 +41,6 @@ use crate::submission::{ResultRow, Results, vote};
 use crate::telemetry::device::DeviceLoad;
 use crate::telemetry::memory::{MemoryEvent, MemoryLog, MemorySummary, SAMPLE_PERIOD};
 use crate::telemetry::throughput::{ThroughputLog, ThroughputTotals};
-use crate::tokenizer::Tokenizer;
 
 /// What a run is made of.
 pub struct Run<'a> {
@@ -80,6 +78,11 @@ impl Run<'_> {
         u32::try_from(self.settings.samples.value).unwrap_or(u32::MAX)
     }
 
+    /// Longest reply of a second stage.
+    pub fn second_budget(&self) -> usize {
+        second_budget(&self.prepared.profile, &self.settings)
+    }
+
     /// What the tokens depend on.
     ///
     /// # Errors
@@ -88,13 +91,10 @@ impl Run<'_> {
         let settings = &self.settings;
         let budget = settings.max_new_tokens.value;
         // `--context` is part of the identity only where it takes a row's tokens away.
-        let longest = self.prepared.longest_prompt();
-        let whole = self
-            .model
-            .checkpoint
-            .config()
-            .max_context
-            .min(longest + budget);
+        let longest = self
+            .prepared
+            .longest_row(usize::MAX, budget, self.second_budget());
+        let whole = self.model.checkpoint.config().max_context.min(longest);
         let mut identity = GenerationIdentity {
             dataset: self.prepared.dataset.content_hash.clone(),
             prompts: prompts_hash(&self.prepared.prompts),
@@ -112,12 +112,18 @@ impl Run<'_> {
             max_new_tokens: budget,
             context: (self.max_context < whole).then_some(self.max_context),
             samples: self.n_samples(),
-            answer_headroom: 0,
+            answer_headroom: settings.answer_headroom.value,
             numerics: self.engine.numerics_id(
                 self.model.checkpoint.config(),
                 self.model.checkpoint.weight_format(self.precision.value),
                 self.options.exact,
             )?,
+            second_max_new_tokens: self
+                .prepared
+                .profile
+                .second_stage
+                .as_ref()
+                .map(|_| self.second_budget()),
         };
         identity.set_sampling(&settings.sampling());
         Ok(identity)
@@ -157,11 +163,14 @@ impl Run<'_> {
     /// # Errors
     /// Nothing fits.
     pub fn plan(&self, n_jobs: usize) -> Result<MemoryPlan, JobError> {
+        let has_next = |row: &&super::prepare::Row| row.next.is_some();
+        let n_two_stage = self.prepared.rows.iter().filter(has_next).count();
         let wanted = Wanted {
             batch: self.settings.batch.value,
             max_context: self.max_context,
             longest_prompt: self.prepared.longest_prompt(),
             n_jobs,
+            n_two_stage: n_jobs.min(n_two_stage * self.n_samples() as usize),
             prefix_reuse: self.settings.prefix_reuse.value,
             budget: host_budget(self.settings.host_memory.value),
         };
@@ -370,6 +379,7 @@ impl Run<'_> {
         let options = GenerateOptions {
             refill: self.settings.refill.value,
             prefix_reuse: self.settings.prefix_reuse.value,
+            answer_headroom: self.settings.answer_headroom.value,
             deadline: self.settings.time_limit.value.and_then(|limit| {
                 let left = (limit.0 - spent).max(0.0);
                 Instant::now().checked_add(Duration::try_from_secs_f64(left).ok()?)
@@ -391,6 +401,7 @@ impl Run<'_> {
             plan.shape.n_slots,
             n_jobs,
         );
+        recorder.second_budget = self.second_budget();
         if opening.allow_mixed {
             recorder.numerics_id = Some(opening.identity.numerics.clone());
         }
@@ -467,6 +478,7 @@ impl Run<'_> {
                 prompt: Arc::clone(&prepared.tokens),
                 max_new_tokens: self.settings.max_new_tokens.value,
                 row_hash: row_hash(&record.key),
+                may_go_on: prepared.next.is_some(),
             })
         };
         self.missing(results).into_iter().filter_map(job).collect()
@@ -581,35 +593,13 @@ impl Run<'_> {
         for record in &self.prepared.dataset.records {
             for row in results.samples(&record.key) {
                 let mut row = row.clone();
-                if let Some(stop) = row.stop_reason {
-                    judge_again(
-                        &mut row,
-                        record,
-                        &self.prepared.profile,
-                        stop,
-                        &self.model.tokenizer,
-                    );
-                }
+                let (profile, tokenizer) = (&self.prepared.profile, &self.model.tokenizer);
+                judge_again(&mut row, record, profile, tokenizer);
                 judged.push(row);
             }
         }
         Results::new(judged)
     }
-}
-
-fn judge_again(
-    row: &mut ResultRow,
-    record: &crate::dataset::Record,
-    profile: &Profile,
-    stop: StopReason,
-    tokenizer: &Tokenizer,
-) {
-    let reply = harmony::parse(&row.output_ids, tokenizer);
-    let verdict = score::judge(record, &profile.scoring, &reply, stop);
-    row.status = verdict.status;
-    row.correct = verdict.correct;
-    row.answer = verdict.answer;
-    row.gold = record.gold.clone();
 }
 
 /// What the engine part of a run came to.
@@ -642,9 +632,26 @@ pub struct Finished {
     pub repaired_bytes: u64,
 }
 
+/// Longest reply of a second stage: the profile's, else that of the first.
+pub fn second_budget(profile: &Profile, settings: &Settings) -> usize {
+    let own = profile.second_stage.as_ref();
+    own.and_then(|stage| stage.max_new_tokens)
+        .map_or(settings.max_new_tokens.value, |n| n as usize)
+}
+
 /// Keys the generator: the first 8 bytes of the key's SHA-256.
 fn row_hash(key: &str) -> u64 {
-    let hex = sha256_hex(key.as_bytes());
+    first_8_bytes(key.as_bytes())
+}
+
+/// The same for a row's second stage, which would draw the first one's numbers again at the
+/// positions that both have. 0xFF is in no key: keys are UTF-8.
+pub fn second_row_hash(key: &str) -> u64 {
+    first_8_bytes(&[key.as_bytes(), b"\xFFstage 2"].concat())
+}
+
+fn first_8_bytes(bytes: &[u8]) -> u64 {
+    let hex = sha256_hex(bytes);
     hex.get(..16)
         .and_then(|hex| u64::from_str_radix(hex, 16).ok())
         .unwrap_or_default()
@@ -652,6 +659,15 @@ fn row_hash(key: &str) -> u64 {
 
 /// Hash over what turns replies into verdicts and columns.
 pub fn scoring_hash(profile: &Profile) -> String {
-    let parts = serde_json::json!([profile.scoring, profile.submission]);
+    let parts = match profile.second_stage {
+        None => serde_json::json!([profile.scoring, profile.submission]),
+        Some(_) => {
+            serde_json::json!([
+                profile.scoring,
+                profile.submission,
+                profile.second_scoring()
+            ])
+        }
+    };
     sha256_hex(parts.to_string().as_bytes())
 }

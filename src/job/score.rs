@@ -10,6 +10,7 @@ use super::nano::NANO;
 use super::report::page_after;
 use super::run::scoring_hash;
 use super::submit::{lint_after, package_after, submission_format, with_meta};
+use super::verdict::judge_text_again;
 use crate::cli::ScoreArgs;
 use crate::cli::eval::unredacted;
 use crate::cli::print;
@@ -21,7 +22,7 @@ use crate::report::over_samples::over_samples;
 use crate::report::rescore::{RESCORE_SCHEMA, Rescore, Verdict};
 use crate::report::table::color_wanted;
 use crate::report::tally::tally;
-use crate::score::{self, Status};
+use crate::score;
 use crate::submission::find::find_run;
 use crate::submission::lock::RunLock;
 use crate::submission::manifest::{Origin, RunManifest};
@@ -122,7 +123,7 @@ pub fn score_command(args: &ScoreArgs) -> Result<u8, JobError> {
     let judged: Vec<ResultRow> = records
         .iter()
         .flat_map(|record| logged.samples(&record.key).map(move |row| (record, row)))
-        .map(|(record, row)| judge_again(record, &profile, row))
+        .map(|(record, row)| judge_text_again(record, &profile, row))
         .collect();
     let judged = Results::new(judged);
     let pick = vote::pick(&profile.scoring);
@@ -222,26 +223,4 @@ fn read_records(
         .into());
     }
     Ok((dataset.records, profile))
-}
-
-/// A row by the profile's scoring. A reply that came to a final message is read again; any other
-/// keeps the status that the chat format gave it.
-fn judge_again(record: &Record, profile: &Profile, row: &ResultRow) -> ResultRow {
-    let has_final = matches!(
-        row.status,
-        Status::Answered | Status::NoAnswer | Status::NotAnOption
-    );
-    let verdict = match &row.final_text {
-        Some(text) if has_final && record.defect.is_none() => {
-            score::judge_text(record, &profile.scoring, text)
-        }
-        _ => score::without_answer(record, row.status),
-    };
-    ResultRow {
-        status: verdict.status,
-        correct: verdict.correct,
-        answer: verdict.answer,
-        gold: record.gold.clone(),
-        ..row.clone()
-    }
 }

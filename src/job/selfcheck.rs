@@ -250,6 +250,7 @@ fn run(
             prompt: Arc::clone(prompt),
             max_new_tokens: MAX_NEW_TOKENS,
             row_hash: row as u64,
+            may_go_on: false,
         })
         .collect();
     if way.reversed {

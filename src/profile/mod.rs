@@ -10,6 +10,7 @@ mod error;
 mod few_shot;
 mod place;
 mod shuffle;
+mod stage;
 mod submission;
 mod template;
 #[cfg(test)]
@@ -24,6 +25,7 @@ use builtin::BUILTIN;
 pub use error::ProfileError;
 pub use few_shot::FewShot;
 use few_shot::Shots;
+pub use stage::SecondStage;
 pub use submission::{Column, Quote, Source, Submission};
 
 use crate::dataset::{Dataset, Message, Pins, Record};
@@ -55,6 +57,8 @@ pub struct Profile {
     #[serde(default)]
     pub few_shot: Option<FewShot>,
     pub scoring: Scoring,
+    #[serde(default)]
+    pub second_stage: Option<SecondStage>,
     #[serde(default)]
     pub defaults: Defaults,
     #[serde(default)]
@@ -209,8 +213,10 @@ impl Profile {
     fn check_templates(&self, path: &Path, text: &str) -> Result<(), ProfileError> {
         let few_shot = self.few_shot.as_ref();
         let shot = few_shot.and_then(|it| it.template.as_ref());
+        let second = self.second_stage.as_ref();
         for (key, template) in [
             ("template", Some(&self.template)),
+            ("second_stage.template", second.map(|it| &it.template)),
             ("few_shot.template", shot),
             ("few_shot.answer", few_shot.map(|it| &it.answer)),
         ] {

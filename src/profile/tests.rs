@@ -335,6 +335,13 @@ fn gold_never_reaches_a_prompt() {
                         .render(record, Reasoning::Medium, None)
                         .expect("it renders");
                     texts.push(harmony::to_text(&harmony::render(&prompt)));
+                    if let Some(stage) = &mut profile.second_stage {
+                        stage.when.clear();
+                        if all_fields {
+                            stage.template = "{{ question }} {{ row }} {{ options }}".into();
+                        }
+                    }
+                    texts.extend(profile.next_turn(record).expect("it renders"));
                 }
             }
             texts
@@ -343,4 +350,64 @@ fn gold_never_reaches_a_prompt() {
         assert!(!texts[1].concat().contains("SENTINEL"));
     }
     let _ = std::fs::remove_dir_all(folder);
+}
+
+/// A row of CUREBench.
+fn cure_record(question_type: &str, options: &[&str]) -> Record {
+    let mut record = record(options);
+    record
+        .fields
+        .insert("question_type".into(), question_type.into());
+    record
+}
+
+#[test]
+fn curebench_asks_openly_first_and_then_to_choose() {
+    let profile = Profile::builtin("curebench").expect("it is built in");
+    let turns = |kind: &str, options: &[&str]| {
+        let record = cure_record(kind, options);
+        let first = user_text(&profile, &record).expect("it renders");
+        (first, profile.next_turn(&record).expect("it renders"))
+    };
+    let (first, second) = turns("open_ended_multi_choice", &["x", "y"]);
+    assert!(first.starts_with("Which <b> & {{ one }}?\n\nBegin your answer"));
+    assert!(!first.contains("A. x"), "{first}");
+    let second = second.expect("it has a second stage");
+    assert!(
+        second.contains("\n\nA. x\nB. y\n\nGive one line"),
+        "{second}"
+    );
+    let (first, second) = turns("multi_choice", &["x", "y"]);
+    assert!(first.contains("one }}?\n\nA. x\nB. y\n\nSay in"), "{first}");
+    assert_eq!(second, None);
+    let (first, second) = turns("open_ended", &[]);
+    assert!(!first.contains("option"), "{first}");
+    assert_eq!(second, None);
+    assert_eq!(
+        profile.second_scoring().scorer,
+        crate::score::Scorer::Choice
+    );
+}
+
+#[test]
+fn a_second_stage_is_for_the_rows_whose_fields_have_the_values() {
+    let text = |when: &str| {
+        format!(
+            "name = \"two\"\ntemplate = \"{{{{ question }}}}\"\n[scoring]\nrules = [\"whole\"]\n\
+             [second_stage]\ntemplate = \"Choose.\"\n{when}"
+        )
+    };
+    let has = |when: &str, kind: &str| {
+        let profile = Profile::from_toml(Path::new("two.toml"), &text(when)).expect("it is valid");
+        let turn = profile.next_turn(&cure_record(kind, &[]));
+        turn.expect("it renders").is_some()
+    };
+    assert!(has("", "a"));
+    assert!(has("when = { question_type = \"a\" }", "a"));
+    assert!(!has("when = { question_type = \"a\" }", "b"));
+    assert!(has("when = { question_type = [\"a\", \"b\"] }", "b"));
+    assert!(!has("when = { question_type = \"a\", other = \"b\" }", "a"));
+    let broken = text("when = {}").replace("Choose.", "{% if");
+    let error = Profile::from_toml(Path::new("two.toml"), &broken).expect_err("it is no template");
+    assert!(matches!(error, ProfileError::Template { .. }), "{error}");
 }

@@ -5,8 +5,10 @@
 //! (the two differ, for instance in blank lines). Parsing is in [`parse()`]: a state
 //! machine over token ids that never fails and never loses a finished message.
 
+mod closing;
 mod parse;
 
+pub use closing::closing;
 pub use parse::{Channel, Close, Reply, ReplyMessage, parse};
 
 use super::{Prompt, Reasoning, Segment};

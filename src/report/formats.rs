@@ -17,7 +17,7 @@ use crate::score::Status;
 use crate::submission::lint::{Checked, Finding, Kind, LINT_SCHEMA, Lint};
 use crate::submission::manifest::Accuracy;
 use crate::submission::prompts::PromptRow;
-use crate::submission::test_rows::{row, unanswered};
+use crate::submission::test_rows::{row, two_stages, unanswered};
 use crate::submission::{ResultRow, RowError};
 use crate::telemetry::memory::{MEMORY_FILE, MemoryEvent, MemoryLog};
 use crate::telemetry::test_dir::TestDir;
@@ -147,9 +147,18 @@ fn results_fit() {
         numerics_id: Some("cpu/avx2".to_owned()),
         id: Some(Value::from(12)),
         gold: Some(crate::dataset::Gold::Option(2)),
+        forced: Some([5, 9]),
         ..row("q-1", 0)
     };
     check("result", &json(&everything));
+    let mut second = two_stages("q-1", 0);
+    check("result", &json(&second));
+    if let Some(second) = &mut second.second {
+        second.format_issues = vec!["a second start".to_owned()];
+        second.trace_hash = Some("ab".to_owned());
+        second.forced = Some([1, 2]);
+    }
+    check("result", &json(&second));
     for status in [
         Status::Answered,
         Status::TruncatedAnalysis,
@@ -187,6 +196,11 @@ fn prompts_fit() {
         Some(("2+2", ids)),
     );
     check("prompt", &json(&full));
+    let two_stages = PromptRow {
+        next_turn: Some("Which?".to_owned()),
+        ..full.clone()
+    };
+    check("prompt", &json(&two_stages));
     check("prompt", &json(&PromptRow::new("q", None, None, None)));
     let told = PromptRow {
         options: Some(vec!["x".to_owned()]),

@@ -343,6 +343,9 @@ fn accuracy_table(tally: &Tally) -> Table {
     for group in &tally.by_group {
         line(&format!("  {}", group.group), &group.accuracy);
     }
+    if let Some(closed) = &tally.closed {
+        line("analysis closed at the headroom", closed);
+    }
     for (label, baseline) in [
         ("baseline: most frequent", tally.majority_baseline),
         ("baseline: by chance", tally.random_baseline),

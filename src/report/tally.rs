@@ -29,6 +29,8 @@ pub fn tally(
         .filter(|row| counts(row))
         .collect();
     let n_correct = scored.iter().filter(|row| is_correct(row)).count() as u64;
+    let closed: Vec<&ResultRow> = scored.iter().copied().filter(|r| r.is_closed()).collect();
+    let n_closed_correct = closed.iter().filter(|row| is_correct(row)).count() as u64;
     let has_groups = questions.iter().any(|row| row.group.is_some());
     Tally {
         n_questions: questions.len() as u64,
@@ -43,6 +45,7 @@ pub fn tally(
         majority_baseline: majority(&scored).expect("columns of our own making fit together"),
         random_baseline,
         over_samples: None,
+        closed: (!closed.is_empty()).then(|| accuracy(n_closed_correct, closed.len() as u64)),
     }
 }
 

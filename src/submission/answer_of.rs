@@ -21,8 +21,10 @@ impl ResultRow {
         (self.status == Status::Answered && is_letter).then_some(letter)
     }
 
-    /// The answer in words: the text of the option chosen, else the final message. Never blank.
+    /// The answer in words: the open answer of a row that was asked to choose afterwards, else the
+    /// text of the option chosen, else the final message. Never blank.
     pub fn prediction_text<'a>(&'a self, options: Option<&'a [String]>) -> Option<&'a str> {
+        let options = options.filter(|_| self.second.is_none());
         let option = options.and_then(|options| {
             let index = option_index(self.choice_letter(Some(options))?, options)?;
             options.get(index).map(String::as_str)
@@ -32,24 +34,38 @@ impl ResultRow {
             .filter(|text| !text.trim().is_empty())
     }
 
-    /// The reply's messages, the analysis before the final one; empty without a reply.
+    /// The messages from the reply on, its analysis before the final one; of two stages also the
+    /// second turn and its reply. Empty without a reply.
     pub fn messages(&self) -> Vec<Message> {
-        let reply = shown(&self.raw_text);
-        [Some(reply.analysis), reply.final_text]
-            .into_iter()
-            .flatten()
-            .filter(|content| !content.is_empty())
-            .map(|content| Message {
-                role: "assistant".to_owned(),
-                content,
-            })
-            .collect()
+        let mut messages = reply_messages(&self.raw_text);
+        if let Some(second) = &self.second {
+            messages.push(Message {
+                role: "user".to_owned(),
+                content: second.user_turn.clone(),
+            });
+            messages.extend(reply_messages(&second.raw_text));
+        }
+        messages
     }
 
-    /// Tokens that the model wrote for this sample.
+    /// Tokens that the model wrote for this sample, in all stages.
     pub fn n_output_tokens(&self) -> usize {
-        self.output_ids.len()
+        let second = self.second.as_ref().map_or(0, |it| it.output_ids.len());
+        self.output_ids.len() + second
     }
+}
+
+fn reply_messages(raw_text: &str) -> Vec<Message> {
+    let reply = shown(raw_text);
+    [Some(reply.analysis), reply.final_text]
+        .into_iter()
+        .flatten()
+        .filter(|content| !content.is_empty())
+        .map(|content| Message {
+            role: "assistant".to_owned(),
+            content,
+        })
+        .collect()
 }
 
 fn option_index(letter: &str, options: &[String]) -> Option<usize> {

@@ -34,7 +34,12 @@ pub struct GenerationIdentity {
     pub answer_headroom: usize,
     /// The backend's numerics: `cpu/avx512/exact`, …
     pub numerics: String,
+    /// The budget of second stages; absent, and not in the hash, where the profile has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second_max_new_tokens: Option<usize>,
 }
+
+const SECOND: &str = "second_max_new_tokens";
 
 /// A part in which two identities differ, each side as canonical JSON.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +65,9 @@ impl GenerationIdentity {
 
     fn canonical(&self) -> String {
         let mut parts = self.parts();
+        if self.second_max_new_tokens.is_none() {
+            parts.retain(|(key, _)| *key != SECOND);
+        }
         parts.sort_unstable();
         let members: Vec<String> = parts
             .iter()
@@ -95,7 +103,9 @@ impl GenerationIdentity {
             samples,
             answer_headroom,
             numerics,
+            second_max_new_tokens,
         } = self;
+        let count = |n: &Option<usize>| n.map_or("null".to_owned(), |n| n.to_string());
         let text = |text: &String| serde_json::Value::from(text.as_str()).to_string();
         vec![
             ("dataset", text(dataset)),
@@ -108,13 +118,11 @@ impl GenerationIdentity {
             ("top_k", top_k.to_string()),
             ("seed", seed.to_string()),
             ("max_new_tokens", max_new_tokens.to_string()),
-            (
-                "context",
-                context.map_or("null".to_owned(), |n| n.to_string()),
-            ),
+            ("context", count(context)),
             ("samples", samples.to_string()),
             ("answer_headroom", answer_headroom.to_string()),
             ("numerics", text(numerics)),
+            (SECOND, count(second_max_new_tokens)),
         ]
     }
 }
@@ -167,6 +175,7 @@ pub(crate) fn test_identity() -> GenerationIdentity {
         samples: 1,
         answer_headroom: 0,
         numerics: "cpu/avx512".to_owned(),
+        second_max_new_tokens: None,
     }
 }
 
@@ -186,6 +195,12 @@ mod tests {
         );
         let parsed: serde_json::Value = serde_json::from_str(object).expect("it is JSON");
         assert!(parsed.is_object());
+        let two_stages = GenerationIdentity {
+            second_max_new_tokens: Some(64),
+            ..identity.clone()
+        };
+        assert_ne!(two_stages.hash(), identity.hash());
+        assert_eq!(identity.differences(&two_stages)[0].theirs, "64");
     }
 
     #[test]

@@ -160,6 +160,9 @@ pub struct Tally {
     /// Absent with one sample a question.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub over_samples: Option<OverSamples>,
+    /// Over questions whose analysis podium closed at the answer headroom; absent without any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed: Option<Accuracy>,
 }
 
 /// The document `run.json`.

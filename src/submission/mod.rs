@@ -31,6 +31,8 @@ pub(crate) mod test_rows;
 
 pub use results::Results;
 
+use std::borrow::Cow;
+
 use crate::dataset::Gold;
 use crate::engine::StopReason;
 use crate::score::{Answer, Status};
@@ -80,6 +82,41 @@ pub struct ResultRow {
     /// The numerics this row ran under, where a run mixes several (`--allow-mixed`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub numerics_id: Option<String>,
+    /// The range of `output_ids` that podium wrote, not the model: it closes the analysis where
+    /// only the answer headroom was left (`--answer-headroom`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forced: Option<[u32; 2]>,
+    /// The row's second stage, which the verdict is about: `status`, `correct` and `answer` (its
+    /// span is in the second stage's final text). All other fields are then the first stage's,
+    /// `final_text` the open answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second: Option<SecondStage>,
+}
+
+/// The second stage of a row that has one: the fields of [`ResultRow`] for its reply.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct SecondStage {
+    /// The user's second turn.
+    pub user_turn: String,
+    pub raw_text: String,
+    pub final_text: Option<String>,
+    pub output_ids: Vec<u32>,
+    /// Over this stage's tokens alone, as the row's own is over the first's.
+    pub logprob_sum: f32,
+    pub logprob_sum_bits: String,
+    /// The first stage's prompt is among them.
+    pub prompt_tokens: u32,
+    pub reused_tokens: u32,
+    pub analysis_tokens: u32,
+    pub final_tokens: u32,
+    pub stop_reason: StopReason,
+    pub seconds: f64,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub format_issues: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace_hash: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forced: Option<[u32; 2]>,
 }
 
 /// Why a row is in error.
@@ -95,6 +132,20 @@ pub struct RowError {
 }
 
 impl ResultRow {
+    /// The tokens of all stages, one after the other.
+    pub fn all_output_ids(&self) -> Cow<'_, [u32]> {
+        match &self.second {
+            None => Cow::Borrowed(&self.output_ids),
+            Some(second) => Cow::Owned([&self.output_ids[..], &second.output_ids].concat()),
+        }
+    }
+
+    /// Whether podium closed the analysis of one of its stages at the answer headroom.
+    pub fn is_closed(&self) -> bool {
+        let second = self.second.as_ref().and_then(|second| second.forced);
+        self.forced.is_some() || second.is_some()
+    }
+
     /// Whether a resume leaves this row alone: it ran, or failed for a reason of its own.
     pub fn is_finished(&self) -> bool {
         match self.status {

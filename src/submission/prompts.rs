@@ -40,6 +40,9 @@ pub struct PromptRow {
     /// The file's index of the option shown at each place, where a profile shuffles them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub option_order: Option<Vec<usize>>,
+    /// The user's turn of the second stage, for a row that has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_turn: Option<String>,
 }
 
 impl PromptRow {
@@ -67,6 +70,7 @@ impl PromptRow {
             options: None,
             messages: Vec::new(),
             option_order: None,
+            next_turn: None,
         }
     }
 
@@ -105,6 +109,11 @@ pub fn prompts_hash(prompts: &[PromptRow]) -> String {
         hasher.update((prompt.key.len() as u64).to_le_bytes());
         hasher.update(prompt.key.as_bytes());
         hasher.update(prompt.hash.as_deref().unwrap_or("none").as_bytes());
+        if let Some(turn) = &prompt.next_turn {
+            hasher.update(b"\0");
+            hasher.update((turn.len() as u64).to_le_bytes());
+            hasher.update(turn.as_bytes());
+        }
         hasher.update(b"\n");
     }
     hex(&hasher.finalize())
@@ -206,8 +215,11 @@ mod tests {
         let mut swapped = prompts.clone();
         swapped.swap(0, 1);
         assert_ne!(prompts_hash(&swapped), hash);
-        let mut other = prompts;
+        let mut other = prompts.clone();
         other[0].hash = None;
+        assert_ne!(prompts_hash(&other), hash);
+        let mut other = prompts;
+        other[0].next_turn = Some("Which?".to_owned());
         assert_ne!(prompts_hash(&other), hash);
     }
 }

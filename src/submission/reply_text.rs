@@ -3,6 +3,8 @@
 //! model wrote in ordinary tokens looks like the special one. Nothing is scored by this; pages and
 //! a submission's reasoning are made of it.
 
+use super::ResultRow;
+
 /// What is shown of a reply.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Shown {
@@ -12,6 +14,40 @@ pub struct Shown {
     pub final_text: Option<String>,
     /// Whether the two above say all: put together they are the raw text again.
     pub is_whole: bool,
+}
+
+/// What a page shows of a row: of two stages the second one's reply, with all that came before
+/// it as its analysis.
+pub fn shown_row(row: &ResultRow) -> Shown {
+    let first = shown(&row.raw_text);
+    let Some(second) = &row.second else {
+        return Shown {
+            final_text: row.final_text.clone().or(first.final_text),
+            ..first
+        };
+    };
+    let last = shown(&second.raw_text);
+    let open = row.final_text.clone().or(first.final_text);
+    let parts = [
+        first.analysis,
+        format!("[final] {}", open.unwrap_or_default()),
+        format!("[user] {}", second.user_turn),
+        last.analysis,
+    ];
+    let parts: Vec<String> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+    Shown {
+        analysis: parts.join("\n\n"),
+        final_text: second.final_text.clone().or(last.final_text),
+        is_whole: first.is_whole && last.is_whole,
+    }
+}
+
+/// The raw texts of all stages.
+pub fn all_raw_text(row: &ResultRow) -> String {
+    match &row.second {
+        None => row.raw_text.clone(),
+        Some(second) => format!("{}\n\n{}", row.raw_text, second.raw_text),
+    }
 }
 
 const ENDS: [&str; 3] = ["<|end|>", "<|return|>", "<|call|>"];

@@ -1,6 +1,6 @@
 //! Result rows for tests.
 
-use super::{RESULT_SCHEMA, ResultRow};
+use super::{RESULT_SCHEMA, ResultRow, SecondStage};
 use crate::dataset::Gold;
 use crate::engine::StopReason;
 use crate::score::{Answer, Status};
@@ -42,7 +42,37 @@ pub(crate) fn row(key: &str, sample: u32) -> ResultRow {
         error: None,
         trace_hash: None,
         numerics_id: None,
+        forced: None,
+        second: None,
     }
+}
+
+/// A row of two stages: an open answer, then the right option.
+pub(crate) fn two_stages(key: &str, sample: u32) -> ResultRow {
+    let mut row = row(key, sample);
+    row.gold = Some(Gold::Option(1));
+    if let Some(answer) = &mut row.answer {
+        answer.text = "B".to_owned();
+        answer.span = [8, 9];
+    }
+    row.second = Some(SecondStage {
+        user_turn: "Which?\nA. 42\nB. 4200".to_owned(),
+        raw_text: "<|channel|>final<|message|>Answer: B<|return|>".to_owned(),
+        final_text: Some("Answer: B".to_owned()),
+        output_ids: vec![200_005, 200_008, 33, 200_002],
+        logprob_sum: -0.2,
+        logprob_sum_bits: format!("{:08x}", (-0.2_f32).to_bits()),
+        prompt_tokens: 101,
+        reused_tokens: 76,
+        analysis_tokens: 0,
+        final_tokens: 2,
+        stop_reason: StopReason::Stop,
+        seconds: 0.125,
+        format_issues: Vec::new(),
+        trace_hash: None,
+        forced: None,
+    });
+    row
 }
 
 /// A wrong answer.

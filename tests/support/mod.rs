@@ -124,10 +124,14 @@ pub fn bits(run: &Path) -> BTreeMap<(String, u64), String> {
             row["key"].as_str().unwrap().to_owned(),
             row["sample"].as_u64().unwrap(),
         );
-        let value = format!(
-            "{} {} {}",
-            row["output_ids"], row["logprob_sum_bits"], row["trace_hash"]
-        );
+        let stage = |of: &serde_json::Value| {
+            format!(
+                "{} {} {} {}",
+                of["output_ids"], of["logprob_sum_bits"], of["trace_hash"], of["forced"]
+            )
+        };
+        // A row of one stage has no second one.
+        let value = format!("{} {}", stage(&row), stage(&row["second"]));
         assert!(row["logprob_sum_bits"].is_string(), "{row}");
         assert!(
             found.insert(key, value).is_none(),

@@ -3,28 +3,34 @@
 //! Jobs come in, each one's [`Generation`] goes to the [`Observer`] as soon as it is done, with
 //! counts and times of every pass. The loop owns slots, pages and the queue; what a row's tokens
 //! are depends on none of them: rows may be refilled, evicted and redone, or retried, in any
-//! order. Starting rows (shared prefixes, prefill) is in `refill.rs`, giving them up in
-//! `redo.rs`.
+//! order. Starting rows (shared prefixes, prefill) is in `refill.rs`, giving them up in `redo.rs`,
+//! going on after the end of a stage in `stages.rs`, at the answer headroom in `headroom.rs`;
+//! which jobs can run at all is found in `admissible.rs`.
 
+mod admissible;
 mod forced;
+mod headroom;
 mod redo;
 mod refill;
+mod stages;
 #[cfg(test)]
 mod tests;
 
 pub use forced::{ForcedError, forced_logprobs, score_tokens};
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use super::kv::{KvArena, pages_for};
+use super::kv::KvArena;
 use super::sample::trace_hash;
 use super::{
     Backend, EngineError, EngineShape, SamplingParams, SequenceId, StopReason, TokenEvent, TokenId,
 };
 use crate::batch::{self, Batch, BatchOptions, Job};
+use admissible::admissible;
 use refill::PrefixStore;
 
 /// How to generate; the same for all jobs of a run.
@@ -42,6 +48,9 @@ pub struct GenerateOptions {
     pub steps_per_call: usize,
     /// Generation ends here, with what is done.
     pub deadline: Option<Instant>,
+    /// Tokens of each job's budget that are kept for its answer: with so many left, the observer
+    /// is asked what to write into the row. 0 is off.
+    pub answer_headroom: usize,
 }
 
 impl GenerateOptions {
@@ -54,6 +63,7 @@ impl GenerateOptions {
             prefix_reuse: true,
             steps_per_call: 4,
             deadline: None,
+            answer_headroom: 0,
         }
     }
 }
@@ -65,11 +75,14 @@ pub struct Generation {
     pub sample: u32,
     /// The stop token, if one came, is the last.
     pub output_ids: Vec<TokenId>,
-    /// Sum of the tokens' log-probabilities, added in order in f32.
+    /// Those of `output_ids` that were written at the answer headroom, not drawn.
+    pub forced: Option<Range<usize>>,
+    /// Sum of the tokens' log-probabilities, forced ones included, added in order in f32.
     pub logprob_sum: f32,
     pub stop: StopReason,
     pub prompt_tokens: usize,
-    /// Prompt tokens taken over from a shared prefix.
+    /// Prompt tokens taken over from a shared prefix; those that were computed for this row
+    /// first are not among them.
     pub reused_tokens: usize,
     /// Hash of all the row's logits, when the backend gives them.
     pub trace_hash: Option<u64>,
@@ -100,13 +113,13 @@ pub enum StepKind {
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct StepReport {
     pub kind: StepKind,
-    /// Prompt tokens run through the model, or tokens produced.
+    /// Prompt (or forced) tokens run through the model, or tokens produced.
     pub tokens: usize,
     pub seconds: f64,
     /// Decode: steps times slots that had a row to run, and those that had none.
     pub live_row_steps: usize,
     pub padded_row_steps: usize,
-    /// Prompt tokens that started rows took over from shared prefixes.
+    /// Prompt tokens that started rows took over from shared prefixes computed before.
     pub reused_tokens: usize,
     /// Rows live after the pass.
     pub n_live: usize,
@@ -121,6 +134,20 @@ pub trait Observer {
     fn finished(&mut self, generation: Generation);
     fn failed(&mut self, row: usize, sample: u32, error: JobError);
     fn step(&mut self, report: &StepReport);
+
+    /// Asked when a job that may go on is done: the next stage of its row and sample. With one
+    /// the generation is the observer's to keep, and `finished` or `failed` is called for the
+    /// stage that comes last. Its `row_hash` must be another than the stage's before: their
+    /// positions overlap, and equal keys would draw equal numbers.
+    fn next_stage(&mut self, _generation: &Generation) -> Option<Job> {
+        None
+    }
+
+    /// Asked when a row has only its answer headroom left: the tokens that close its analysis
+    /// and open its final message; none where it is in its final message already.
+    fn at_headroom(&mut self, _row: usize, _output_ids: &[TokenId]) -> Vec<TokenId> {
+        Vec::new()
+    }
 }
 
 /// How a run ended. Rows in flight at a stop are dropped.
@@ -194,50 +221,6 @@ pub fn generate(
     outcome
 }
 
-/// The jobs that fit, their budgets capped at the context's end; reports the others.
-fn admissible(
-    jobs: Vec<Job>,
-    shape: &EngineShape,
-    observer: &mut dyn Observer,
-) -> Result<Vec<Job>, GenerateError> {
-    let holds = shape.max_context;
-    let mut fitting = Vec::with_capacity(jobs.len());
-    for mut job in jobs {
-        let n_prompt = job.prompt.len();
-        if n_prompt == 0 {
-            observer.failed(job.row, job.sample, JobError::EmptyPrompt);
-        } else if n_prompt >= holds {
-            let needed = n_prompt + 1;
-            observer.failed(job.row, job.sample, JobError::TooLong { needed, holds });
-        } else if job.max_new_tokens == 0 {
-            observer.finished(Generation {
-                row: job.row,
-                sample: job.sample,
-                output_ids: Vec::new(),
-                logprob_sum: 0.0,
-                stop: StopReason::Length,
-                prompt_tokens: n_prompt,
-                reused_tokens: 0,
-                trace_hash: None,
-                seconds: 0.0,
-            });
-        } else {
-            job.max_new_tokens = job.max_new_tokens.min(holds - n_prompt);
-            // The last token produced is never run through the model.
-            let needed = pages_for(n_prompt + job.max_new_tokens - 1);
-            if needed > shape.n_pages || shape.n_slots == 0 {
-                return Err(GenerateError::ArenaTooSmall {
-                    row: job.row,
-                    needed,
-                    n_pages: shape.n_pages,
-                });
-            }
-            fitting.push(job);
-        }
-    }
-    Ok(fitting)
-}
-
 /// The row in a slot.
 struct LiveRow {
     /// Index into the batch's jobs.
@@ -247,6 +230,11 @@ struct LiveRow {
     started: Instant,
     reused_tokens: usize,
     output_ids: Vec<TokenId>,
+    /// Tokens at which its slot stops: the job's budget, or less by the answer headroom.
+    limit: usize,
+    /// Its slot has stopped at `limit`, with budget left.
+    paused: bool,
+    forced: Option<Range<usize>>,
     logprob_sum: f32,
     trace_hash: Option<u64>,
 }
@@ -276,6 +264,10 @@ impl Run<'_> {
         loop {
             if let Some(outcome) = self.interrupted() {
                 return Ok(outcome);
+            }
+            if self.slots.iter().flatten().any(|row| row.paused) {
+                self.resume_paused()?;
+                continue;
             }
             if self.refill_is_due() {
                 // Starts at least one row, so this cannot go round without progress.
@@ -321,7 +313,7 @@ impl Run<'_> {
             let wanted: Vec<(SequenceId, usize)> = self
                 .live()
                 .map(|(slot, row)| {
-                    let remaining = self.max_new_tokens(row) - row.output_ids.len();
+                    let remaining = row.limit - row.output_ids.len();
                     (slot, self.arena.length(slot) + n_steps.min(remaining))
                 })
                 .collect();
@@ -337,24 +329,32 @@ impl Run<'_> {
             }
             if n_steps > 1 {
                 n_steps /= 2;
-            } else if self.n_live() > 1 {
-                self.evict_youngest();
-            } else if self.prefixes.is_empty() {
-                let row = self.live().map(|(_, row)| self.job(row).row).next();
-                return Err(GenerateError::ArenaTooSmall {
-                    row: row.unwrap_or_default(),
-                    needed: n_missing,
-                    n_pages: self.shape.n_pages,
-                });
             } else {
-                self.drop_all_prefixes();
+                self.free_pages(n_missing)?;
             }
         }
         let longest = self
             .live()
-            .map(|(_, row)| self.max_new_tokens(row) - row.output_ids.len())
+            .map(|(_, row)| row.limit - row.output_ids.len())
             .max();
         Ok(n_steps.min(longest.unwrap_or(1)))
+    }
+
+    /// Gives up the youngest row, or, where one alone is live, the shared prefixes.
+    fn free_pages(&mut self, needed: usize) -> Result<(), GenerateError> {
+        if self.n_live() > 1 {
+            self.evict_youngest();
+        } else if self.prefixes.is_empty() {
+            let row = self.live().map(|(_, row)| self.job(row).row).next();
+            return Err(GenerateError::ArenaTooSmall {
+                row: row.unwrap_or_default(),
+                needed,
+                n_pages: self.shape.n_pages,
+            });
+        } else {
+            self.drop_all_prefixes();
+        }
+        Ok(())
     }
 
     /// Assigns pages that were counted to be free and tells the backend.
@@ -419,7 +419,15 @@ impl Run<'_> {
             (Some(so_far), Some(hash)) => Some(trace_hash(so_far, hash)),
             _ => None,
         };
-        if let Some(stop) = event.stop {
+        let Some(stop) = event.stop else {
+            return;
+        };
+        // A backend may end a row for its length before that.
+        let is_at_headroom = row.output_ids.len() == row.limit
+            && row.limit < self.batch.jobs[row.job].job.max_new_tokens;
+        if stop == StopReason::Length && is_at_headroom {
+            row.paused = true;
+        } else {
             self.finish(slot, stop);
         }
     }
@@ -435,13 +443,14 @@ impl Run<'_> {
             sample: job.sample,
             prompt_tokens: job.prompt.len(),
             output_ids: row.output_ids,
+            forced: row.forced,
             logprob_sum: row.logprob_sum,
             stop,
             reused_tokens: row.reused_tokens,
             trace_hash: row.trace_hash,
             seconds: row.started.elapsed().as_secs_f64(),
         };
-        self.observer.finished(generation);
+        self.end_stage(row.job, generation);
     }
 
     /// Empties a slot and gives its pages back.
@@ -454,9 +463,5 @@ impl Run<'_> {
 
     fn job(&self, row: &LiveRow) -> &Job {
         &self.batch.jobs[row.job].job
-    }
-
-    fn max_new_tokens(&self, row: &LiveRow) -> usize {
-        self.job(row).max_new_tokens
     }
 }

@@ -49,9 +49,7 @@ impl Run<'_> {
             };
             let is_lost = row.job == at_fault && self.n_failures[at_fault] >= MAX_ROW_FAILURES;
             if is_lost || give_up_all {
-                let job = self.job(&row);
-                let (row, sample) = (job.row, job.sample);
-                self.observer.failed(row, sample, JobError::Engine(error()));
+                self.fail(row.job, JobError::Engine(error()));
             } else {
                 self.redo(row.job);
             }

@@ -6,6 +6,7 @@
 
 use std::time::Instant;
 
+use super::headroom::limit;
 use super::{GenerateError, LiveRow, Run, StepKind, StepReport};
 use crate::batch::{Batch, PlannedJob};
 use crate::engine::kv::pages_for;
@@ -27,7 +28,7 @@ const RESERVE_SHARE: usize = 4;
 pub(super) struct PrefixStore {
     /// Of each prefix: the sequence that holds it.
     held_by: Vec<Option<SequenceId>>,
-    /// Of each prefix: jobs below it that have not been admitted.
+    /// Of each prefix: jobs below it, next stages among them, that have not been admitted.
     n_waiting: Vec<usize>,
     /// Prefixes that are held.
     held: Vec<usize>,
@@ -56,7 +57,8 @@ impl PrefixStore {
         }
     }
 
-    fn admit_job(&mut self, batch: &Batch, job: usize) {
+    /// A job has been admitted, or one that was expected will not come.
+    pub(super) fn admit_job(&mut self, batch: &Batch, job: usize) {
         for prefix in batch.path(batch.jobs[job].prefix) {
             self.n_waiting[prefix] -= 1;
         }
@@ -168,6 +170,7 @@ impl Run<'_> {
             (base, missing) = (None, Vec::new());
         }
 
+        let mut n_computed = 0;
         for prefix in missing {
             let Some(sequence) = self.prefixes.free.pop() else {
                 break;
@@ -175,18 +178,19 @@ impl Run<'_> {
             let planned = &self.batch.prefixes[prefix];
             let (prompt, n_tokens) = (planned.prompt.clone(), planned.n_tokens);
             let stage = round.prefix_stage(planned.depth);
-            self.extend(stage, base, sequence, &prompt[..n_tokens]);
+            n_computed += n_tokens - self.extend(stage, base, sequence, &prompt[..n_tokens]);
             self.prefixes.held_by[prefix] = Some(sequence);
             self.prefixes.held.push(prefix);
             base = Some(prefix);
         }
         let prompt = self.batch.jobs[job].job.prompt.clone();
         let n_prefill = prompt.len() - 1;
-        let reused_tokens = self.extend(&mut round.rows, base, slot, &prompt[..n_prefill]);
+        let n_taken_over = self.extend(&mut round.rows, base, slot, &prompt[..n_prefill]);
         round.launches.push(Launch {
             job,
             slot,
-            reused_tokens,
+            // What had to be computed for this row is not reused by it.
+            reused_tokens: n_taken_over - n_computed,
         });
         self.prefixes.admit_job(&self.batch, job);
         Ok(true)
@@ -295,7 +299,7 @@ impl Run<'_> {
             reused_tokens += launch.reused_tokens;
             self.start(launch, begun)?;
         }
-        self.drop_prefixes(|store, prefix| store.n_waiting[prefix] == 0);
+        self.drop_idle_prefixes();
         self.observer.step(&StepReport {
             kind: StepKind::Prefill,
             tokens: n_prefilled,
@@ -313,6 +317,7 @@ impl Run<'_> {
     fn start(&mut self, launch: Launch, begun: Instant) -> Result<(), EngineError> {
         let PlannedJob { job, .. } = &self.batch.jobs[launch.job];
         let position = job.prompt.len() - 1;
+        let limit = limit(job.max_new_tokens, self.options.answer_headroom);
         self.backend.start(&SlotStart {
             slot: launch.slot,
             token: job.prompt[position],
@@ -321,7 +326,7 @@ impl Run<'_> {
             row_hash: job.row_hash,
             sample: job.sample,
             stop_tokens: self.options.stop_tokens.clone(),
-            max_new_tokens: job.max_new_tokens,
+            max_new_tokens: limit,
         })?;
         self.slots[launch.slot.0 as usize] = Some(LiveRow {
             job: launch.job,
@@ -329,11 +334,19 @@ impl Run<'_> {
             started: begun,
             reused_tokens: launch.reused_tokens,
             output_ids: Vec::with_capacity(job.max_new_tokens.min(PAGE_POSITIONS)),
+            limit,
+            paused: false,
+            forced: None,
             logprob_sum: 0.0,
             trace_hash: Some(0),
         });
         self.n_started += 1;
         Ok(())
+    }
+
+    /// Drops the prefixes that no job waits for.
+    pub(super) fn drop_idle_prefixes(&mut self) {
+        self.drop_prefixes(|store, prefix| store.n_waiting[prefix] == 0);
     }
 
     pub(super) fn drop_all_prefixes(&mut self) {

@@ -1,3 +1,6 @@
+mod headroom;
+mod stages;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
@@ -110,6 +113,7 @@ fn jobs(n_rows: usize, n_samples: u32) -> Vec<Job> {
                 prompt: prompt.clone(),
                 max_new_tokens: 350,
                 row_hash: row as u64,
+                may_go_on: false,
             });
         }
     }
@@ -200,7 +204,7 @@ fn shared_prefixes_are_computed_once() {
     assert_eq!(counts.prefilled_tokens, 300 + 3 * 40 + own);
     assert_eq!(counts.forks, 3 + 12 + 48);
     let n_reused: usize = with_reuse.finished.values().map(|g| g.reused_tokens).sum();
-    assert_eq!(n_reused, n_prompt_tokens);
+    assert_eq!(n_reused + counts.prefilled_tokens, n_prompt_tokens);
     let n_logged: usize = with_reuse.steps.iter().map(|s| s.reused_tokens).sum();
     assert_eq!(n_logged, n_reused);
 
@@ -365,6 +369,7 @@ fn jobs_without_room_are_reported_before_the_run() {
         prompt: vec![5; n_prompt].into(),
         max_new_tokens,
         row_hash: 0,
+        may_go_on: false,
     };
     let jobs = vec![job(0, 1000, 5), job(1, 0, 5), job(2, 999, 5), job(3, 9, 0)];
     let got = run(shape(2, 0, 8), jobs, &options());
@@ -394,6 +399,7 @@ fn a_prompt_of_one_token_needs_no_prefill() {
         prompt: [7].into(),
         max_new_tokens: 3,
         row_hash: 0,
+        may_go_on: false,
     };
     let mut backend = ScriptedBackend::new(shape(2, 0, 2), 10, Default::default(), vec![5, 6, 7]);
     let got = run_on(&mut backend, vec![job], &options());

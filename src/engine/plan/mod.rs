@@ -87,6 +87,8 @@ pub struct PlanRequest {
     pub longest_prompt: usize,
     /// Samples to generate; slots beyond them would stay empty.
     pub n_jobs: usize,
+    /// Samples among them that may have a second stage.
+    pub n_two_stage: usize,
     pub prefix_reuse: bool,
     pub prefill_rows: usize,
     /// The format of keys and values in the cache.
@@ -101,8 +103,8 @@ pub const MAX_AUTO_SLOTS: usize = 64;
 /// Slot counts an automatic batch tries, besides its own upper end.
 const AUTO_SLOTS: [usize; 11] = [48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1];
 
-/// Levels of shared prefixes that are kept at a time: system, few-shot, the row's prompt, a
-/// second stage.
+/// Levels of shared prefixes that are kept at a time: system, few-shot, a passage, the row's
+/// prompt.
 const PREFIX_LEVELS: usize = 4;
 
 /// Fork sequences beyond the levels, so that the prompts of several rows with many samples are
@@ -325,9 +327,11 @@ impl<F: Fn(&EngineShape) -> BackendMemory> Planner<'_, F> {
     fn smallest(&self, n_slots: usize, max_context: usize) -> EngineShape {
         let request = self.request;
         let n_forks = if request.prefix_reuse {
-            let wanted = PREFIX_LEVELS - 1 + n_slots.min(MAX_PREFIXES_A_REFILL);
+            // A row in its first stage keeps its prompt for the second one.
+            let prompts = n_slots.min(MAX_PREFIXES_A_REFILL) + n_slots.min(request.n_two_stage);
             // A tree over n jobs has fewer than n forks.
-            wanted.min(request.n_jobs.saturating_sub(1))
+            let n_stages = request.n_jobs + request.n_two_stage;
+            (PREFIX_LEVELS - 1 + prompts).min(n_stages.saturating_sub(1))
         } else {
             0
         };

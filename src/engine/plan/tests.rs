@@ -41,6 +41,7 @@ fn request(batch: BatchSize, total_bytes: u64) -> PlanRequest {
         max_context: 2048,
         longest_prompt: 200,
         n_jobs: 1000,
+        n_two_stage: 0,
         prefix_reuse: false,
         prefill_rows: 100,
         kv_scheme: "bf16",
@@ -72,6 +73,27 @@ fn slots_never_exceed_jobs() -> Result<(), PlanError> {
             assert!(shape.n_forks < n_jobs.max(1));
         }
     }
+    Ok(())
+}
+
+#[test]
+fn every_slot_may_keep_the_prompt_of_a_row_of_two_stages() -> Result<(), PlanError> {
+    let of = |n_two_stage| {
+        let request = PlanRequest {
+            n_jobs: 100,
+            n_two_stage,
+            prefix_reuse: true,
+            ..request(BatchSize::Slots(32), u64::MAX)
+        };
+        plan(&request, memory)
+    };
+    let (plain, one, all) = (of(0)?, of(1)?, of(100)?);
+    assert_eq!(one.shape.n_forks, plain.shape.n_forks + 1);
+    assert_eq!(all.shape.n_forks, plain.shape.n_forks + 32);
+    assert_eq!(
+        all.memory.kv_bytes - plain.memory.kv_bytes,
+        32 * (PAGE + RING)
+    );
     Ok(())
 }
 

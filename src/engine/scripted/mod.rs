@@ -302,7 +302,9 @@ impl Backend for ScriptedBackend {
             "only slots are started"
         );
         let sequence = &mut self.sequences[start.slot.0 as usize];
-        assert!(sequence.live.is_none(), "slot {} is live", start.slot.0);
+        // A slot that has stopped may go on from where it is.
+        let is_live = sequence.live.as_ref().is_some_and(|live| !live.stopped);
+        assert!(!is_live, "slot {} is live", start.slot.0);
         assert_eq!(sequence.tokens.len(), start.position, "a start goes on");
         let mut prompt = sequence.tokens.clone();
         prompt.push(start.token);

@@ -181,6 +181,7 @@ impl Workload {
                     prompt,
                     max_new_tokens: self.output_of(row),
                     row_hash: row as u64,
+                    may_go_on: false,
                 }
             })
             .collect()

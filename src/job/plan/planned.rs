@@ -36,6 +36,8 @@ pub struct Wanted {
     pub max_context: usize,
     pub longest_prompt: usize,
     pub n_jobs: usize,
+    /// Of these, how many may have a second stage.
+    pub n_two_stage: usize,
     pub prefix_reuse: bool,
     pub budget: Budget,
 }
@@ -161,6 +163,7 @@ impl<'a> Planned<'a> {
             max_context: wanted.max_context,
             longest_prompt: wanted.longest_prompt,
             n_jobs: wanted.n_jobs,
+            n_two_stage: wanted.n_two_stage,
             prefix_reuse: wanted.prefix_reuse,
             prefill_rows,
             kv_scheme: match self.place {
@@ -285,6 +288,7 @@ mod tests {
             max_context: 4096,
             longest_prompt: 1024,
             n_jobs: 1000,
+            n_two_stage: 0,
             prefix_reuse: true,
             budget: Budget::given(budget_bytes),
         }

@@ -53,7 +53,7 @@ pub fn side(row: &ResultRow) -> ChangeSide {
         span: row.answer.as_ref().map(|answer| answer.span),
         final_text: row.final_text.clone(),
         raw_tail,
-        output_tokens: row.output_ids.len() as u64,
+        output_tokens: row.all_output_ids().len() as u64,
     }
 }
 

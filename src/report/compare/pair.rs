@@ -172,7 +172,7 @@ fn described(
         direction,
         gold: a.gold.clone(),
         prompt,
-        first_differing_token: first_difference(&a.output_ids, &b.output_ids)
+        first_differing_token: first_difference(&a.all_output_ids(), &b.all_output_ids())
             .map(|index| index as u64),
         base: side(a),
         other: side(b),
@@ -373,7 +373,7 @@ impl Outputs {
     fn add(&mut self, a: &ResultRow, b: &ResultRow) {
         let identity = &mut self.identity;
         identity.n_samples += 1;
-        let same_tokens = match first_difference(&a.output_ids, &b.output_ids) {
+        let same_tokens = match first_difference(&a.all_output_ids(), &b.all_output_ids()) {
             None => true,
             Some(index) => {
                 self.first_differences.push(index as f64);

@@ -113,7 +113,7 @@ fn tokens(samples: &[&ResultRow]) -> PolarsResult<TokenCounts> {
     let columns = [
         column(|row| row.prompt_tokens),
         column(|row| row.reused_tokens),
-        column(|row| row.output_ids.len() as u32),
+        column(|row| row.all_output_ids().len() as u32),
         column(|row| row.analysis_tokens),
         column(|row| row.final_tokens),
     ];

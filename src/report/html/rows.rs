@@ -9,7 +9,7 @@ use crate::submission::prompts::PromptRow;
 use crate::submission::write::status_name;
 use crate::submission::{ResultRow, RowError};
 
-use crate::submission::reply_text::shown;
+use crate::submission::reply_text::{all_raw_text, shown_row};
 
 /// Texts of a page are cut to this many bytes together; the longest lose most.
 pub(super) const MAX_TEXT_BYTES: usize = 48 << 20;
@@ -120,13 +120,20 @@ pub fn table(prompts: &[PromptRow], samples: &[(usize, ResultRow)]) -> RowTable 
 impl Samples {
     fn push(&mut self, question: usize, row: &ResultRow, cap: usize, words: &mut Words) {
         let index = self.question.len();
-        let reply = shown(&row.raw_text);
+        let reply = shown_row(row);
         let answer = row.answer.as_ref();
-        let whole = row.final_text.as_ref().or(reply.final_text.as_ref());
+        let whole = reply.final_text.as_ref();
         let final_text = whole.map(|text| cut(text, cap));
+        let raw = all_raw_text(row);
+        let second_issues = row.second.iter().flat_map(|second| &second.format_issues);
         let note = Note {
-            raw: (!reply.is_whole && !row.raw_text.is_empty()).then(|| cut(&row.raw_text, cap).0),
-            issues: row.format_issues.clone(),
+            raw: (!reply.is_whole && !raw.is_empty()).then(|| cut(&raw, cap).0),
+            issues: row
+                .format_issues
+                .iter()
+                .chain(second_issues)
+                .cloned()
+                .collect(),
             error: row.error.clone(),
             rules_disagree: answer.is_some_and(|answer| !answer.rules_agree),
         };
@@ -152,7 +159,7 @@ impl Samples {
         self.prompt_tokens.push(row.prompt_tokens);
         self.analysis_tokens.push(row.analysis_tokens);
         self.final_tokens.push(row.final_tokens);
-        self.output_tokens.push(row.output_ids.len());
+        self.output_tokens.push(row.all_output_ids().len());
         self.seconds
             .push(row.seconds.map(|seconds| (seconds * 1e4).round() / 1e4));
         self.logprob.push(

@@ -112,5 +112,7 @@ fn not_run(prompt: &PromptRow) -> ResultRow {
         error: None,
         trace_hash: None,
         numerics_id: None,
+        forced: None,
+        second: None,
     }
 }

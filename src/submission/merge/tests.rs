@@ -38,6 +38,7 @@ fn count(questions: &[&ResultRow], samples: &[&ResultRow]) -> Tally {
         by_group: Vec::new(),
         statuses: Default::default(),
         majority_baseline: None,
+        closed: None,
         random_baseline: None,
         over_samples: None,
     }
