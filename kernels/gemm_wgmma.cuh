@@ -1,5 +1,5 @@
-// What products by the warpgroup instructions of sm_90a have in common (gemm_stream.cuh,
-// gemm_split.cuh): the packed weights of gemm.cuh, and its accumulator chain of ascending k16 steps
+// What products by the warpgroup instructions of sm_90a have in common (gemm_stream.cuh):
+// the packed weights of gemm.cuh, and its accumulator chain of ascending k16 steps
 // for each output, so the same bits.
 //
 // A block takes WGS x MT blocks of 64 out features and NT x 8 tokens. Weights are the A operand:
