@@ -2,7 +2,7 @@
 //! columns its submission takes. Built-in profiles are files of the same format.
 //!
 //! A profile turns a record into a prompt; it never sees the record's gold. Only the answers of
-//! few-shot rows are shown ([`few_shot`]), which are other rows.
+//! few-shot rows are shown (`few_shot`), which are other rows.
 
 mod builtin;
 mod draws;

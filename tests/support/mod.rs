@@ -120,6 +120,10 @@ pub fn jsonl(path: &Path) -> Vec<serde_json::Value> {
 pub fn bits(run: &Path) -> BTreeMap<(String, u64), String> {
     let mut found = BTreeMap::new();
     for row in jsonl(&run.join("results.jsonl")) {
+        // Early stop logs what it leaves out.
+        if row["status"] == "not_run" {
+            continue;
+        }
         let key = (
             row["key"].as_str().unwrap().to_owned(),
             row["sample"].as_u64().unwrap(),

@@ -2,8 +2,8 @@
 //! cell by the profile's rules. What is written is not taken on trust: nothing here shares code
 //! with the writer but the format and the list of words that pandas reads as missing.
 //!
-//! A file goes from bytes to a [`Table`] ([`mod@csv`], [`jsonl`]), whose rows are held against the
-//! format and the data set ([`rows`]); a ZIP is opened first ([`package`]).
+//! A file goes from bytes to a `Table` (`csv`, `jsonl`), whose rows are held against the
+//! format and the data set (`rows`); a ZIP is opened first (`package`).
 
 mod csv;
 mod jsonl;
