@@ -53,7 +53,10 @@ test-browser:
     cd '{{ browser }}' && PODIUM_PAGES='{{ pages }}' node --test test.js
 
 # All tests: also those against Python's implementations and in a browser; fails where one is missing
-test-full: setup test test-browser
+test-full: test test-independent
+
+# Of all tests those that `just test` leaves out
+test-independent: setup test-browser
     '{{ venv }}/bin/python' '{{ justfile_directory() }}/models/nano/data.py' --check
     PODIUM_PYTHON='{{ venv }}/bin/python' cargo test --release --manifest-path '{{ manifest }}' -- --ignored independent
 

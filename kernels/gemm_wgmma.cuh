@@ -1,6 +1,5 @@
-// What products by the warpgroup instructions of sm_90a have in common (gemm_stream.cuh):
-// the packed weights of gemm.cuh, and its accumulator chain of ascending k16 steps
-// for each output, so the same bits.
+// How blocks of the warpgroup instructions of sm_90a (gemm_stream.cuh) lie: the packed weights of
+// gemm.cuh, and its accumulator chain of ascending k16 steps for each output, so the same bits.
 //
 // A block takes WGS x MT blocks of 64 out features and NT x 8 tokens. Weights are the A operand:
 // a warp of a warpgroup holds 16 of its 64 rows, in the order in which mma.m16n8k16 does, so a
@@ -32,8 +31,6 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupTi
     static constexpr int WEIGHT_BYTES = WGS * MT * BLOCK_BYTES;
     static constexpr int STAGES = warpgroup_stages(BLOCKS, TOKEN_BYTES + WEIGHT_BYTES);
     static_assert(STAGES >= 4, "at least two stages are under way");
-    // Whether tokens come as tiles (gemm_stream.cuh).
-    static constexpr bool STREAMS = false;
 
     // Which of the block's tiles accumulators [m] are, and which tokens [n].
     __device__ static __forceinline__ int tile(int m) {

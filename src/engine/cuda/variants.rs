@@ -257,10 +257,6 @@ pub fn choose_moe(variants: &[Variant], room: Room, n_groups: usize, tokens: usi
 }
 
 impl Variant {
-    fn is_warpgroups(&self) -> bool {
-        !matches!(self.unit, Unit::Warps { .. } | Unit::Direct { .. })
-    }
-
     /// About how long a dense product takes, in ns: the longest of what its blocks take one behind
     /// the other, what L2 gives all of them, what memory gives, what the matrix units do.
     fn dense_ns(
@@ -274,7 +270,7 @@ impl Variant {
         // numbers in about the same ratios.
         const INTAKE: f64 = 100.0;
         const MEMORY: f64 = 3000.0;
-        let flops = if self.is_warpgroups() { 4500.0 } else { 2600.0 };
+        let flops = if self.is_streaming() { 4500.0 } else { 2600.0 };
         if !self.fits(room, n_groups, n_rows) {
             return f64::INFINITY;
         }

@@ -249,17 +249,8 @@ impl Lint {
         format: &SubmissionFormat,
         expected: Option<&[ExpectedRow]>,
     ) {
-        let mut notes = Notes {
-            file,
-            findings: &mut self.findings,
-        };
-        let table = csv::read(bytes, format.quote_all, &mut notes);
-        let n_stopped_words = rows::check(&table, format, expected, &mut notes);
-        self.files.push(Checked {
-            file: file.to_owned(),
-            n_rows: table.rows.len(),
-            n_stopped_words,
-        });
+        let read = |notes: &mut Notes| csv::read(bytes, format.quote_all, notes);
+        self.table(file, format, expected, read);
     }
 
     fn jsonl(
@@ -269,11 +260,22 @@ impl Lint {
         format: &SubmissionFormat,
         expected: Option<&[ExpectedRow]>,
     ) {
+        let read = |notes: &mut Notes| jsonl::read(bytes, format, notes);
+        self.table(file, format, expected, read);
+    }
+
+    fn table(
+        &mut self,
+        file: &str,
+        format: &SubmissionFormat,
+        expected: Option<&[ExpectedRow]>,
+        read: impl FnOnce(&mut Notes) -> Table,
+    ) {
         let mut notes = Notes {
             file,
             findings: &mut self.findings,
         };
-        let table = jsonl::read(bytes, format, &mut notes);
+        let table = read(&mut notes);
         let n_stopped_words = rows::check(&table, format, expected, &mut notes);
         self.files.push(Checked {
             file: file.to_owned(),
