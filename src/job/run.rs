@@ -24,7 +24,7 @@ use crate::engine::cpu::CpuOptions;
 use crate::engine::cpu::path::CpuPath;
 use crate::engine::cuda::Staging;
 use crate::engine::generate::{GenerateOptions, Outcome as Generated, generate};
-use crate::engine::plan::{MemoryPlan, ledger_table};
+use crate::engine::plan::{CONTEXT_BYTES, MemoryPlan, ledger_table};
 use crate::profile::Profile;
 use crate::report::over_samples::over_samples;
 use crate::report::tally::tally;
@@ -347,12 +347,14 @@ impl Run<'_> {
         quiet: bool,
     ) -> Result<(Ran, Option<JobError>), JobError> {
         let meter = self.engine.meter();
-        let (path, planned) = (&folder.path, Some(plan.memory));
+        let (path, planned, period) = (&folder.path, plan.memory, SAMPLE_PERIOD);
         let memory = match self.engine {
-            Engine::Cpu => MemoryLog::start(path, session, SAMPLE_PERIOD, planned),
+            Engine::Cpu => MemoryLog::start(path, session, period, Some(planned)),
             Engine::Cuda(_) => {
+                // The budget is what the context leaves, so the plan does not count it.
+                let driver = plan.driver_bytes + CONTEXT_BYTES;
                 let meter = meter.clone();
-                MemoryLog::start_on_device(path, session, SAMPLE_PERIOD, planned, meter)
+                MemoryLog::start_on_device(path, session, period, planned, driver, meter)
             }
         };
         self.log_errors(folder)?;

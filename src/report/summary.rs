@@ -250,6 +250,11 @@ impl Summary {
             };
             if memory.on_device {
                 line(
+                    "with the driver",
+                    memory.planned_bytes().map(bytes),
+                    "planned; context, code, graphs by estimate",
+                );
+                line(
                     "memory measured",
                     memory.peak_device_bytes.map(bytes),
                     "of this process on the GPU at most, by its driver",
@@ -516,6 +521,7 @@ note: this is a demonstration model
         let mut summary = summary();
         summary.memory = summary.memory.map(|memory| MemorySummary {
             on_device: true,
+            planned_driver_bytes: 2 << 20,
             peak_device_bytes: Some(124 << 20),
             ..memory
         });
@@ -528,6 +534,7 @@ note: this is a demonstration model
         });
         let text = summary.render(false);
         for line in [
+            "with the driver     125.0 MiB  planned; context, code, graphs by estimate",
             "memory measured     124.0 MiB  of this process on the GPU at most, by its driver",
             "host memory         130.0 MiB  growth of the process from before loading",
             "GPU power                 512  W, 1,755 MHz, busy 97.0 % of the time: means",

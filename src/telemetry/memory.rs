@@ -126,27 +126,31 @@ pub struct MemorySummary {
     /// Whether plan and allocation are of a device's memory, not the host's.
     #[serde(default)]
     pub on_device: bool,
+    /// What the device's driver keeps beside the classes, by estimate.
+    #[serde(default)]
+    pub planned_driver_bytes: u64,
     /// Highest memory of this process on the device that was sampled.
     #[serde(default)]
     pub peak_device_bytes: Option<u64>,
 }
 
 impl MemorySummary {
-    /// The bytes of growth beyond plan and slack; absent when all is well or nothing is known.
+    /// The measured bytes beyond plan and slack; absent when all is well or nothing is known.
     pub fn excess_bytes(&self) -> Option<u64> {
-        if self.on_device {
-            return None;
-        }
-        let planned = total_bytes(&self.planned?);
+        let planned = self.planned_bytes()?;
         let slack = SLACK_BYTES.max((planned as f64 * SLACK_SHARE) as u64);
         let allowed = planned.saturating_add(slack);
-        self.growth_bytes?
+        self.measured_bytes()?
             .checked_sub(allowed)
             .filter(|&bytes| bytes > 0)
     }
-}
 
-impl MemorySummary {
+    /// The planned classes and what a device's driver keeps beside them.
+    pub fn planned_bytes(&self) -> Option<u64> {
+        let classes = total_bytes(&self.planned?);
+        Some(classes.saturating_add(self.planned_driver_bytes))
+    }
+
     /// What was measured where the plan is: growth of the host's memory, or the device's peak.
     pub fn measured_bytes(&self) -> Option<u64> {
         match self.on_device {
@@ -191,27 +195,37 @@ impl MemoryLog {
         period: Duration,
         planned: Option<BackendMemory>,
     ) -> Self {
-        Self::start_with(run_dir, session, period, planned, false, None)
+        let summary = MemorySummary {
+            planned,
+            ..MemorySummary::default()
+        };
+        Self::start_with(run_dir, session, period, summary, None)
     }
 
-    /// As [`MemoryLog::start`], for a plan of a device's memory; the meter is sampled at every
-    /// tick.
+    /// As [`MemoryLog::start`], for a plan of a device's memory, of which the driver is thought to
+    /// keep `driver_bytes` besides; the meter is sampled at every tick.
     pub fn start_on_device(
         run_dir: &Path,
         session: usize,
         period: Duration,
-        planned: Option<BackendMemory>,
+        planned: BackendMemory,
+        driver_bytes: u64,
         meter: Option<DeviceMeter>,
     ) -> Self {
-        Self::start_with(run_dir, session, period, planned, true, meter)
+        let summary = MemorySummary {
+            planned: Some(planned),
+            planned_driver_bytes: driver_bytes,
+            on_device: true,
+            ..MemorySummary::default()
+        };
+        Self::start_with(run_dir, session, period, summary, meter)
     }
 
     fn start_with(
         run_dir: &Path,
         session: usize,
         period: Duration,
-        planned: Option<BackendMemory>,
-        on_device: bool,
+        summary: MemorySummary,
         meter: Option<DeviceMeter>,
     ) -> Self {
         let mut state = State {
@@ -221,11 +235,7 @@ impl MemoryLog {
             last_line: None,
             meter,
             baseline_bytes: ProcessMemory::read().anonymous_bytes,
-            summary: MemorySummary {
-                planned,
-                on_device,
-                ..MemorySummary::default()
-            },
+            summary,
         };
         state.write(Some(MemoryEvent::Start));
         let shared = Arc::new(Mutex::new(state));
@@ -462,12 +472,15 @@ mod tests {
             workspace_bytes: 5 << 20,
         };
         let period = Duration::from_secs(9);
-        let log = MemoryLog::start_on_device(dir.path(), 0, period, Some(planned), Some(meter));
+        let driver_bytes = 50 << 20;
+        let log =
+            MemoryLog::start_on_device(dir.path(), 0, period, planned, driver_bytes, Some(meter));
         log.event(MemoryEvent::Arena, Some(planned));
         let (summary, written) = log.finish();
         written.expect("the test folder is writable");
         assert_eq!(summary.measured_bytes(), Some(300 << 20));
-        assert_eq!(summary.excess_bytes(), None);
+        assert_eq!(summary.planned_bytes(), Some(150 << 20));
+        assert_eq!(summary.excess_bytes(), Some((150 << 20) - SLACK_BYTES));
 
         let text = std::fs::read_to_string(dir.path().join(MEMORY_FILE))
             .expect("the log was just written");
