@@ -124,6 +124,11 @@ template <class G, class Store> struct ExpertOutputs {
     }
 };
 
+// Whether a block knows its expert before gate_up is done: `down` of one row, from the router.
+template <class Store> __device__ __forceinline__ bool starts_early(const MoeArgs& args) {
+    return !Store::OF_ROWS && args.offsets == 0;
+}
+
 // Sums of tokens first..end of an expert, and what becomes of them.
 template <class G, class Store> __device__ __forceinline__ void expert_tile(
     const MoeArgs& args, u8* shared, u32* entries, int* columns, u32 expert, u32 first, u32 end
@@ -133,6 +138,7 @@ template <class G, class Store> __device__ __forceinline__ void expert_tile(
     u64 blocks = (args.n_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
     const u8* weights = args.weights + expert * blocks * n_groups * BLOCK_TILES * G::TILE_BYTES;
     auto prepare = [&] {
+        if (starts_early<Store>(args)) follow_previous();
         for (int c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
             u32 entry = first + c >= end ? NONE : args.offsets == 0 ? first + c : args.entries[first + c];
             entries[c] = entry;
@@ -150,7 +156,7 @@ template <class G, class Store> __device__ __forceinline__ void moe_matmul(const
     __shared__ u32 entries[G::COLUMNS];
     __shared__ int columns[G::COLUMNS];
     __shared__ u32 found[3];
-    follow_previous();
+    if (!starts_early<Store>(args)) follow_previous();
     if (args.offsets == 0) {
         if (threadIdx.x == 0) {
             found[0] = args.entries[blockIdx.y];

@@ -626,8 +626,10 @@ impl Kernels {
             ];
             let threads = variant.threads();
             let shared = variant.spread(self.room, shared, grid[0] * grid[1]);
-            // With few rows an early start costs more than it saves (kernels/NOTES.md).
-            let overlaps = n_rows >= OVERLAP_ROWS;
+            // With few rows an early start costs more than it saves, but for one row's `down`, which
+            // knows its experts (kernels/NOTES.md).
+            let is_down = std::ptr::eq(functions, &self.down);
+            let overlaps = n_rows >= OVERLAP_ROWS || n_rows == 1 && is_down;
             self.enqueue(
                 functions[index],
                 grid,
