@@ -12,11 +12,11 @@
 // mbarrier. Fragments are unpacked into two buffers of two k-steps, while the multiplication of the
 // other is under way.
 
-// Stages of the variants: what `BLOCKS` blocks a multiprocessor leave room for, 8 at most;
+// Stages of the variants: what `BLOCKS` blocks a multiprocessor leave room for, 9 at most;
 // src/engine/cuda/variants.rs computes the same.
 __device__ constexpr int warpgroup_stages(int blocks, int stage_bytes) {
     int room = (228 * 1024 / blocks - 5 * 1024) / stage_bytes;
-    return room < 8 ? room : 8;
+    return room < 9 ? room : 9;
 }
 
 // WGS x MT blocks of 64 features, NT octets of tokens.

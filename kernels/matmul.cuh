@@ -323,7 +323,7 @@ template <class G, template <int> class Store> __device__ __forceinline__ void m
 #ifdef WARPGROUPS
 #define VARIANTS(FORMAT, NAME, STORE) SMALL_VARIANTS(FORMAT, NAME, STORE) \
     VARIANT(NAME##_s16, STORE, 160, 3, StreamGemm<FORMAT, 1, 1, 2, 3, 1>) \
-    VARIANT(NAME##_s32, STORE, 160, 3, StreamGemm<FORMAT, 1, 1, 4, 3, 1>) \
+    VARIANT(NAME##_s32, STORE, 160, 2, StreamGemm<FORMAT, 1, 1, 4, 2, 1>) \
     VARIANT(NAME##_s64, STORE, 160, 2, StreamGemm<FORMAT, 1, 1, 8, 2, 1>) \
     VARIANT(NAME##_s128x128, STORE, 288, 1, StreamGemm<FORMAT, 2, 1, 16, 1, 1>) \
     VARIANT(NAME##_s256x128, STORE, 384, 1, StreamGemm<FORMAT, 2, 2, 16, 1, 4>)
