@@ -291,6 +291,7 @@ fn every_status_comes_from_its_reply() {
         content_type: None,
         text: text.into(),
         span: [0, 1],
+        at: 0,
         close,
     };
     let reply = |messages: Vec<ReplyMessage>, issues: &[&str]| {
