@@ -1,25 +1,18 @@
 //! Replies with the answer that a person reads from them, against the extractor: the corpus of
 //! `tests/extraction/corpus.jsonl`, every line written and judged by hand.
 
+mod support;
+
 use std::path::Path;
 
 use podium::dataset::{Gold, Location, Record};
 use podium::engine::StopReason;
 use podium::profile::Profile;
-use podium::prompt::{Segment, harmony};
-use podium::score::{self, Scorer, Scoring, Verdict};
+use podium::prompt::harmony;
+use podium::score::{self, Ended, Scorer, Scoring, Verdict};
 use podium::tokenizer::Tokenizer;
 use serde_json::Value;
-
-/// The special tokens of a raw reply.
-const SPECIAL: [&str; 6] = [
-    "<|start|>",
-    "<|message|>",
-    "<|channel|>",
-    "<|end|>",
-    "<|return|>",
-    "<|call|>",
-];
+use support::{nano_tokenizer, reply_segments};
 
 fn lines(name: &str) -> Vec<Value> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/extraction");
@@ -75,35 +68,25 @@ fn scoring(kind: &str) -> Scoring {
     }
 }
 
-/// A raw reply cut at its special tokens.
-fn segments(raw: &str) -> Vec<Segment> {
-    let mut segments = Vec::new();
-    let mut rest = raw;
-    while let Some((at, name)) = SPECIAL
-        .iter()
-        .filter_map(|name| Some((rest.find(name)?, *name)))
-        .min()
-    {
-        segments.push(Segment::Text(rest[..at].to_owned()));
-        segments.push(Segment::Special(name));
-        rest = &rest[at + name.len()..];
-    }
-    segments.push(Segment::Text(rest.to_owned()));
-    segments
-}
-
 fn judge(line: &Value, tokenizer: &Tokenizer) -> Verdict {
     let kind = line["kind"].as_str().expect("a kind");
     let (record, scoring) = (record(line), scoring(kind));
     match line["raw"].as_str() {
         Some(raw) => {
-            let ids = tokenizer.encode(&segments(raw)).expect("nano has them");
+            let ids = tokenizer
+                .encode(&reply_segments(raw))
+                .expect("nano has them");
             let reply = harmony::parse(&ids, tokenizer);
             let stop = match line["stop"].as_str() {
                 Some("length") => StopReason::Length,
                 _ => StopReason::Stop,
             };
-            score::judge(&record, &scoring, &reply, stop)
+            let ended = Ended {
+                reply: &reply,
+                stop,
+                is_closed: false,
+            };
+            score::judge(&record, &scoring, ended)
         }
         None => {
             let reply = line["reply"].as_str().expect("a reply");
@@ -130,11 +113,6 @@ fn problem(line: &Value, verdict: &Verdict) -> Option<String> {
             line["correct"],
         )
     })
-}
-
-fn nano_tokenizer() -> Tokenizer {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano");
-    Tokenizer::from_file(&folder.join("tokenizer.json")).expect("nano's tokenizer")
 }
 
 #[test]

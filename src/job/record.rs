@@ -15,7 +15,7 @@ use crate::engine::generate::{
     Generation, JobError as GenerateJobError, Observer, StepKind, StepReport,
 };
 use crate::prompt::harmony::{self, Reply};
-use crate::score::Status;
+use crate::score::{Ended, Status};
 use crate::submission::log::{LogError, ResultLog};
 use crate::submission::{RESULT_SCHEMA, ResultRow, Results, RowError, SecondStage};
 use crate::telemetry::memory::{MemoryEvent, MemoryLog};
@@ -176,25 +176,31 @@ impl Observer for Recorder<'_> {
         let reply = harmony::parse(&generation.output_ids, self.tokenizer);
         let of_row = (generation.row, generation.sample);
         let profile = &self.prepared.profile;
+        let ended = Ended {
+            reply: &reply,
+            stop: generation.stop,
+            is_closed: generation.forced.is_some(),
+        };
         let (mut row, verdict) = match self.first_stages.remove(&of_row) {
             None => {
-                let verdict = verdict::judge(record, profile, (&reply, generation.stop), None);
+                let verdict = verdict::judge(record, profile, ended, None);
                 (self.stage_row(record, &generation, &reply), verdict)
             }
             Some(FirstStage {
                 mut row,
                 reply: first,
             }) => {
-                let stop = row.stop_reason.unwrap_or(generation.stop);
-                let second = Some((&reply, generation.stop));
-                let verdict = verdict::judge(record, profile, (&first, stop), second);
+                let first = Ended {
+                    reply: &first,
+                    stop: row.stop_reason.unwrap_or(generation.stop),
+                    is_closed: row.forced.is_some(),
+                };
+                let verdict = verdict::judge(record, profile, first, Some(ended));
                 row.second = self.second_stage(&generation, &reply);
                 (row, verdict)
             }
         };
-        row.status = verdict.status;
-        row.correct = verdict.correct;
-        row.answer = verdict.answer;
+        verdict::put(&mut row, verdict);
         self.append(row);
     }
 
@@ -306,6 +312,7 @@ pub fn blank_row(record: &Record, sample: u32, status: Status) -> ResultRow {
         correct: None,
         gold: record.gold.clone(),
         answer: None,
+        lenient: None,
         raw_text: String::new(),
         final_text: None,
         output_ids: Vec::new(),

@@ -142,6 +142,11 @@ pub fn score_command(args: &ScoreArgs) -> Result<u8, JobError> {
         scoring_hash: scoring_hash(&profile),
         accuracy_before: manifest.tally.as_ref().map(|tally| tally.accuracy.clone()),
         accuracy: tally.accuracy.clone(),
+        lenient_before: manifest
+            .tally
+            .as_ref()
+            .and_then(|tally| tally.lenient.clone()),
+        lenient: tally.lenient.clone(),
         n_samples: samples.len() as u64,
         ..Rescore::default()
     }

@@ -3,29 +3,31 @@
 use crate::dataset::Record;
 use crate::engine::StopReason;
 use crate::profile::Profile;
-use crate::prompt::harmony::{self, Reply};
-use crate::score::{self, Status, Verdict};
+use crate::prompt::harmony;
+use crate::score::lenient::lenient;
+use crate::score::{self, Ended, Scoring, Status, Verdict};
 use crate::submission::ResultRow;
 use crate::tokenizer::Tokenizer;
 
 /// The verdict on a row's replies. A row of two stages whose first reply has no final message to
-/// go on from has that reply's status.
-pub fn judge(
-    record: &Record,
-    profile: &Profile,
-    first: (&Reply, StopReason),
-    second: Option<(&Reply, StopReason)>,
-) -> Verdict {
+/// go on from has that reply's status, and no answer, lenient or not: it was never asked to choose.
+pub fn judge(record: &Record, profile: &Profile, first: Ended, second: Option<Ended>) -> Verdict {
     match (profile.second_stage_of(record), second) {
-        (None, _) => score::judge(record, &profile.scoring, first.0, first.1),
-        (Some(_), Some((reply, stop))) => {
-            score::judge(record, profile.second_scoring(), reply, stop)
-        }
+        (None, _) => score::judge(record, &profile.scoring, first),
+        (Some(_), Some(second)) => score::judge(record, profile.second_scoring(), second),
         (Some(_), None) => {
-            let status = score::status(first.0, first.1).unwrap_or(Status::NoAnswer);
+            let status = score::status(first.reply, first.stop).unwrap_or(Status::NoAnswer);
             score::without_answer(record, status)
         }
     }
+}
+
+/// Puts a verdict into a row.
+pub fn put(row: &mut ResultRow, verdict: Verdict) {
+    row.status = verdict.status;
+    row.correct = verdict.correct;
+    row.answer = verdict.answer;
+    row.lenient = verdict.lenient;
 }
 
 /// Judges a logged row again from its tokens; one that never ran, or is in error, stays as it is.
@@ -33,43 +35,82 @@ pub fn judge_again(row: &mut ResultRow, record: &Record, profile: &Profile, toke
     let (Some(stop), None) = (row.stop_reason, &row.error) else {
         return;
     };
-    let first = harmony::parse(&row.output_ids, tokenizer);
-    let second = row.second.as_ref().map(|second| {
-        let reply = harmony::parse(&second.output_ids, tokenizer);
-        (reply, second.stop_reason)
+    let first_reply = harmony::parse(&row.output_ids, tokenizer);
+    let first = Ended {
+        reply: &first_reply,
+        stop,
+        is_closed: row.forced.is_some(),
+    };
+    let second = row.second.as_ref();
+    let second = second.map(|second| (second, harmony::parse(&second.output_ids, tokenizer)));
+    let second = second.as_ref().map(|(second, reply)| Ended {
+        reply,
+        stop: second.stop_reason,
+        is_closed: second.forced.is_some(),
     });
-    let second = second.as_ref().map(|(reply, stop)| (reply, *stop));
-    let verdict = judge(record, profile, (&first, stop), second);
-    row.status = verdict.status;
-    row.correct = verdict.correct;
-    row.answer = verdict.answer;
+    let verdict = judge(record, profile, first, second);
+    put(row, verdict);
     row.gold = record.gold.clone();
 }
 
 /// Judges a logged row again from its texts, where there is no tokenizer. A reply that came to a
-/// final message is read again; any other keeps the status that the chat format gave it.
+/// final message is read again; any other keeps the status that the chat format gave it, and is
+/// read leniently from its raw text.
 pub fn judge_text_again(record: &Record, profile: &Profile, row: &ResultRow) -> ResultRow {
     let has_final = matches!(
         row.status,
         Status::Answered | Status::NoAnswer | Status::NotAnOption
     );
-    let (text, scoring) = match (&row.second, profile.second_stage_of(record)) {
-        (Some(second), Some(_)) => (&second.final_text, profile.second_scoring()),
-        // Without its second stage such a row has no answer.
-        (None, Some(_)) => (&None, &profile.scoring),
-        (_, None) => (&row.final_text, &profile.scoring),
-    };
-    let verdict = match text {
-        Some(text) if has_final && record.defect.is_none() => {
-            score::judge_text(record, scoring, text)
+    let stage = Stage::decisive(record, profile, row);
+    let final_text = stage.as_ref().and_then(|stage| stage.final_text);
+    let mut verdict = match (final_text, &stage) {
+        (Some(text), Some(stage)) if has_final && record.defect.is_none() => {
+            score::judge_text(record, stage.scoring, text)
         }
         _ => score::without_answer(record, row.status),
     };
-    ResultRow {
-        status: verdict.status,
-        correct: verdict.correct,
-        answer: verdict.answer,
-        gold: record.gold.clone(),
-        ..row.clone()
+    if let (true, Some(stage)) = (verdict.status.is_unanswered(), &stage) {
+        let ended = Ended {
+            reply: &harmony::parse_spelled(stage.raw_text),
+            stop: stage.stop,
+            is_closed: stage.is_closed,
+        };
+        verdict.lenient = Some(lenient(record, stage.scoring, ended));
+    }
+    let mut row = row.clone();
+    put(&mut row, verdict);
+    row.gold = record.gold.clone();
+    row
+}
+
+/// The part of a row that its verdict is about.
+struct Stage<'a> {
+    final_text: Option<&'a str>,
+    raw_text: &'a str,
+    stop: StopReason,
+    is_closed: bool,
+    scoring: &'a Scoring,
+}
+
+impl<'a> Stage<'a> {
+    /// Absent for a row that never ran, and where the second stage should decide and there is none.
+    fn decisive(record: &Record, profile: &'a Profile, row: &'a ResultRow) -> Option<Self> {
+        match (&row.second, profile.second_stage_of(record)) {
+            (Some(second), Some(_)) => Some(Self {
+                final_text: second.final_text.as_deref(),
+                raw_text: &second.raw_text,
+                stop: second.stop_reason,
+                is_closed: second.forced.is_some(),
+                scoring: profile.second_scoring(),
+            }),
+            (None, Some(_)) => None,
+            (_, None) => Some(Self {
+                final_text: row.final_text.as_deref(),
+                raw_text: &row.raw_text,
+                stop: row.stop_reason?,
+                is_closed: row.forced.is_some(),
+                scoring: &profile.scoring,
+            }),
+        }
     }
 }

@@ -3,13 +3,16 @@
 //!
 //! Rendering follows `src/encoding.rs` of openai/harmony, not the checkpoint's chat template
 //! (the two differ, for instance in blank lines). Parsing is in [`parse()`]: a state
-//! machine over token ids that never fails and never loses a finished message.
+//! machine over token ids that never fails and never loses a finished message; in
+//! [`parse_spelled`] it goes over a saved reply's text.
 
 mod closing;
 mod parse;
+mod spelled;
 
 pub use closing::closing;
 pub use parse::{Channel, Close, Reply, ReplyMessage, parse};
+pub use spelled::parse_spelled;
 
 use super::{Prompt, Reasoning, Segment};
 

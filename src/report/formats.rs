@@ -15,9 +15,9 @@ use crate::dataset::{Format, GoldKind, Mapping, OptionsSource};
 use crate::engine::BackendMemory;
 use crate::score::Status;
 use crate::submission::lint::{Checked, Finding, Kind, LINT_SCHEMA, Lint};
-use crate::submission::manifest::Accuracy;
+use crate::submission::manifest::{Accuracy, LenientAccuracy};
 use crate::submission::prompts::PromptRow;
-use crate::submission::test_rows::{row, two_stages, unanswered};
+use crate::submission::test_rows::{cut_off, row, two_stages, unanswered};
 use crate::submission::{ResultRow, RowError};
 use crate::telemetry::memory::{MEMORY_FILE, MemoryEvent, MemoryLog};
 use crate::telemetry::test_dir::TestDir;
@@ -151,6 +151,16 @@ fn results_fit() {
         ..row("q-1", 0)
     };
     check("result", &json(&everything));
+    check("result", &json(&cut_off("q-1", 0)));
+    let mut nameless = cut_off("q-1", 0);
+    if let Some(answer) = nameless
+        .lenient
+        .iter_mut()
+        .find_map(|it| it.answer.as_mut())
+    {
+        answer.channel = None;
+    }
+    check("result", &json(&nameless));
     let mut second = two_stages("q-1", 0);
     check("result", &json(&second));
     if let Some(second) = &mut second.second {
@@ -354,6 +364,8 @@ fn rescores_fit() {
     let changed = Rescore {
         schema: RESCORE_SCHEMA.to_owned(),
         accuracy_before: Some(Accuracy::default()),
+        lenient_before: Some(LenientAccuracy::default()),
+        lenient: Some(LenientAccuracy::default()),
         ..Rescore::default()
     }
     .with_changes(
@@ -362,6 +374,14 @@ fn rescores_fit() {
             .map(|(old, new)| (old, Verdict::of(old), Verdict::of(new))),
     );
     check("rescore", &changed.to_json());
+    check(
+        "rescore",
+        &Rescore {
+            lenient_before: None,
+            ..changed
+        }
+        .to_json(),
+    );
 }
 
 #[test]

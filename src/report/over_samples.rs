@@ -36,6 +36,7 @@ fn figures(scoring: &Scoring, k: u32, early_stop: bool, samples: &[&ResultRow]) 
     let mut n_tied = 0;
     let mut n_incomplete = 0;
     let mut n_right: Vec<u32> = Vec::new();
+    let mut lenient_shares: Vec<f64> = Vec::new();
     for question in questions(samples) {
         let was_run = |row: &&&ResultRow| row.status != Status::NotRun;
         let n_run = question.iter().filter(was_run).count();
@@ -52,8 +53,12 @@ fn figures(scoring: &Scoring, k: u32, early_stop: bool, samples: &[&ResultRow]) 
         } else {
             let right = question.iter().filter(|row| row.correct == Some(true));
             n_right.push(right.count() as u32);
+            let right = question.iter();
+            let right = right.filter(|row| row.lenient_correct() == Some(true));
+            lenient_shares.push(right.count() as f64 / f64::from(k));
         }
     }
+    let has_lenient = samples.iter().all(|row| row.has_lenient());
     let at = |at: u32| {
         let values = n_right.iter().filter_map(|&right| pass_at(at, k, right));
         estimate(&values.collect::<Vec<f64>>())
@@ -71,6 +76,11 @@ fn figures(scoring: &Scoring, k: u32, early_stop: bool, samples: &[&ResultRow]) 
         n_tied,
         n_incomplete,
         mean: if early_stop { None } else { at(1) },
+        lenient_mean: if early_stop || !has_lenient {
+            None
+        } else {
+            estimate(&lenient_shares)
+        },
         pass: if early_stop {
             Vec::new()
         } else {
@@ -143,6 +153,10 @@ pub fn render(figures: &OverSamples, color: bool) -> String {
         let label = format!("{} = pass@1", Aggregate::Mean.label(k));
         line(label, mean.n, mean.value, mean.low, mean.high);
     }
+    if let Some(mean) = &figures.lenient_mean {
+        let label = format!("{}, lenient", Aggregate::Mean.label(k));
+        line(label, mean.n, mean.value, mean.low, mean.high);
+    }
     if let Some(PassAt { k, estimate }) = figures.pass.last() {
         let label = Aggregate::Pass.label(*k);
         line(
@@ -176,7 +190,7 @@ pub(crate) mod tests {
     use crate::score::{Rule, Scorer};
     use crate::submission::manifest::tests::manifest;
     use crate::submission::manifest::{Setting, Tally};
-    use crate::submission::test_rows::{row, unanswered, wrong};
+    use crate::submission::test_rows::{cut_off, row, unanswered, wrong};
 
     fn run(early_stop: bool) -> RunManifest {
         let mut manifest = manifest();
@@ -209,7 +223,8 @@ pub(crate) mod tests {
             row("b", 3),
             // 1 of 4, and it alone voted.
             unanswered("c", 0, Status::NoAnswer),
-            unanswered("c", 1, Status::TruncatedAnalysis),
+            // Right leniently, which is no vote.
+            cut_off("c", 1),
             unanswered("c", 2, Status::Error),
             row("c", 3),
             // None, by vote 1 against 1 against 1.
@@ -248,6 +263,9 @@ pub(crate) mod tests {
         assert_eq!((mean.n, mean.value), (4, 0.375));
         let interval = bootstrap_mean(&[0.75, 0.5, 0.25, 0.0], 0).expect("there are values");
         assert_eq!((mean.low, mean.high), (interval.low, interval.high));
+        let lenient = found.lenient_mean.expect("every row was looked at");
+        // (3 + 2 + 2 + 0) / 16.
+        assert_eq!((lenient.n, lenient.value), (4, 0.4375));
         let at: Vec<u32> = found.pass.iter().map(|pass| pass.k).collect();
         assert_eq!(at, [1, 2, 4]);
         // pass@2 of c right of 4: 1 - C(4-c, 2)/6 = 1, 5/6, 1/2, 0.
@@ -265,7 +283,7 @@ pub(crate) mod tests {
         let samples: Vec<&ResultRow> = rows.iter().collect();
         let found = over_samples(&run(true), &samples).expect("there are several samples");
         assert_eq!(found.majority.n_correct, 4);
-        assert!(found.mean.is_none() && found.pass.is_empty());
+        assert!(found.mean.is_none() && found.lenient_mean.is_none() && found.pass.is_empty());
         let mut single = run(false);
         single.generation.samples = 1;
         assert_eq!(over_samples(&single, &samples), None);
@@ -278,10 +296,13 @@ pub(crate) mod tests {
         let found = over_samples(&run(false), &samples).expect("there are several samples");
         let bootstrap = bootstrap_mean(&[0.75, 0.5, 0.25, 0.0], 0).expect("there are values");
         let mean = format!("{} to {}", percent(bootstrap.low), percent(bootstrap.high));
+        let bootstrap = bootstrap_mean(&[0.75, 0.5, 0.5, 0.0], 0).expect("there are values");
+        let lenient = format!("{} to {}", percent(bootstrap.low), percent(bootstrap.high));
         let expected = format!(
             "over 4 samples   n   share  95 % interval\n\
              maj@4            5  80.0 %  37.6 % to 96.4 %\n\
              mean@4 = pass@1  4  37.5 %  {mean}\n\
+             mean@4, lenient  4  43.8 %  {lenient}\n\
              pass@4           4  75.0 %  30.1 % to 95.4 %\n\
              The score is maj@4. A tied vote goes to the answer of the lowest sample (2 were\n\
              tied). 1 questions lack samples and count in maj@4 alone.\n"

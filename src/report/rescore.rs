@@ -2,10 +2,11 @@
 //! `podium.rescore/1`).
 
 use super::lint::LintBrief;
+use super::summary::lenient_words;
 use super::table::{Align, Table, bold, grouped, percent, printable};
 use crate::score::Status;
 use crate::submission::ResultRow;
-use crate::submission::manifest::Accuracy;
+use crate::submission::manifest::{Accuracy, LenientAccuracy};
 use crate::submission::write::status_name;
 
 pub const RESCORE_SCHEMA: &str = "podium.rescore/1";
@@ -24,8 +25,11 @@ pub struct Rescore {
     pub scoring_hash: String,
     pub accuracy_before: Option<Accuracy>,
     pub accuracy: Accuracy,
+    /// By the lenient answers; absent as [`crate::submission::manifest::Tally`]'s.
+    pub lenient_before: Option<LenientAccuracy>,
+    pub lenient: Option<LenientAccuracy>,
     pub n_samples: u64,
-    /// Samples whose status, answer or correctness changed.
+    /// Samples whose status, strict answer or its correctness changed.
     pub n_changed: u64,
     /// Wrong before, right now.
     pub n_gained: u64,
@@ -130,11 +134,29 @@ impl Rescore {
                 interval,
             ]);
         };
-        if let Some(before) = &self.accuracy_before {
-            line("before", before);
+        let has_lenient = self.lenient_before.is_some() || self.lenient.is_some();
+        let strict = if has_lenient { ", strict" } else { "" };
+        for (when, accuracy, lenient) in [
+            (
+                "before",
+                self.accuracy_before.as_ref(),
+                &self.lenient_before,
+            ),
+            ("now", Some(&self.accuracy), &self.lenient),
+        ] {
+            if let Some(accuracy) = accuracy {
+                line(&format!("{when}{strict}"), accuracy);
+            }
+            if let Some(lenient) = lenient {
+                line(&format!("{when}, lenient"), &lenient.accuracy);
+            }
         }
-        line("now", &self.accuracy);
         text += &format!("\n{}", table.render(color));
+        text += &self
+            .lenient
+            .as_ref()
+            .and_then(lenient_words)
+            .unwrap_or_default();
         if let Some(lint) = &self.lint {
             text += &format!("\n{}", lint.render());
         }
@@ -186,6 +208,12 @@ mod tests {
             profile: "qa".to_owned(),
             accuracy_before: Some(accuracy(2, 4)),
             accuracy: accuracy(2, 4),
+            lenient: Some(LenientAccuracy {
+                accuracy: accuracy(3, 4),
+                n_unanswered: 1,
+                n_found: 1,
+                n_gained: 1,
+            }),
             n_samples: 4,
             ..Rescore::default()
         }
@@ -202,9 +230,11 @@ mod tests {
 r
 4 samples judged by profile qa, 3 verdicts changed
 
-accuracy  correct   share  95 % interval
-before        2/4  50.0 %  15.0 % to 85.0 %
-now           2/4  50.0 %  15.0 % to 85.0 %
+accuracy        correct   share  95 % interval
+before, strict      2/4  50.0 %  15.0 % to 85.0 %
+now, strict         2/4  50.0 %  15.0 % to 85.0 %
+now, lenient        3/4  75.0 %  30.1 % to 95.4 %
+Without a strict answer: 1; stating one elsewhere: 1; the right one: 1.
 
 wrong to right: 1, right to wrong: 1, other: 1
 

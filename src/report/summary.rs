@@ -9,7 +9,7 @@ use super::over_samples;
 use super::table::{Align, Table, bold, bytes, duration, grouped, percent, printable, rate};
 use crate::score::Status;
 use crate::submission::lint::Lint;
-use crate::submission::manifest::{Accuracy, Outcome, RunManifest, Tally};
+use crate::submission::manifest::{Accuracy, LenientAccuracy, Outcome, RunManifest, Tally};
 use crate::submission::write::status_name;
 use crate::telemetry::device::DeviceLoad;
 use crate::telemetry::memory::{MemorySummary, total_bytes};
@@ -146,7 +146,9 @@ impl Summary {
     pub fn render(&self, color: bool) -> String {
         let mut sections = vec![self.heading(color)];
         if let Some(tally) = &self.tally {
-            sections.push(accuracy_table(tally).render(color));
+            let found = tally.lenient.as_ref().and_then(lenient_words);
+            let table = accuracy_table(tally).render(color);
+            sections.push(table + &found.unwrap_or_default());
             if let Some(figures) = &tally.over_samples {
                 sections.push(over_samples::render(figures, color));
             }
@@ -340,11 +342,15 @@ fn accuracy_table(tally: &Tally) -> Table {
             interval,
         ]);
     };
-    let all = tally.over_samples.as_ref().map(over_samples::speaker);
-    line(
-        &all.map_or("all".to_owned(), |it| format!("all, {it}")),
-        &tally.accuracy,
-    );
+    let speaker = tally.over_samples.as_ref().map(over_samples::speaker);
+    let all = speaker.map_or("all".to_owned(), |it| format!("all, {it}"));
+    match &tally.lenient {
+        None => line(&all, &tally.accuracy),
+        Some(lenient) => {
+            line(&format!("{all}, strict"), &tally.accuracy);
+            line(&format!("{all}, lenient"), &lenient.accuracy);
+        }
+    }
     for group in &tally.by_group {
         line(&format!("  {}", group.group), &group.accuracy);
     }
@@ -365,6 +371,17 @@ fn accuracy_table(tally: &Tally) -> Table {
         }
     }
     table
+}
+
+/// What the lenient accuracy found; nothing where every reply has a strict answer.
+pub(super) fn lenient_words(lenient: &LenientAccuracy) -> Option<String> {
+    let words = format!(
+        "Without a strict answer: {}; stating one elsewhere: {}; the right one: {}.",
+        grouped(lenient.n_unanswered),
+        grouped(lenient.n_found),
+        grouped(lenient.n_gained),
+    );
+    (lenient.n_unanswered > 0).then(|| wrapped(&words))
 }
 
 fn status_table(tally: &Tally) -> Table {
@@ -420,7 +437,7 @@ pub(crate) mod tests {
     use crate::submission::ResultRow;
     use crate::submission::manifest::Session;
     use crate::submission::manifest::tests::manifest;
-    use crate::submission::test_rows::{row, unanswered, wrong};
+    use crate::submission::test_rows::{cut_off, row, unanswered, wrong};
 
     /// A finished run's manifest with every figure.
     pub(crate) fn finished() -> RunManifest {
@@ -429,7 +446,7 @@ pub(crate) mod tests {
             row("a", 0),
             wrong("b", 0, "1"),
             row("c", 0),
-            unanswered("d", 0, Status::TruncatedAnalysis),
+            cut_off("d", 0),
             unanswered("e", 0, Status::NoAnswer),
             unanswered("f", 0, Status::NotRun),
         ];
@@ -487,10 +504,12 @@ ran on   cpu, cpu/avx512, 8 slots
 state    complete
 
 accuracy                 n  correct    share  95 % interval
-all                      5        2   40.0 %  11.8 % to 76.9 %
+all, strict              5        2   40.0 %  11.8 % to 76.9 %
+all, lenient             5        3   60.0 %  23.1 % to 88.2 %
   sums                   5        2   40.0 %  11.8 % to 76.9 %
 baseline: most frequent              100.0 %
 baseline: by chance                   25.0 %
+Without a strict answer: 2; stating one elsewhere: 1; the right one: 1.
 
 status              samples   share
 answered                  3  50.0 %

@@ -9,7 +9,7 @@ use crate::dataset::Gold;
 use crate::score::Status;
 use crate::score::interval::wilson;
 use crate::submission::ResultRow;
-use crate::submission::manifest::{Accuracy, GroupAccuracy, Tally};
+use crate::submission::manifest::{Accuracy, GroupAccuracy, LenientAccuracy, Tally};
 use crate::submission::write::status_name;
 
 /// The label of rows without a group, where others have one.
@@ -36,6 +36,7 @@ pub fn tally(
         n_questions: questions.len() as u64,
         n_samples: samples.len() as u64,
         accuracy: accuracy(n_correct, scored.len() as u64),
+        lenient: lenient(&scored),
         by_group: if has_groups {
             by_group(&scored).expect("columns of our own making fit together")
         } else {
@@ -47,6 +48,21 @@ pub fn tally(
         over_samples: None,
         closed: (!closed.is_empty()).then(|| accuracy(n_closed_correct, closed.len() as u64)),
     }
+}
+
+/// Of the rows that the strict accuracy is over.
+fn lenient(scored: &[&ResultRow]) -> Option<LenientAccuracy> {
+    if scored.is_empty() || !scored.iter().all(|row| row.has_lenient()) {
+        return None;
+    }
+    let count = |is: fn(&ResultRow) -> bool| scored.iter().filter(|row| is(row)).count() as u64;
+    let is_right = |row: &ResultRow| row.lenient_correct() == Some(true);
+    Some(LenientAccuracy {
+        accuracy: accuracy(count(is_right), scored.len() as u64),
+        n_unanswered: count(|row| row.status.is_unanswered()),
+        n_found: count(|row| row.answer.is_none() && row.lenient_answer().is_some()),
+        n_gained: count(|row| !is_correct(row) && row.lenient_correct() == Some(true)),
+    })
 }
 
 /// Strict accuracy counts every question with gold that was run, whatever became of it.
@@ -145,7 +161,7 @@ fn sums(labels: Vec<&str>, values: Vec<u64>) -> PolarsResult<Vec<(String, u64, u
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::submission::test_rows::{row, unanswered, wrong};
+    use crate::submission::test_rows::{cut_off, row, unanswered, wrong};
 
     #[test]
     fn every_question_with_gold_that_was_run_counts() {
@@ -185,9 +201,35 @@ mod tests {
     }
 
     #[test]
+    fn the_lenient_accuracy_is_over_the_same_questions() {
+        let rows = [
+            row("a", 0),
+            wrong("b", 0, "9"),
+            cut_off("c", 0),
+            unanswered("d", 0, Status::NoFinal),
+            unanswered("e", 0, Status::Error),
+            unanswered("f", 0, Status::NotRun),
+        ];
+        let refs: Vec<&ResultRow> = rows.iter().collect();
+        let found = tally(&refs, &refs, None);
+        assert_eq!((found.accuracy.n_correct, found.accuracy.n), (1, 5));
+        let lenient = found.lenient.expect("there is gold");
+        assert_eq!((lenient.accuracy.n_correct, lenient.accuracy.n), (2, 5));
+        let counts = (lenient.n_unanswered, lenient.n_found, lenient.n_gained);
+        assert_eq!(counts, (2, 1, 1));
+        // A line of a version that looked for none: no figure is better than one too low.
+        let older = ResultRow {
+            lenient: None,
+            ..unanswered("d", 0, Status::NoFinal)
+        };
+        let mixed = [&rows[0], &older, &rows[2]];
+        assert_eq!(tally(&mixed, &mixed, None).lenient, None);
+    }
+
+    #[test]
     fn no_rows_have_no_figures() {
         let tally = tally(&[], &[], None);
-        assert_eq!(tally.accuracy.accuracy, None);
+        assert_eq!((tally.accuracy.accuracy, tally.lenient), (None, None));
         assert_eq!(tally.majority_baseline, None);
         assert!(tally.by_group.is_empty() && tally.statuses.is_empty());
     }

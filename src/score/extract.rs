@@ -11,7 +11,7 @@ use super::choice::{
 };
 use super::correction::corrections;
 use super::metric::normalize;
-use super::{Answer, Scorer, code, number};
+use super::{Answer, Scorer, code, final_channel, number};
 
 /// A way to find the answer in a final message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -51,6 +51,17 @@ impl Rule {
             Self::Code => "code",
             Self::Whole => "whole",
             Self::Correction => "correction",
+        }
+    }
+
+    /// Whether it reads what a text states to be the answer, wherever that stands; the others
+    /// need the text to be whole, and to be the answer.
+    pub fn is_statement(self) -> bool {
+        match self {
+            Self::Boxed | Self::AnswerIs | Self::Hash | Self::Correction => true,
+            Self::LastNumber | Self::OptionLetter | Self::OptionText | Self::Code | Self::Whole => {
+                false
+            }
         }
     }
 }
@@ -104,6 +115,7 @@ pub fn extract(text: &str, options: &[String], scorer: Scorer, rules: &[Rule]) -
         rule: first.rule.name().to_owned(),
         span: first.span,
         rules_agree,
+        channel: final_channel(),
     };
     if first.is_option {
         Extraction::Found(answer)

@@ -3,6 +3,10 @@
 //! [`judge`] goes from a parsed reply to a [`Verdict`]: the reply's status, then the answer by
 //! the profile's rules ([`extract`]), then the answer against the gold ([`metric`]).
 //! [`judge_text`] starts at a saved final text, for scoring a run again without its model.
+//!
+//! The verdict is strict: the answer is what the last finished final message says. Beside it
+//! stands the [`Lenient`] one, of what else the reply says ([`mod@lenient`]); it changes neither
+//! status nor correctness, and is never voted on or submitted.
 
 pub mod baseline;
 mod choice;
@@ -10,6 +14,7 @@ mod code;
 mod correction;
 pub mod extract;
 pub mod interval;
+pub mod lenient;
 pub mod metric;
 pub mod number;
 pub mod pass_at;
@@ -50,6 +55,21 @@ pub enum Status {
     NotRun,
 }
 
+impl Status {
+    /// Whether the model had its say and no answer came of it: what a lenient one is looked for in.
+    pub fn is_unanswered(self) -> bool {
+        match self {
+            Self::TruncatedAnalysis
+            | Self::TruncatedFinal
+            | Self::NoFinal
+            | Self::ToolCall
+            | Self::Malformed
+            | Self::NoAnswer => true,
+            Self::Answered | Self::NotAnOption | Self::Error | Self::NotRun => false,
+        }
+    }
+}
+
 /// The answer read from a reply.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
@@ -57,10 +77,36 @@ pub struct Answer {
     pub text: String,
     /// The rule that found it.
     pub rule: String,
-    /// Byte span in the final text.
+    /// Byte span in the final text; a lenient answer's in the raw text.
     pub span: [usize; 2],
     /// Whether every other rule that found something found the same.
     pub rules_agree: bool,
+    /// The channel of the message it was read from, as the model wrote it; absent where the
+    /// message has none. Older logs do not say, and had answers from `final` alone.
+    #[serde(default = "final_channel")]
+    pub channel: Option<String>,
+}
+
+fn final_channel() -> Option<String> {
+    Channel::Final.name().map(str::to_owned)
+}
+
+/// The second verdict on a sample without a strict answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lenient {
+    /// Absent where nothing that the reply says is one.
+    pub answer: Option<Answer>,
+    /// Absent without gold.
+    pub correct: Option<bool>,
+}
+
+/// A reply and how it came to its end.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended<'a> {
+    pub reply: &'a Reply,
+    pub stop: StopReason,
+    /// Whether podium closed its analysis at the answer headroom.
+    pub is_closed: bool,
 }
 
 /// The verdict on one sample.
@@ -70,6 +116,8 @@ pub struct Verdict {
     /// Absent without gold.
     pub correct: Option<bool>,
     pub answer: Option<Answer>,
+    /// There for a reply that came to no strict answer ([`Status::is_unanswered`]), and only then.
+    pub lenient: Option<Lenient>,
 }
 
 /// How an answer is compared with the gold.
@@ -183,52 +231,61 @@ fn is_number(gold: &Gold) -> bool {
 }
 
 /// The verdict on a reply.
-pub fn judge(record: &Record, scoring: &Scoring, reply: &Reply, stop: StopReason) -> Verdict {
+pub fn judge(record: &Record, scoring: &Scoring, ended: Ended) -> Verdict {
     if record.defect.is_some() {
         return without_answer(record, Status::Error);
     }
-    match (status(reply, stop), &reply.final_text) {
+    let reply = ended.reply;
+    let mut verdict = match (status(reply, ended.stop), &reply.final_text) {
         (Some(status), _) => without_answer(record, status),
         (None, Some(text)) => judge_text(record, scoring, text),
         (None, None) => without_answer(record, Status::NoFinal),
+    };
+    if verdict.status.is_unanswered() {
+        verdict.lenient = Some(lenient::lenient(record, scoring, ended));
+    }
+    verdict
+}
+
+/// The verdict on a finished final message, by its text alone.
+pub fn judge_text(record: &Record, scoring: &Scoring, final_text: &str) -> Verdict {
+    let scorer = scoring.scorer_for(record);
+    let (status, answer) =
+        match extract::extract(final_text, &record.options, scorer, &scoring.rules) {
+            Extraction::Found(answer) => (Status::Answered, answer),
+            Extraction::NotAnOption(answer) => (Status::NotAnOption, answer),
+            Extraction::Nothing => return without_answer(record, Status::NoAnswer),
+        };
+    let is_option = status == Status::Answered;
+    Verdict {
+        status,
+        correct: is_correct(record, scoring, &answer).map(|is_correct| is_option && is_correct),
+        answer: Some(answer),
+        lenient: None,
     }
 }
 
-/// The verdict on a finished final message.
-pub fn judge_text(record: &Record, scoring: &Scoring, final_text: &str) -> Verdict {
-    let scorer = scoring.scorer_for(record);
-    let extraction = extract::extract(final_text, &record.options, scorer, &scoring.rules);
-    let (status, answer) = match extraction {
-        Extraction::Found(answer) => (Status::Answered, Some(answer)),
-        Extraction::NotAnOption(answer) => (Status::NotAnOption, Some(answer)),
-        Extraction::Nothing => (Status::NoAnswer, None),
-    };
-    let correct = record.gold.as_ref().map(|gold| {
-        status == Status::Answered
-            && answer.as_ref().is_some_and(|answer| {
-                metric::is_correct(
-                    scorer,
-                    &answer.text,
-                    gold,
-                    &record.options,
-                    scoring.tolerance,
-                )
-            })
-    });
-    Verdict {
-        status,
-        correct,
-        answer,
-    }
+/// Whether an answer is the gold; absent without gold.
+fn is_correct(record: &Record, scoring: &Scoring, answer: &Answer) -> Option<bool> {
+    let (scorer, options) = (scoring.scorer_for(record), &record.options);
+    let gold = record.gold.as_ref()?;
+    let is_correct = metric::is_correct(scorer, &answer.text, gold, options, scoring.tolerance);
+    Some(is_correct)
 }
 
 /// The verdict on a row that gave no answer: wrong, where there is a gold and the row was tried.
 pub fn without_answer(record: &Record, status: Status) -> Verdict {
     let counts = status != Status::NotRun && record.gold.is_some();
+    let correct = counts.then_some(false);
+    let nothing = Lenient {
+        answer: None,
+        correct,
+    };
     Verdict {
         status,
-        correct: counts.then_some(false),
+        correct,
         answer: None,
+        lenient: status.is_unanswered().then_some(nothing),
     }
 }
 

@@ -253,7 +253,7 @@ fn disagreement_of_rules_is_told() {
     assert!(!agree("The answer is 18.\n#### 19"));
 }
 
-fn record(options: &[&str], gold: Option<Gold>) -> Record {
+pub(super) fn record(options: &[&str], gold: Option<Gold>) -> Record {
     Record {
         key: "k".into(),
         id: None,
@@ -272,7 +272,7 @@ fn record(options: &[&str], gold: Option<Gold>) -> Record {
     }
 }
 
-fn scoring() -> Scoring {
+pub(super) fn scoring() -> Scoring {
     Scoring {
         scorer: Scorer::Auto,
         rules: ALL.to_vec(),
@@ -291,6 +291,7 @@ fn every_status_comes_from_its_reply() {
         content_type: None,
         text: text.into(),
         span: [0, 1],
+        at: 0,
         close,
     };
     let reply = |messages: Vec<ReplyMessage>, issues: &[&str]| {
@@ -398,7 +399,12 @@ fn every_status_comes_from_its_reply() {
         ),
     ];
     for (reply, stop, status, correct) in cases {
-        let verdict = judge(&record, &scoring(), &reply, stop);
+        let ended = Ended {
+            reply: &reply,
+            stop,
+            is_closed: false,
+        };
+        let verdict = judge(&record, &scoring(), ended);
         assert_eq!(
             (verdict.status, verdict.correct),
             (status, Some(correct)),
@@ -419,7 +425,12 @@ fn rows_without_gold_and_bad_rows() {
         message: "bad".into(),
         hint: "mend".into(),
     });
-    let verdict = judge(&row, &scoring(), &Reply::default(), StopReason::Stop);
+    let ended = Ended {
+        reply: &Reply::default(),
+        stop: StopReason::Stop,
+        is_closed: false,
+    };
+    let verdict = judge(&row, &scoring(), ended);
     assert_eq!(
         (verdict.status, verdict.correct),
         (Status::Error, Some(false))

@@ -134,6 +134,20 @@ pub struct Accuracy {
     pub high: Option<f64>,
 }
 
+/// The accuracy by the lenient answers: where a question has no strict one, by what else its
+/// reply says. Over the questions of the strict accuracy, and never below it.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct LenientAccuracy {
+    #[serde(flatten)]
+    pub accuracy: Accuracy,
+    /// Questions whose reply came to no strict answer.
+    pub n_unanswered: u64,
+    /// Those of them that have a lenient one.
+    pub n_found: u64,
+    /// Those of these that are right: what the lenient accuracy has more than the strict one.
+    pub n_gained: u64,
+}
+
 /// The accuracy of one group.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct GroupAccuracy {
@@ -147,8 +161,12 @@ pub struct GroupAccuracy {
 pub struct Tally {
     pub n_questions: u64,
     pub n_samples: u64,
-    /// Over questions: each is judged by the sample that speaks for it.
+    /// Strict, over questions: each is judged by the sample that speaks for it.
     pub accuracy: Accuracy,
+    /// Beside it. Absent without gold, and where a version that knew no lenient answers has logged
+    /// or counted the rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lenient: Option<LenientAccuracy>,
     /// In order of first appearance; empty when no row has a group.
     pub by_group: Vec<GroupAccuracy>,
     /// Samples of each status that occurs.

@@ -35,7 +35,7 @@ use std::borrow::Cow;
 
 use crate::dataset::Gold;
 use crate::engine::StopReason;
-use crate::score::{Answer, Status};
+use crate::score::{Answer, Lenient, Status};
 
 /// The schema of a line of `results.jsonl`.
 pub const RESULT_SCHEMA: &str = "podium.result/1";
@@ -51,6 +51,11 @@ pub struct ResultRow {
     pub correct: Option<bool>,
     pub gold: Option<Gold>,
     pub answer: Option<Answer>,
+    /// The lenient verdict on a row without a strict answer ([`Status::is_unanswered`]), its span in
+    /// `raw_text`. Absent in other rows, whose lenient answer is the strict one, and in logs of
+    /// versions that did not look for any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lenient: Option<Lenient>,
     /// What the model wrote, special tokens spelled out.
     pub raw_text: String,
     /// The text of the last final message.
@@ -86,8 +91,8 @@ pub struct ResultRow {
     /// only the answer headroom was left (`--answer-headroom`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forced: Option<[u32; 2]>,
-    /// The row's second stage, which the verdict is about: `status`, `correct` and `answer` (its
-    /// span is in the second stage's final text). All other fields are then the first stage's,
+    /// The row's second stage, which the verdict is about: `status`, `correct`, `answer` (its span
+    /// is in the second stage's final text) and `lenient` (in its raw text). All other fields are then the first stage's,
     /// `final_text` the open answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub second: Option<SecondStage>,
@@ -140,10 +145,35 @@ impl ResultRow {
         }
     }
 
+    /// The raw text of the stage that the verdict is about.
+    pub fn last_raw_text(&self) -> &str {
+        let second = self.second.as_ref();
+        second.map_or(&self.raw_text, |second| &second.raw_text)
+    }
+
     /// Whether podium closed the analysis of one of its stages at the answer headroom.
     pub fn is_closed(&self) -> bool {
         let second = self.second.as_ref().and_then(|second| second.forced);
         self.forced.is_some() || second.is_some()
+    }
+
+    /// The answer that the lenient score goes by: the strict one where there is one.
+    pub fn lenient_answer(&self) -> Option<&Answer> {
+        let lenient = self.lenient.as_ref().and_then(|it| it.answer.as_ref());
+        self.answer.as_ref().or(lenient)
+    }
+
+    /// Whether the lenient answer is right; absent without gold.
+    pub fn lenient_correct(&self) -> Option<bool> {
+        match &self.lenient {
+            Some(lenient) => lenient.correct,
+            None => self.correct,
+        }
+    }
+
+    /// False in logs of versions that looked for no lenient answers, where one may be.
+    pub fn has_lenient(&self) -> bool {
+        self.lenient.is_some() || !self.status.is_unanswered()
     }
 
     /// Whether a resume leaves this row alone: it ran, or failed for a reason of its own.

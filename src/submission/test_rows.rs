@@ -3,7 +3,7 @@
 use super::{RESULT_SCHEMA, ResultRow, SecondStage};
 use crate::dataset::Gold;
 use crate::engine::StopReason;
-use crate::score::{Answer, Status};
+use crate::score::{Answer, Lenient, Status};
 
 /// A right answer to row `key`, with every optional field that a usual row has.
 pub(crate) fn row(key: &str, sample: u32) -> ResultRow {
@@ -21,7 +21,9 @@ pub(crate) fn row(key: &str, sample: u32) -> ResultRow {
             rule: "answer_is".to_owned(),
             span: [14, 21],
             rules_agree: true,
+            channel: Some("final".to_owned()),
         }),
+        lenient: None,
         raw_text: format!(
             "<|channel|>analysis<|message|>sum\n<|end|><|start|>assistant\
              <|channel|>final<|message|>{final_text}<|return|>"
@@ -87,11 +89,37 @@ pub(crate) fn wrong(key: &str, sample: u32, text: &str) -> ResultRow {
 
 /// A sample without an answer.
 pub(crate) fn unanswered(key: &str, sample: u32, status: Status) -> ResultRow {
+    let nothing = Lenient {
+        answer: None,
+        correct: Some(false),
+    };
     ResultRow {
         status,
         correct: Some(false),
         answer: None,
+        lenient: status.is_unanswered().then_some(nothing),
         final_text: None,
         ..row(key, sample)
+    }
+}
+
+/// A sample cut off in its analysis, where it had stated the right answer.
+pub(crate) fn cut_off(key: &str, sample: u32) -> ResultRow {
+    let raw_text = "<|channel|>analysis<|message|>So the answer is 4200. Then".to_owned();
+    let at = raw_text.find("4200").expect("it stands there");
+    ResultRow {
+        lenient: Some(Lenient {
+            answer: Some(Answer {
+                text: "4200".to_owned(),
+                rule: "answer_is".to_owned(),
+                span: [at, at + 4],
+                rules_agree: true,
+                channel: Some("analysis".to_owned()),
+            }),
+            correct: Some(true),
+        }),
+        raw_text,
+        stop_reason: Some(StopReason::Length),
+        ..unanswered(key, sample, Status::TruncatedAnalysis)
     }
 }

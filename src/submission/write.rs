@@ -20,6 +20,17 @@ use super::{ResultRow, Results};
 use crate::score::Status;
 
 pub const SCORES_FILE: &str = "scores.csv";
+const SCORES_HEADER: [&str; 9] = [
+    "id",
+    "sample",
+    "answer",
+    "correct",
+    "status",
+    "group",
+    "lenient_answer",
+    "lenient_correct",
+    "channel",
+];
 pub const SUBMISSION_CSV_FILE: &str = "submission.csv";
 pub const SUBMISSION_JSONL_FILE: &str = "submission.jsonl";
 
@@ -103,7 +114,7 @@ pub fn replace(
 
 fn write_scores(out: &mut dyn Write, prompts: &[PromptRow], results: &Results) -> io::Result<()> {
     let mut csv = csv::Writer::from_writer(out);
-    csv.write_record(["id", "sample", "answer", "correct", "status", "group"])?;
+    csv.write_record(SCORES_HEADER)?;
     for prompt in prompts {
         let id = id_text(prompt);
         let group = prompt.group.as_deref().unwrap_or_default();
@@ -111,26 +122,48 @@ fn write_scores(out: &mut dyn Write, prompts: &[PromptRow], results: &Results) -
         for row in results.samples(&prompt.key) {
             any = true;
             let answer = row.answer.as_ref().map_or("", |answer| &answer.text);
-            let correct = match row.correct {
-                Some(true) => "true",
-                Some(false) => "false",
-                None => "",
-            };
             let sample = row.sample.to_string();
+            let [lenient_answer, lenient_correct, channel] = lenient_cells(row);
             csv.write_record([
                 &id,
                 &sample,
                 answer,
-                correct,
+                truth(row.correct),
                 status_name(row.status),
                 group,
+                lenient_answer,
+                lenient_correct,
+                channel,
             ])?;
         }
         if !any {
-            csv.write_record([&id, "0", "", "", status_name(Status::NotRun), group])?;
+            let status = status_name(Status::NotRun);
+            csv.write_record([&id, "0", "", "", status, group, "", "", ""])?;
         }
     }
     csv.flush()
+}
+
+/// The lenient answer, whether it is right, and its channel: of every row, so that a column can be
+/// summed up. Empty where the log is of a version that looked for none.
+fn lenient_cells(row: &ResultRow) -> [&str; 3] {
+    if !row.has_lenient() {
+        return [""; 3];
+    }
+    let answer = row.lenient_answer();
+    [
+        answer.map_or("", |answer| &answer.text),
+        truth(row.lenient_correct()),
+        answer.and_then(|it| it.channel.as_deref()).unwrap_or(""),
+    ]
+}
+
+fn truth(value: Option<bool>) -> &'static str {
+    match value {
+        Some(true) => "true",
+        Some(false) => "false",
+        None => "",
+    }
 }
 
 fn write_submission_csv(
@@ -237,7 +270,7 @@ impl WriteError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::submission::test_rows::{row, unanswered, wrong};
+    use crate::submission::test_rows::{cut_off, row, unanswered, wrong};
     use crate::telemetry::test_dir::TestDir;
 
     fn prompts() -> Vec<PromptRow> {
@@ -277,11 +310,11 @@ mod tests {
         assert_eq!(paths.len(), 3);
         assert_eq!(
             text(&dir, SCORES_FILE),
-            "id,sample,answer,correct,status,group\n\
-             007,0,4200,true,answered,sums\n\
-             12,0,\"5, or \"\"6\"\"\",false,answered,sums\n\
-             \"a,\"\"b\"\"\nü\",0,,false,no_answer,sums\n\
-             f00d-1,0,,,not_run,\n"
+            "id,sample,answer,correct,status,group,lenient_answer,lenient_correct,channel\n\
+             007,0,4200,true,answered,sums,4200,true,final\n\
+             12,0,\"5, or \"\"6\"\"\",false,answered,sums,\"5, or \"\"6\"\"\",false,final\n\
+             \"a,\"\"b\"\"\nü\",0,,false,no_answer,sums,,false,\n\
+             f00d-1,0,,,not_run,,,,\n"
         );
         assert_eq!(
             text(&dir, SUBMISSION_JSONL_FILE),
@@ -320,6 +353,37 @@ mod tests {
             "\"id\",\"prediction\",\"track\"\n\"007\",\"9\",\"2\"\n\"12\",\"NOTAVALUE\",\"2\"\n"
         );
         assert_eq!(text(&dir, SCORES_FILE).lines().count(), 5);
+    }
+
+    #[test]
+    fn a_lenient_answer_stands_beside_the_strict_one_and_is_not_submitted() {
+        let dir = TestDir::new("lenient");
+        let older = ResultRow {
+            lenient: None,
+            ..unanswered("12", 0, Status::NoFinal)
+        };
+        let results = Results::new(vec![cut_off("007", 0), older]);
+        let format = SubmissionFormat::default();
+        write_submission(
+            dir.path(),
+            &prompts()[..2],
+            &results,
+            &format,
+            &first_sample,
+        )
+        .expect("the test folder is writable");
+        assert_eq!(
+            text(&dir, SCORES_FILE),
+            "id,sample,answer,correct,status,group,lenient_answer,lenient_correct,channel\n\
+             007,0,,false,truncated_analysis,sums,4200,true,analysis\n\
+             12,0,,false,no_final,sums,,,\n"
+        );
+        assert_eq!(
+            text(&dir, SUBMISSION_CSV_FILE),
+            "id,answer,score,status,group\n\
+             007,,0,truncated_analysis,sums\n\
+             12,,0,no_final,sums\n"
+        );
     }
 
     #[test]

@@ -41,7 +41,7 @@ async function fits(page) {
 test("a run's page filters, searches and opens rows", () => withPage(join(pages, "run.html"), {}, async (page, seen) => {
   for (const id of ["accuracy", "statuses", "tokens", "over-time", "memory", "settings", "rows"]) assert.equal(await page.locator(`#${id} h2`).count(), 1, id);
   assert.equal(await page.locator(".chart canvas").count(), 7, "charts are drawn");
-  assert.equal(await page.locator("#accuracy [role=listitem]").count(), 8, "all and seven groups");
+  assert.equal(await page.locator("#accuracy [role=listitem]").count(), 9, "strict, lenient and seven groups");
   assert.equal(await found(page), "500 rows");
   assert.equal(await rows(page).count(), 50, "a page of rows");
   assert.match(await page.locator("#memory").innerText(), /Matrix products by kernel: .*moe_matmul_mxfp4 [\d,]+/);

@@ -14,6 +14,9 @@ use std::process::{Command, Output};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use podium::prompt::Segment;
+use podium::tokenizer::Tokenizer;
+
 /// The project's folder; `PODIUM_ROOT` where tests were carried elsewhere than where they were built.
 pub fn root() -> &'static Path {
     static ROOT: OnceLock<PathBuf> = OnceLock::new();
@@ -153,4 +156,33 @@ pub fn nano_rows(file: &str, n: usize) -> Vec<String> {
         .take(n)
         .map(str::to_owned)
         .collect()
+}
+
+pub fn nano_tokenizer() -> Tokenizer {
+    Tokenizer::from_file(&root().join("models/nano/tokenizer.json")).unwrap()
+}
+
+/// A raw reply cut at its special tokens.
+pub fn reply_segments(raw: &str) -> Vec<Segment> {
+    const SPECIAL: [&str; 6] = [
+        "<|start|>",
+        "<|message|>",
+        "<|channel|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+    ];
+    let mut segments = Vec::new();
+    let mut rest = raw;
+    while let Some((at, name)) = SPECIAL
+        .iter()
+        .filter_map(|name| Some((rest.find(name)?, *name)))
+        .min()
+    {
+        segments.push(Segment::Text(rest[..at].to_owned()));
+        segments.push(Segment::Special(name));
+        rest = &rest[at + name.len()..];
+    }
+    segments.push(Segment::Text(rest.to_owned()));
+    segments
 }

@@ -69,6 +69,8 @@ pub struct ReplyMessage {
     pub text: String,
     /// The content's token ids, as a range of the reply's.
     pub span: [usize; 2],
+    /// Where `text` begins in the reply with its special tokens spelled out, in bytes.
+    pub at: usize,
     /// Absent when the reply ends inside the message.
     pub close: Option<Close>,
 }
@@ -113,6 +115,15 @@ impl Reply {
         self.issues.is_empty()
     }
 
+    /// The model's own messages that are no tool calls, the newest first.
+    pub fn said(&self) -> impl Iterator<Item = &ReplyMessage> {
+        self.messages.iter().rev().filter(|message| {
+            message.role == ASSISTANT
+                && message.close != Some(Close::Call)
+                && message.recipient.as_deref().is_none_or(|to| to == "all")
+        })
+    }
+
     fn finals(&self) -> impl DoubleEndedIterator<Item = &ReplyMessage> {
         self.messages
             .iter()
@@ -124,11 +135,37 @@ const ASSISTANT: &str = "assistant";
 
 /// Parses what the model wrote after `<|start|>assistant`, special ids and the stop id included.
 pub fn parse(ids: &[TokenId], tokenizer: &Tokenizer) -> Reply {
+    parse_with(ids, tokenizer, *tokenizer.special_ids())
+}
+
+/// What ids stand for.
+pub(super) trait Vocabulary {
+    /// Special tokens spelled out.
+    fn decode(&self, ids: &[TokenId]) -> String;
+    fn is_special(&self, id: TokenId) -> bool;
+}
+
+impl Vocabulary for Tokenizer {
+    fn decode(&self, ids: &[TokenId]) -> String {
+        Tokenizer::decode(self, ids)
+    }
+
+    fn is_special(&self, id: TokenId) -> bool {
+        Tokenizer::is_special(self, id)
+    }
+}
+
+pub(super) fn parse_with(
+    ids: &[TokenId],
+    vocabulary: &dyn Vocabulary,
+    special: SpecialIds,
+) -> Reply {
     let mut parser = Parser {
         ids,
-        tokenizer,
-        special: *tokenizer.special_ids(),
+        vocabulary,
+        special,
         reply: Reply::default(),
+        measured: (0, 0),
     };
     parser.run();
     parser.finish()
@@ -136,9 +173,11 @@ pub fn parse(ids: &[TokenId], tokenizer: &Tokenizer) -> Reply {
 
 struct Parser<'a> {
     ids: &'a [TokenId],
-    tokenizer: &'a Tokenizer,
+    vocabulary: &'a dyn Vocabulary,
     special: SpecialIds,
     reply: Reply,
+    /// So many ids are so many bytes.
+    measured: (usize, usize),
 }
 
 /// Where the parser stands; `from` is the index of the part's first token.
@@ -262,8 +301,8 @@ impl Parser<'_> {
                 role: HeaderRole::Unsure,
             }
         } else {
-            if self.tokenizer.is_special(id) {
-                let name = self.tokenizer.decode(&[id]);
+            if self.vocabulary.is_special(id) {
+                let name = self.vocabulary.decode(&[id]);
                 self.issue("stray-special", &format!("`{name}` inside a message"));
             }
             State::Content { header, from }
@@ -293,12 +332,28 @@ impl Parser<'_> {
         }
     }
 
-    fn push(&mut self, header: Header, from: usize, to: usize, close: Option<Close>) {
-        let text = self.tokenizer.decode(self.ids(from, to));
-        self.push_text(header, text, [from, to], close);
+    /// Bytes of the ids before `index`, which never goes back.
+    fn bytes_before(&mut self, index: usize) -> usize {
+        let (n_ids, n_bytes) = self.measured;
+        let more = self.vocabulary.decode(self.ids(n_ids, index)).len();
+        self.measured = (index, n_bytes + more);
+        self.measured.1
     }
 
-    fn push_text(&mut self, header: Header, text: String, span: [usize; 2], close: Option<Close>) {
+    fn push(&mut self, header: Header, from: usize, to: usize, close: Option<Close>) {
+        let at = self.bytes_before(from);
+        let text = self.vocabulary.decode(self.ids(from, to));
+        self.push_text(header, text, at, [from, to], close);
+    }
+
+    fn push_text(
+        &mut self,
+        header: Header,
+        text: String,
+        at: usize,
+        span: [usize; 2],
+        close: Option<Close>,
+    ) {
         self.reply.messages.push(ReplyMessage {
             role: header.role,
             channel: header.channel,
@@ -306,6 +361,7 @@ impl Parser<'_> {
             content_type: header.content_type,
             text,
             span,
+            at,
             close,
         });
     }
@@ -318,29 +374,32 @@ impl Parser<'_> {
 
     /// A message that ended before its `<|message|>`: what follows the channel is its text.
     fn push_unframed(&mut self, from: usize, to: usize, role: HeaderRole, close: Close) {
-        let ids = self.ids(from, to);
         let mut header = self.parse_header(from, to, role);
         header.recipient = None;
         header.content_type = None;
-        let text = match ids.iter().rposition(|&id| Some(id) == self.special.channel) {
-            Some(at) => {
-                let after = self.tokenizer.decode(ids.get(at + 1..).unwrap_or_default());
-                let (name, content) = split_channel(&after);
+        let ids = self.ids(from, to);
+        let channel_at = ids.iter().rposition(|&id| Some(id) == self.special.channel);
+        let begin = channel_at.map_or(from, |at| from + at + 1);
+        let whole = self.vocabulary.decode(self.ids(begin, to));
+        let text = match channel_at {
+            Some(_) => {
+                let (name, content) = split_channel(&whole);
                 header.channel = Channel::from_name(name);
-                content.trim().to_owned()
+                content.trim()
             }
             None => {
-                let text = self.tokenizer.decode(ids);
-                let text = text.trim();
+                let text = whole.trim();
                 text.strip_prefix(header.role.as_str())
                     .unwrap_or(text)
                     .trim()
-                    .to_owned()
             }
         };
         self.issue("missing-message", "a header without `<|message|>`");
         if !text.is_empty() {
-            self.push_text(header, text, [from, to], Some(close));
+            // `text` is a part of `whole`: its distance is what stands before it.
+            let skipped = text.as_ptr() as usize - whole.as_ptr() as usize;
+            let at = self.bytes_before(begin) + skipped;
+            self.push_text(header, text.to_owned(), at, [from, to], Some(close));
         }
     }
 
@@ -418,7 +477,7 @@ impl Parser<'_> {
             if part > 0 {
                 text.push_str(" <|constrain|>");
             }
-            text.push_str(&self.tokenizer.decode(ids));
+            text.push_str(&self.vocabulary.decode(ids));
         }
         text
     }
@@ -629,6 +688,23 @@ mod tests {
         assert_eq!(reply.messages[0].channel, Channel::Absent);
         assert_eq!(reply.messages[0].text, "The answer is 4.");
         assert_eq!(reply.final_text, None);
+    }
+
+    #[test]
+    fn a_message_says_where_its_text_stands() {
+        for text in [
+            "<|channel|>analysis<|message|>größer<|end|>\
+             <|start|>assistant<|channel|>final<|message|>4",
+            "<|channel|>analysis<|message|>a<|end|>\
+             <|start|>assistant<|channel|>final  4 or so <|return|>",
+            "assistant The answer is 4.<|return|>",
+        ] {
+            let reply = reply(text);
+            assert!(!reply.messages.is_empty());
+            for message in reply.messages {
+                assert!(text[message.at..].starts_with(&message.text), "{message:?}");
+            }
+        }
     }
 
     proptest! {

@@ -26,7 +26,7 @@ use serde_json::Value;
 
 use crate::dataset::Gold;
 use crate::score::Status;
-use crate::submission::manifest::{Accuracy, GroupAccuracy, Outcome};
+use crate::submission::manifest::{Accuracy, GroupAccuracy, LenientAccuracy, Outcome};
 
 pub use build::compare;
 
@@ -90,6 +90,10 @@ pub struct ComparedRun {
     pub samples: u32,
     /// Strict: every question with gold that was run, by its first sample.
     pub accuracy: Accuracy,
+    /// The same questions by the lenient answers; absent where the log is of a version that knew
+    /// none, and in comparisons of such a version.
+    #[serde(default)]
+    pub lenient: Option<LenientAccuracy>,
     /// In the base's order of groups; empty when no row has a group.
     pub by_group: Vec<GroupAccuracy>,
     /// Samples of each status that occurs.

@@ -1,4 +1,4 @@
-//! A run by itself: what it is, its strict accuracy, statuses, tokens, speed and memory.
+//! A run by itself: what it is, its strict and lenient accuracy, statuses, tokens, speed and memory.
 
 use std::collections::BTreeMap;
 
@@ -62,6 +62,7 @@ pub fn compared_run(index: usize, run: &LoadedRun, groups: &[String]) -> PolarsR
         outcome: last.and_then(|session| session.outcome),
         samples: manifest.generation.samples,
         accuracy: tally.accuracy,
+        lenient: tally.lenient,
         by_group: tally.by_group,
         statuses: tally.statuses,
         statuses_by_group,

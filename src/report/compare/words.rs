@@ -165,7 +165,7 @@ pub fn values(verdict: ValuesVerdict) -> &'static str {
 pub type RunFigure = (&'static str, fn(&ComparedRun) -> Option<String>);
 
 /// What stands side by side for every run. A line that no run has is left out by the caller.
-pub const RUN_FIGURES: [RunFigure; 16] = [
+pub const RUN_FIGURES: [RunFigure; 17] = [
     ("precision", |run| Some(run.precision.clone())),
     ("slots", |run| Some(grouped(run.n_slots as u64))),
     ("accuracy", |run| run.accuracy.accuracy.map(percent)),
@@ -180,6 +180,9 @@ pub const RUN_FIGURES: [RunFigure; 16] = [
     ("  95 % interval", |run| {
         let (low, high) = (run.accuracy.low?, run.accuracy.high?);
         Some(format!("{:.1} to {:.1}", low * 100.0, high * 100.0))
+    }),
+    ("  lenient", |run| {
+        run.lenient.as_ref()?.accuracy.accuracy.map(percent)
     }),
     ("prompt tokens", |run| Some(grouped(run.tokens.prompt))),
     ("analysis tokens", |run| Some(grouped(run.tokens.analysis))),

@@ -49,7 +49,7 @@ struct Samples {
     correct: Vec<Option<u8>>,
     answer: Vec<Option<String>>,
     rule: Vec<Option<usize>>,
-    /// Start and end in UTF-16 units of the final text.
+    /// Start and end in UTF-16 units of the final text, of a lenient answer too.
     span: Vec<Option<[usize; 2]>>,
     analysis: Vec<String>,
     #[serde(rename = "final")]
@@ -76,6 +76,20 @@ struct Note {
     error: Option<RowError>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     rules_disagree: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lenient: Option<LenientNote>,
+}
+
+/// The answer of a sample that has a lenient one alone.
+#[derive(Debug, PartialEq, serde::Serialize)]
+struct LenientNote {
+    answer: String,
+    /// 1, 0, or absent without gold.
+    correct: Option<u8>,
+    rule: String,
+    channel: Option<String>,
+    /// Start and end in UTF-16 units of the analysis, where it stands there.
+    span: Option<[usize; 2]>,
 }
 
 /// Columns of a run's rows. `samples` stand in the order of `prompts`, each with its prompt's place.
@@ -124,6 +138,12 @@ impl Samples {
         let answer = row.answer.as_ref();
         let whole = reply.final_text.as_ref();
         let final_text = whole.map(|text| cut(text, cap));
+        let analysis = cut(&reply.analysis, cap);
+        let lenient = row.lenient.as_ref().and_then(|it| it.answer.as_ref());
+        let lenient_span = |text: &str, left_out| {
+            let span = span_within(text, row.last_raw_text(), lenient?.span)?;
+            utf16_span(text, span, left_out)
+        };
         let raw = all_raw_text(row);
         let second_issues = row.second.iter().flat_map(|second| &second.format_issues);
         let note = Note {
@@ -136,6 +156,13 @@ impl Samples {
                 .collect(),
             error: row.error.clone(),
             rules_disagree: answer.is_some_and(|answer| !answer.rules_agree),
+            lenient: lenient.map(|answer| LenientNote {
+                answer: answer.text.clone(),
+                correct: row.lenient_correct().map(u8::from),
+                rule: answer.rule.clone(),
+                channel: answer.channel.clone(),
+                span: lenient_span(&reply.analysis, analysis.1),
+            }),
         };
         if note != Note::default() {
             self.notes.insert(index, note);
@@ -150,11 +177,13 @@ impl Samples {
                 .filter(|answer| !answer.rule.is_empty())
                 .map(|answer| words.place(&answer.rule)),
         );
-        self.span
-            .push(answer.zip(whole).zip(final_text.as_ref()).and_then(
-                |((answer, whole), (_, left_out))| utf16_span(whole, answer.span, *left_out),
-            ));
-        self.analysis.push(cut(&reply.analysis, cap).0);
+        self.span.push(whole.zip(final_text.as_ref()).and_then(
+            |(whole, (_, left_out))| match answer {
+                Some(answer) => utf16_span(whole, answer.span, *left_out),
+                None => lenient_span(whole, *left_out),
+            },
+        ));
+        self.analysis.push(analysis.0);
         self.final_text.push(final_text.map(|(text, _)| text));
         self.prompt_tokens.push(row.prompt_tokens);
         self.analysis_tokens.push(row.analysis_tokens);
@@ -167,6 +196,14 @@ impl Samples {
                 .map(|sum| (f64::from(sum) * 1e4).round() / 1e4),
         );
     }
+}
+
+/// Where a span of a raw text lies in a part of it; absent where it does not.
+fn span_within(part: &str, raw: &str, span: [usize; 2]) -> Option<[usize; 2]> {
+    let from = raw.find(part).filter(|_| !part.is_empty())?;
+    let start = span[0].checked_sub(from)?;
+    let end = span[1].checked_sub(from)?;
+    (start < end && end <= part.len()).then_some([start, end])
 }
 
 /// Each word once; columns hold its place.
@@ -302,7 +339,7 @@ pub(super) fn utf16_span(text: &str, span: [usize; 2], left_out: LeftOut) -> Opt
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::submission::test_rows::{row, wrong};
+    use crate::submission::test_rows::{cut_off, row, wrong};
 
     fn prompt(key: &str, text: &str) -> PromptRow {
         let ids: &[u32] = &[1];
@@ -356,6 +393,36 @@ mod tests {
         assert_eq!(utf16_span("😀 4", [5, 6], None), Some([3, 4]));
         assert_eq!(utf16_span("ab", [1, 9], None), None, "beyond the text");
         assert_eq!(utf16_span("ab", [0, 0], None), None);
+    }
+
+    #[test]
+    fn a_lenient_answer_is_marked_where_it_stands() {
+        let mut in_final = cut_off("b", 0);
+        in_final.raw_text = "<|channel|>final<|message|>é: the answer is 4200. Th".to_owned();
+        let start = in_final.raw_text.find("4200").expect("it stands there");
+        let lenient = in_final.lenient.as_mut().expect("it has one");
+        let answer = lenient.answer.as_mut().expect("it has one");
+        answer.span = [start, start + 4];
+        answer.channel = Some("final".to_owned());
+        let samples = [(0, cut_off("a", 0)), (0, in_final), (0, row("c", 0))];
+        let table = value(&[prompt("a", "x")], &samples);
+        let samples = &table["samples"];
+        let note = &samples["notes"]["0"]["lenient"];
+        assert_eq!(note["answer"], "4200");
+        assert_eq!(
+            (&note["channel"], &note["correct"]),
+            (&"analysis".into(), &1.into())
+        );
+        assert_eq!(samples["analysis"][0], "So the answer is 4200. Then");
+        assert_eq!(note["span"], serde_json::json!([17, 21]));
+        assert_eq!(samples["span"][0], serde_json::Value::Null);
+        assert_eq!(samples["final"][1], "é: the answer is 4200. Th");
+        assert_eq!(samples["span"][1], serde_json::json!([17, 21]));
+        assert_eq!(
+            samples["notes"]["1"]["lenient"]["span"],
+            serde_json::Value::Null
+        );
+        assert_eq!(samples["notes"]["2"], serde_json::Value::Null);
     }
 
     #[test]

@@ -95,6 +95,7 @@ fn not_run(prompt: &PromptRow) -> ResultRow {
         correct: None,
         gold: None,
         answer: None,
+        lenient: None,
         raw_text: String::new(),
         final_text: None,
         output_ids: Vec::new(),

@@ -1,6 +1,6 @@
 use super::*;
 use crate::submission::lock::{LockError, RunLock};
-use crate::submission::test_rows::row;
+use crate::submission::test_rows::{cut_off, row};
 use crate::telemetry::test_dir::TestDir;
 
 fn line(row: &ResultRow) -> Vec<u8> {
@@ -30,6 +30,28 @@ fn rows_come_back_as_written() {
     let recovered = read(dir.path()).expect("a whole log");
     assert_eq!(recovered.rows, rows);
     assert_eq!(recovered.repaired_bytes, 0);
+}
+
+/// Lines of versions that kept neither channel nor lenient verdict.
+#[test]
+fn older_lines_are_read() {
+    let dir = TestDir::new("older");
+    let older = |row: &ResultRow| {
+        let mut line = serde_json::to_value(row).expect("a row is JSON");
+        let fields = line.as_object_mut().expect("a row is an object");
+        fields.remove("lenient");
+        if let Some(answer) = fields["answer"].as_object_mut() {
+            assert_eq!(answer.remove("channel"), Some("final".into()));
+        }
+        format!("{line}\n")
+    };
+    let lines = [older(&row("q-1", 0)), older(&cut_off("q-2", 0))];
+    write_log(&dir, lines.concat().as_bytes());
+    let [answered, unanswered] = &read(dir.path()).expect("a whole log").rows[..] else {
+        panic!("two lines, two rows");
+    };
+    assert_eq!(answered, &row("q-1", 0));
+    assert!(answered.has_lenient() && !unanswered.has_lenient());
 }
 
 /// Promise 3: wherever a kill or a power cut ends the file, every whole line is kept, the rest is

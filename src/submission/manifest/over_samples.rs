@@ -18,6 +18,10 @@ pub struct OverSamples {
     /// mean@k: the mean over questions of the share of right samples, which is pass@1. Absent
     /// with early stop, which leaves out samples by what the others said.
     pub mean: Option<Estimate>,
+    /// mean@k of the lenient answers; absent where `mean` is, and where rows are of a version that
+    /// knew none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lenient_mean: Option<Estimate>,
     /// pass@k for the powers of two up to k, and for k; empty with early stop.
     pub pass: Vec<PassAt>,
 }

@@ -26,6 +26,7 @@ fn count(questions: &[&ResultRow], samples: &[&ResultRow]) -> Tally {
         .filter(|row| row.correct == Some(true))
         .count() as u64;
     Tally {
+        lenient: None,
         n_questions: questions.len() as u64,
         n_samples: samples.len() as u64,
         accuracy: Accuracy {

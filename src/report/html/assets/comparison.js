@@ -33,6 +33,7 @@ function head() {
       { name: "Folder", class: "value-cell wide", cell: run => run.name },
       { name: "Device", class: "wide", cell: run => `${run.device}, ${run.numerics}` },
       { name: "Accuracy", class: "number", cell: run => el("b", null, percent(run.accuracy.accuracy)) },
+      ...(runs.some(run => run.lenient) ? [{ name: "Lenient", class: "number", cell: run => run.lenient ? percent(run.lenient.accuracy) : "" }] : []),
       { name: "Decode tok/s", class: "number", cell: run => rate(run.speed.decode_tokens_per_s) },
       { name: "Weights", class: "number", cell: run => bytes(run.memory.weights_bytes) },
     ], runs));

@@ -30,7 +30,7 @@ function rowTable(data) {
     if (haystack[i] === undefined) {
       const note = get.note(i);
       haystack[i] = [get.id(i), get.group(i), q.prompt[s.question[i]], s.analysis[i], s.final[i], s.answer[i],
-        get.gold(i), get.rule(i), note.raw, (note.issues || []).join(" "), note.error && note.error.message]
+        get.gold(i), get.rule(i), note.lenient && note.lenient.answer, note.raw, (note.issues || []).join(" "), note.error && note.error.message]
         .filter(has).join("\n").toLowerCase();
     }
     return haystack[i].includes(needle);
@@ -41,15 +41,18 @@ function rowTable(data) {
 function rowDetail(get, i) {
   const s = get.samples, note = get.note(i), prompt = get.prompt(i), answer = get.answer(i);
   const marks = has(s.final[i]) ? marked(s.final[i], s.span[i]) : null;
-  const rule = get.rule(i);
+  const rule = get.rule(i), lenient = note.lenient;
   const asked = prompt === null ? null : lastUserTurn(prompt);
   return el("div.row-detail", null,
     note.error ? el("div.alert", { role: "note" }, el("b", null, note.error.message), ` (${note.error.file}, line ${note.error.line}${note.error.field ? `, field ${note.error.field}` : ""}) `, note.error.hint) : null,
     asked === null ? null : passage("Question", asked),
-    s.analysis[i] ? passage("Analysis", spelled(s.analysis[i])) : null,
+    s.analysis[i] ? passage(lenient && lenient.span ? "Analysis, the part that was read leniently marked" : "Analysis",
+      lenient && lenient.span ? marked(s.analysis[i], lenient.span).map(part => typeof part === "string" ? spelled(part) : part) : spelled(s.analysis[i])) : null,
     marks ? passage(has(s.span[i]) ? "Final answer, the part that was read marked" : "Final answer", marks, ".final") : null,
     facts([
       ["Answer", has(answer) ? answer : "none"], ["Expected", get.gold(i)],
+      ["Lenient answer", lenient ? [lenient.answer, " ", verdict(lenient.correct)] : null],
+      ["Read from", lenient ? `${lenient.channel || "a message without a channel"}${lenient.rule ? `, by the rule ${words(lenient.rule)}` : ""}` : null],
       ["Rule", rule ? words(rule) + (note.rules_disagree ? " (other rules disagree)" : "") : null],
       ["Tokens", `${count(s.prompt_tokens[i])} prompt, ${count(s.analysis_tokens[i])} analysis, ${count(s.final_tokens[i])} final, ${count(s.output_tokens[i])} generated`],
       ["Time in its slot", has(s.seconds[i]) ? duration(s.seconds[i]) : null],
@@ -75,7 +78,7 @@ function rowsSection(get, cutBytes) {
     { name: "Group", id: "group", class: "wide", text: i => get.group(i) || "", cell: i => get.group(i) || "", skip: !get.hasGroups },
     { name: "Status", id: "status", text: i => STATUSES.indexOf(get.status(i)), cell: i => statusChip(get.status(i)) },
     { name: "Verdict", id: "verdict", text: i => has(get.correct(i)) ? get.correct(i) : 2, cell: i => verdict(get.correct(i)) },
-    { name: "Answer", id: "answer", class: "clip", text: i => get.answer(i) || "", cell: i => has(get.answer(i)) ? get.answer(i) : el("span.of", null, "none") },
+    { name: "Answer", id: "answer", class: "clip", text: i => get.answer(i) || "", cell: i => has(get.answer(i)) ? get.answer(i) : el("span.of", null, get.note(i).lenient ? `none; lenient ${get.note(i).lenient.answer}` : "none") },
     { name: "Expected", id: "gold", class: "clip wide", text: i => get.gold(i) || "", cell: i => get.gold(i) || "", skip: !get.hasGold },
     { name: "Tokens", id: "tokens", class: "number wide", text: i => get.output_tokens(i), cell: i => count(get.output_tokens(i)) },
     { name: "Seconds", id: "seconds", class: "number wide", text: i => get.seconds(i) || 0, cell: i => has(get.seconds(i)) ? get.seconds(i).toFixed(2) : "" },
@@ -110,6 +113,7 @@ function rowsSection(get, cutBytes) {
       case "correct": if (get.correct(i) !== 1) return false; break;
       case "wrong": if (get.correct(i) !== 0) return false; break;
       case "none": if (has(get.correct(i))) return false; break;
+      case "lenient": if (!get.note(i).lenient) return false; break;
       case "disagree": if (!get.note(i).rules_disagree) return false; break;
       case "format": if (!(get.note(i).issues || []).length) return false; break;
     }
@@ -140,6 +144,7 @@ function rowsSection(get, cutBytes) {
   const notes = Object.values(get.samples.notes);
   const status = choice("f-status", "Status", [["", "any"], ...STATUSES.filter(name => tally.has(name)).map(name => [name, `${words(name)} (${count(tally.get(name))})`])], value => { filter.status = value; apply(); });
   const verdicts = choice("f-verdict", "Show", [["", "all"], ["correct", "correct"], ["wrong", "wrong"], ["none", "without gold"],
+    ...(notes.some(note => note.lenient) ? [["lenient", "lenient answers alone"]] : []),
     ...(notes.some(note => note.rules_disagree) ? [["disagree", "rules disagree"]] : []),
     ...(notes.some(note => note.issues) ? [["format", "format issues"]] : [])], value => { filter.verdict = value; apply(); });
   const group = choice("f-group", "Group", [["", "any"], ...groups.map(name => [`=${name}`, name || "(none)"])], value => { filter.group = value; apply(); });

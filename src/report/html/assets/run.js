@@ -8,6 +8,7 @@ const OUTCOMES = { complete: "complete", stopped: "stopped, not complete", time_
 
 function head() {
   const tally = summary.tally, memory = summary.memory || {}, load = summary.device_load || {};
+  const lenient = tally && tally.lenient;
   const measured = memory.on_device ? memory.peak_device_bytes : memory.growth_bytes;
   return el("header.top", null,
     el("p.kind", null, "podium run"),
@@ -19,6 +20,7 @@ function head() {
     el("dl.figures", null,
       tally && has(tally.accuracy.accuracy) ? figure("Accuracy", percent(tally.accuracy.accuracy),
         `${(tally.accuracy.low * 100).toFixed(1)} – ${(tally.accuracy.high * 100).toFixed(1)} % · ${count(tally.accuracy.n_correct)} of ${count(tally.accuracy.n)}`, ".main") : null,
+      lenient ? figure("Lenient accuracy", percent(lenient.accuracy), `${count(lenient.n_gained)} of ${count(lenient.n_unanswered)} unanswered right`) : null,
       tally ? figure("Answered", percent(share(tally.statuses.answered || 0, tally.n_samples)), `${count(tally.statuses.answered || 0)} of ${plural(tally.n_samples, "sample")}`) : null,
       has(summary.decode_tokens_per_s) ? figure("Decode", rate(summary.decode_tokens_per_s), `tokens/s · ${count(summary.totals.live_row_steps)} tokens`) : null,
       has(summary.prefill_tokens_per_s) ? figure("Prefill", rate(summary.prefill_tokens_per_s), `tokens/s · ${count(summary.totals.prefill_tokens)} + ${count(summary.totals.reused_prefix_tokens)} reused`) : null,
@@ -38,8 +40,12 @@ function accuracySection(pick) {
     note: ` ${count(accuracy.n_correct)}/${count(accuracy.n)}`, ...extra });
   const marks = [["most frequent answer", tally.majority_baseline], ["by chance", tally.random_baseline]]
     .filter(([, value]) => has(value)).map(([name, value]) => ({ name, share: value }));
-  return section("accuracy", "Accuracy", "Right answers over all questions that have an expected one and were run, with 95 % Wilson intervals.",
-    el("div.card", null, intervals([row("all", tally.accuracy, { head: true }),
+  const all = tally.lenient
+    ? [row("all, strict", tally.accuracy, { head: true }), row("all, lenient", tally.lenient, { head: true })]
+    : [row("all", tally.accuracy, { head: true })];
+  return section("accuracy", "Accuracy", `Right answers over all questions that have an expected one and were run, with 95 % Wilson intervals.${tally.lenient
+    ? " The lenient figure also counts an answer that a reply states outside a finished final message; groups are strict." : ""}`,
+    el("div.card", null, intervals([...all,
       ...tally.by_group.map(group => row(group.group, group, { group: group.group === "(none)" ? "" : group.group }))], marks, pick)));
 }
 
