@@ -92,7 +92,7 @@ pub struct InspectArgs {
     podium plan --shape gpt-oss-120b --card 80GiB --precision 4bit\n\n\
     A card is planned for as it is when idle: its memory less what the CUDA context takes.")]
 pub struct PlanArgs {
-    /// Checkpoint folder, `nano`, `synthetic:SHAPE[:SEED]` or a hub id (no weights are downloaded)
+    /// Checkpoint folder, `nano`, `synthetic:SHAPE[:layers=N][:SEED]` or a hub id (no weights are downloaded)
     /// [default: nano]
     #[arg(conflicts_with = "shape")]
     pub model: Option<String>,
@@ -144,7 +144,7 @@ pub struct NumericsArgs {
 #[derive(Clone, Debug, Default, PartialEq, clap::Args, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Options {
-    /// Checkpoint folder, `nano`, `synthetic:SHAPE[:SEED]` (random weights of gpt-oss-20b, gpt-oss-120b
+    /// Checkpoint folder, `nano`, `synthetic:SHAPE[:layers=N][:SEED]` (random weights of gpt-oss-20b, gpt-oss-120b
     /// or a config.json), or a hub id such as openai/gpt-oss-20b or OWNER/NAME@REVISION, out
     /// of the hub cache or downloaded into it [default: nano]
     #[arg(long, value_name = "MODEL", help_heading = "Model")]

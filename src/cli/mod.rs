@@ -170,7 +170,7 @@ pub struct MergeArgs {
     podium quantize nano ./nano-bf16 --precision 16bit"
 )]
 pub struct QuantizeArgs {
-    /// Checkpoint folder, `nano`, `synthetic:SHAPE[:SEED]` or a hub id
+    /// Checkpoint folder, `nano`, `synthetic:SHAPE[:layers=N][:SEED]` or a hub id
     #[arg(value_name = "IN")]
     pub input: String,
     /// Folder to write; it must not exist yet or be empty
@@ -228,7 +228,7 @@ pub struct SynthArgs {
     Example:\n  podium logits ./gpt-oss-20b input.jsonl --exact > logits.jsonl"
 )]
 pub struct LogitsArgs {
-    /// Checkpoint folder, `nano`, `synthetic:SHAPE[:SEED]` or a hub id
+    /// Checkpoint folder, `nano`, `synthetic:SHAPE[:layers=N][:SEED]` or a hub id
     pub model: String,
     /// JSONL file of token sequences, or `-` for standard input
     pub input: PathBuf,
@@ -245,7 +245,7 @@ pub struct LogitsArgs {
 /// Arguments of `podium selfcheck`.
 #[derive(Debug, clap::Args)]
 pub struct SelfcheckArgs {
-    /// Checkpoint folder, `nano`, `synthetic:SHAPE[:SEED]` or a hub id
+    /// Checkpoint folder, `nano`, `synthetic:SHAPE[:layers=N][:SEED]` or a hub id
     #[arg(long, default_value = crate::job::nano::NANO)]
     pub model: String,
     /// Rows to run
@@ -260,28 +260,37 @@ pub struct SelfcheckArgs {
 #[command(
     after_help = "Workloads (rows x shared+prompt/output tokens): single 1 x 128/256, b64 64 x 512/512, b256\n\
     256 x 512/512, prefill 64 x 2048/1, prefix 512 x 1024+64/128, prefix-long 256 x 8192+64/128,\n\
-    smoke 4 x 64/16; mixed 1024 x 100..1000/about 512, up to 4096, 256 at once. No token ends a row.\n\n\
-    Example:\n  podium bench --model synthetic:gpt-oss-20b --workload b64,b256 --json"
+    smoke 4 x 64/16; mixed 1024 x 100..1000/about 512, up to 4096, 256 at once. For a CPU:\n\
+    prefill-512 1 x 513/1, decode-1 1 x 16/32, decode-8 8 x 16/32, decode-32 32 x 16/16,\n\
+    decode-64 64 x 16/16. No token ends a row.\n\n\
+    Examples:\n  podium bench --workload b64,b256 --json\n  \
+    podium bench --device cpu --model synthetic:gpt-oss-20b:layers=6 --workload decode-8"
 )]
 pub struct BenchArgs {
-    /// `synthetic:SHAPE[:SEED]` with gpt-oss-20b, gpt-oss-120b or a config.json
+    /// `synthetic:SHAPE[:layers=N][:SEED]` with gpt-oss-20b, gpt-oss-120b or a config.json
     #[arg(long, default_value = "synthetic:gpt-oss-20b")]
     pub model: String,
-    /// cuda or cuda:N
-    #[arg(long, value_name = "DEVICE", default_value = "cuda")]
+    /// cpu, cuda, cuda:N, or auto: a GPU that podium can use, else the CPU
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: values::Device,
-    /// Workloads, with commas between
-    #[arg(long, value_name = "NAME", default_value = "b64")]
-    pub workload: String,
+    /// Workloads, with commas between [default: b64; on the CPU its five]
+    #[arg(long, value_name = "NAME")]
+    pub workload: Option<String>,
     /// Precision of the weights [default: 4bit]
     #[arg(long, value_name = "PRECISION")]
     pub precision: Option<String>,
     /// Runs that are measured, after one that warms up
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = values::positive)]
     pub repeats: usize,
-    /// Rows of one prefill pass
-    #[arg(long, value_name = "N", default_value_t = 16384, value_parser = values::positive)]
-    pub prefill_rows: usize,
+    /// Rows of one prefill pass [default: 16384; on the CPU 512]
+    #[arg(long, value_name = "N", value_parser = values::positive)]
+    pub prefill_rows: Option<usize>,
+    /// CPU threads [default: all the process may use]
+    #[arg(long, value_name = "N", value_parser = values::positive)]
+    pub threads: Option<usize>,
+    /// f32 activations and KV cache; the CPU alone
+    #[arg(long)]
+    pub exact: bool,
     /// Decode steps enqueued at a time
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = values::positive)]
     pub steps_per_call: usize,

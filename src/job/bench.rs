@@ -1,11 +1,13 @@
 //! `podium bench`: how fast the engine is on a fixed workload, beside what the memory could give.
 //!
 //! Random prompts that differ in every repeat, lengths that are given, no token ends a row. One
-//! warm-up, then repeats, of which medians and spread are told. The copy bandwidth is measured in
-//! the same process. Routing is looked at in the warm-up: where experts are hit less than chance
-//! says, the run fails. What a step asks of the device besides its kernels is counted.
+//! warm-up, then repeats, of which medians and spread are told. What the machine could give is
+//! measured in the same process. Routing is looked at in the warm-up: where experts are hit less
+//! than chance says, the run fails. What a step asks of a GPU besides its kernels is counted.
 
 mod cost;
+mod cpu;
+mod gpu;
 mod kernels;
 mod measured;
 mod report;
@@ -16,19 +18,19 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use super::JobError;
+use super::device::{self, Engine};
 use super::synthetic::{self, Synthetic};
 use crate::cli::{BenchArgs, print};
+use crate::engine::checkpoint::ClassBytes;
 use crate::engine::cuda::counts::Counts;
-use crate::engine::cuda::device::{self, Device};
-use crate::engine::cuda::{CudaBackend, CudaOptions, Loaded};
 use crate::engine::generate::{
     GenerateOptions, Generation, JobError as GenerateJobError, Observer, StepKind, StepReport,
     generate,
 };
-use crate::engine::{Backend, EngineError, SamplingParams};
+use crate::engine::{BackendMemory, SamplingParams};
 use cost::Cost;
 use measured::{Measured, Probed, Sums};
-use report::{Report, Spread};
+use report::{Limits, Report, Spread};
 use workload::{WORKLOADS, Workload, YARDSTICK};
 
 /// Share of the experts that chance would hit, below which routing is degenerate.
@@ -130,42 +132,40 @@ impl Measurement {
 /// Runs the command.
 ///
 /// # Errors
-/// No GPU, no such model or workload, too little memory, or routing that is degenerate.
+/// No such device, model or workload, too little memory, or routing that is degenerate.
 pub fn bench(args: &BenchArgs) -> Result<u8, JobError> {
     let model = Synthetic::named(&args.model)?;
-    model.check_in_place()?;
-    let Synthetic { config, seed, .. } = model;
-    let mut workloads = Vec::new();
-    for name in args.workload.split(',') {
-        workloads.push(Workload::named(name).ok_or_else(|| JobError::Option {
+    let format = synthetic::format(args.precision.as_deref())?;
+    match device::choose(args.device, args.exact, &model.config, format)? {
+        Engine::Cpu => cpu::bench(args, &model),
+        Engine::Cuda(index) => gpu::bench(args, &model, index),
+    }
+}
+
+/// The workloads that are asked for.
+fn workloads(args: &BenchArgs, default: &str) -> Result<Vec<Workload>, JobError> {
+    let names = args.workload.as_deref().unwrap_or(default).split(',');
+    let named = |name: &str| {
+        Workload::named(name).ok_or_else(|| JobError::Option {
             message: format!(
                 "no workload `{name}`, expected {}",
                 WORKLOADS.map(|workload| workload.name).join(", ")
             ),
-        })?);
-    }
-    let index = super::device::cuda_index(args.device)?;
-    let device = Device::open(index).map_err(EngineError::from)?;
-    let bandwidth = device::copy_bandwidth(&device).map_err(EngineError::from)?;
-    let begun = Instant::now();
-    let format = synthetic::format(args.precision.as_deref())?;
-    let loaded = Arc::new(Loaded::synthetic(&config, format, seed, index)?);
-    let load_seconds = begun.elapsed().as_secs_f64();
-    print::tell(&format!(
-        "{} on {}: loaded in {load_seconds:.1} s, {} kernel files compiled, copy {:.0} GB/s",
-        args.model,
-        device.name,
-        loaded.kernels.n_compiled,
-        bandwidth / 1e9
-    ));
-    if !args.variants.is_empty() {
-        super::variants::time_variants(&loaded, &args.variants)?;
-        return Ok(0);
-    }
+        })
+    };
+    names.map(named).collect()
+}
+
+/// Runs workload after workload and prints what they come to.
+fn run_all(
+    args: &BenchArgs,
+    workloads: &[Workload],
+    mut run: impl FnMut(&Workload) -> Result<Report, JobError>,
+) -> Result<u8, JobError> {
     let mut degenerate = None;
     let mut reports: Vec<Report> = Vec::new();
-    for workload in &workloads {
-        let mut report = run(args, &loaded, workload, bandwidth)?;
+    for workload in workloads {
+        let mut report = run(workload)?;
         let yardstick = reports.iter().find(|report| report.workload == YARDSTICK);
         report.set_beside(yardstick);
         if args.json {
@@ -181,8 +181,6 @@ pub fn bench(args: &BenchArgs) -> Result<u8, JobError> {
     if !args.json {
         print::result(&report::table(&reports));
     }
-    let total = loaded.model.loaded_bytes().total();
-    print::tell(&format!("weights on the device: {total} bytes"));
     match degenerate {
         None => Ok(0),
         Some(name) => Err(JobError::Option {
@@ -191,23 +189,24 @@ pub fn bench(args: &BenchArgs) -> Result<u8, JobError> {
     }
 }
 
-fn run(
+/// Where the workloads run.
+struct Machine {
+    device: String,
+    numerics: String,
+    limits: Limits,
+    cost: Cost,
+    weights: ClassBytes,
+}
+
+/// What a workload came to on a machine; what is particular to a GPU is left out.
+fn report(
     args: &BenchArgs,
-    loaded: &Arc<Loaded>,
+    machine: &Machine,
     workload: &Workload,
-    bandwidth: f64,
-) -> Result<Report, JobError> {
-    let shape = workload.shape(args.prefill_rows);
-    let mut backend = CudaBackend::new(Arc::clone(loaded), shape, CudaOptions::default())?;
-    let cost = Cost::new(&loaded.model.config);
-    let settings = Settings {
-        temperature: args.temperature,
-        steps_per_call: args.steps_per_call,
-        repeats: args.repeats,
-        hide_lengths: args.hide_lengths,
-    };
-    let measured = measure(&mut backend, workload, &settings, &cost)?;
-    let weights = loaded.model.loaded_bytes();
+    measured: Measurement,
+    memory: BackendMemory,
+) -> Report {
+    let (cost, weights) = (&machine.cost, &machine.weights);
     let is_uneven = measured.experts_hit / measured.experts_by_chance;
     let experts = cost.share_of_experts(measured.step_experts_by_chance * is_uneven);
     // Of the embedding a step reads its rows' vectors alone.
@@ -215,19 +214,13 @@ fn run(
         + weights.experts as f64 * experts;
     let step_bytes = step_weight_bytes + measured.step_kv_bytes;
     let step_ms = Spread::of(measured.step_ms);
-    let share = step_ms.map(|step| step_bytes / (step.median / 1000.0) / bandwidth);
-    let kernels = if args.kernels {
-        Some(kernels::times(&mut backend, workload)?)
-    } else {
-        None
-    };
-    let n_steps = measured.n_steps.max(1) as f64;
-    let a_step = |n: u64| n as f64 / n_steps;
-    Ok(Report {
-        schema: "podium.bench/1",
+    let share =
+        step_ms.map(|step| step_bytes / (step.median / 1000.0) / machine.limits.bytes_per_s);
+    Report {
+        schema: "podium.bench/2",
         model: args.model.clone(),
-        device: loaded.device.name.clone(),
-        numerics: backend.info().numerics_id.clone(),
+        device: machine.device.clone(),
+        numerics: machine.numerics.clone(),
         workload: workload.name,
         rows: workload.n_rows,
         slots: workload.n_slots,
@@ -245,21 +238,25 @@ fn run(
         decode_step_ms: step_ms,
         step_weight_bytes,
         step_kv_bytes: measured.step_kv_bytes,
-        share_of_copy_bandwidth: share,
-        copy_bytes_per_s: bandwidth,
+        share_of_bandwidth: share,
+        limits: machine.limits,
         prefill_flops_per_s: Spread::of(measured.prefill_flops_per_s),
         decode_flops_per_s: Spread::of(measured.decode_flops_per_s),
-        nominal_flops_per_s: loaded.device.nominal_matrix_flops(),
         experts_hit: measured.experts_hit,
         experts_by_chance: measured.experts_by_chance,
-        step_allocations: a_step(measured.asked.allocations),
-        step_waits: a_step(measured.asked.waits),
-        step_bytes_to_host: a_step(measured.asked.bytes_to_host),
-        step_bytes_to_device: a_step(measured.asked.bytes_to_device),
-        step_launches: a_step(measured.asked.launches + measured.asked.graph_launches),
-        memory: backend.memory(),
-        kernels,
-    })
+        step_asked: None,
+        memory,
+        kernels: None,
+    }
+}
+
+fn settings(args: &BenchArgs) -> Settings {
+    Settings {
+        temperature: args.temperature,
+        steps_per_call: args.steps_per_call,
+        repeats: args.repeats,
+        hide_lengths: args.hide_lengths,
+    }
 }
 
 /// Warm-up and repeats.
@@ -320,6 +317,7 @@ fn measure<B: Probed>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::EngineError;
     use crate::engine::scripted::ScriptedBackend;
     use crate::engine::shapes;
 

@@ -1,6 +1,6 @@
-//! `--model synthetic:SHAPE[:SEED]`: random weights of a published shape, or of a
-//! `config.json`'s. Few are made in memory, those that `podium synth` would write; many are made
-//! on the device.
+//! `--model synthetic:SHAPE[:layers=N][:SEED]`: random weights of a published shape, or of a
+//! `config.json`'s, or of its first layers. The CPU has those that `podium synth` would write, and so
+//! has a GPU where they are few; many are made on the GPU, and are others.
 
 use std::path::Path;
 
@@ -26,28 +26,40 @@ pub struct Synthetic {
 }
 
 impl Synthetic {
-    /// Shape and seed of a word such as `synthetic:gpt-oss-20b:7`.
+    /// Shape, layers and seed of a word such as `synthetic:gpt-oss-20b:layers=6:7`.
     ///
     /// # Errors
-    /// A word that names no shape, or a seed that is no number.
+    /// A word that names no shape, more layers than it has, or a seed that is no number.
     pub fn named(word: &str) -> Result<Self, JobError> {
         let bad = || JobError::Option {
             message: format!(
-                "no synthetic model `{word}`, expected {PREFIX}SHAPE[:SEED] with a config.json or {}",
+                "no synthetic model `{word}`, expected {PREFIX}SHAPE[:layers=N][:SEED] with a \
+                 config.json or {}",
                 shapes::NAMES.join(", ")
             ),
         };
         let rest = word.strip_prefix(PREFIX).ok_or_else(bad)?;
-        let (shape, seed) = match rest.split_once(':') {
-            Some((shape, seed)) => (shape, Some(seed)),
-            None => (rest, None),
-        };
+        let (shape, options) = rest.split_once(':').unwrap_or((rest, ""));
+        let mut config = find_shape(shape)?.ok_or_else(bad)?;
+        let mut seed = 0;
+        for option in options.split(':').filter(|option| !option.is_empty()) {
+            match option.strip_prefix("layers=") {
+                None => seed = option.parse().map_err(|_| bad())?,
+                Some(n) => {
+                    let n: usize = n.parse().map_err(|_| bad())?;
+                    if !(1..=config.n_layers()).contains(&n) {
+                        return Err(bad());
+                    }
+                    config.layers.truncate(n);
+                }
+            }
+        }
         let last = Path::new(shape).file_name().unwrap_or_default();
-        let of_seed = seed.map_or(String::new(), |seed| format!(":{seed}"));
+        let with_options = rest.strip_prefix(shape).unwrap_or_default();
         Ok(Self {
-            name: format!("{PREFIX}{}{of_seed}", last.to_string_lossy()),
-            config: find_shape(shape)?.ok_or_else(bad)?,
-            seed: seed.map_or(Ok(0), |seed| seed.parse().map_err(|_| bad()))?,
+            name: format!("{PREFIX}{}{with_options}", last.to_string_lossy()),
+            config,
+            seed,
         })
     }
 
@@ -164,7 +176,16 @@ mod tests {
         assert_eq!((found.config.n_layers(), found.seed), (24, 7));
         assert_eq!(found.name, "synthetic:gpt-oss-20b:7");
         assert_eq!(named("synthetic:gpt-oss-120b").map(|m| m.seed), Some(0));
-        for word in ["gpt-oss-20b", "synthetic:gpt-5", "synthetic:gpt-oss-20b:x"] {
+        let found = named("synthetic:gpt-oss-20b:layers=6:7").expect("six layers");
+        assert_eq!((found.config.n_layers(), found.seed), (6, 7));
+        assert_eq!(found.name, "synthetic:gpt-oss-20b:layers=6:7");
+        for word in [
+            "gpt-oss-20b",
+            "synthetic:gpt-5",
+            "synthetic:gpt-oss-20b:x",
+            "synthetic:gpt-oss-20b:layers=0",
+            "synthetic:gpt-oss-20b:layers=25",
+        ] {
             assert!(named(word).is_none(), "{word}");
         }
     }

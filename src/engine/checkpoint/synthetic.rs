@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::write::{
     Content, FILL_BYTES, Fill, TensorInfo, Unit, Written, hugging_face_config, write_units,
 };
-use super::{Bytes, Checkpoint, CheckpointError, MatrixFormat, Shard};
+use super::{Bytes, Checkpoint, CheckpointError, MatrixFormat, Shard, read_header};
 use crate::engine::config::ModelConfig;
 use crate::quant::{bf16, mxfp4};
 
@@ -72,27 +72,11 @@ impl Checkpoint {
     pub fn synthetic(config: &ModelConfig, seed: u64) -> Result<Self, CheckpointError> {
         let path = PathBuf::from("synthetic");
         let mut units = units(config, seed);
-        units.sort_by_key(|unit| Reverse(unit.width()));
-        let mut header = serde_json::Map::new();
-        let mut end = 0;
-        for tensor in units.iter().flat_map(|unit| &unit.tensors) {
-            let begin = end;
-            end += tensor.n_bytes();
-            let dtype = serde_json::to_value(tensor.dtype).unwrap_or_default();
-            header.insert(
-                tensor.name.clone(),
-                json!({"dtype": dtype, "shape": tensor.shape, "data_offsets": [begin, end]}),
-            );
-        }
-        let header = Value::Object(header).to_string();
-        let n_head = 8 + header.len();
-        let is_filled = end <= MOST_IN_MEMORY;
-        let mut begin = (header.len() as u64).to_le_bytes().to_vec();
-        begin.extend_from_slice(header.as_bytes());
+        let (begin, n_bytes) = described(&mut units);
+        let n_head = begin.len();
+        let is_filled = n_bytes <= MOST_IN_MEMORY;
         let bytes = if is_filled {
-            begin.resize(n_head + end as usize, 0);
-            fill(&units, &mut begin[n_head..]);
-            Bytes::Owned(begin)
+            Bytes::Owned(filled(&units, begin, n_bytes))
         } else {
             // Addresses alone: no page of it is touched but the header's.
             let failed = |source| CheckpointError::Write {
@@ -100,7 +84,7 @@ impl Checkpoint {
                 source,
             };
             let mut map = MmapOptions::new()
-                .len(n_head + end as usize)
+                .len(n_head + n_bytes as usize)
                 .no_reserve_swap()
                 .map_anon()
                 .map_err(failed)?;
@@ -115,6 +99,79 @@ impl Checkpoint {
         checkpoint.in_place = (!is_filled).then_some(seed);
         Ok(checkpoint)
     }
+
+    /// The checkpoint with values in the tensors whose names begin with `prefix`: itself where it
+    /// has them all, else another with those tensors alone, as [`write_tensors`] would write them.
+    ///
+    /// # Errors
+    /// A name of no tensor.
+    pub fn filled(&self, prefix: &str) -> Result<Filled<'_>, CheckpointError> {
+        let Some(seed) = self.in_place else {
+            return Ok(Filled::Itself(self));
+        };
+        let mut units = units(&self.config, seed);
+        units.retain(|unit| unit.tensors.iter().all(|t| t.name.starts_with(prefix)));
+        let (begin, n_bytes) = described(&mut units);
+        let shard = Shard {
+            path: self.path.clone(),
+            bytes: Bytes::Owned(filled(&units, begin, n_bytes)),
+        };
+        Ok(Filled::Part(Box::new(Self {
+            config: self.config.clone(),
+            path: self.path.clone(),
+            tensors: read_header(0, &shard)?.into_iter().collect(),
+            shards: vec![shard],
+            layout: self.layout,
+            expert_format: self.expert_format,
+            vector_format: self.vector_format,
+            in_place: None,
+        })))
+    }
+}
+
+/// A checkpoint whose wanted tensors have values.
+pub enum Filled<'a> {
+    Itself(&'a Checkpoint),
+    Part(Box<Checkpoint>),
+}
+
+impl std::ops::Deref for Filled<'_> {
+    type Target = Checkpoint;
+
+    fn deref(&self) -> &Checkpoint {
+        match self {
+            Self::Itself(checkpoint) => checkpoint,
+            Self::Part(part) => part,
+        }
+    }
+}
+
+/// Puts the tensors into a file's order; the file's beginning, and the bytes behind it.
+fn described(units: &mut [Unit]) -> (Vec<u8>, u64) {
+    units.sort_by_key(|unit| Reverse(unit.width()));
+    let mut header = serde_json::Map::new();
+    let mut end = 0;
+    for tensor in units.iter().flat_map(|unit| &unit.tensors) {
+        let begin = end;
+        end += tensor.n_bytes();
+        let dtype = serde_json::to_value(tensor.dtype).unwrap_or_default();
+        header.insert(
+            tensor.name.clone(),
+            json!({"dtype": dtype, "shape": tensor.shape, "data_offsets": [begin, end]}),
+        );
+    }
+    let header = Value::Object(header).to_string();
+    let mut begin = (header.len() as u64).to_le_bytes().to_vec();
+    begin.extend_from_slice(header.as_bytes());
+    (begin, end)
+}
+
+/// A file with its tensors' values, of which there are `n_bytes`.
+fn filled(units: &[Unit], begin: Vec<u8>, n_bytes: u64) -> Vec<u8> {
+    let (n_head, mut file) = (begin.len(), begin);
+    file.resize(n_head + n_bytes as usize, 0);
+    fill(units, &mut file[n_head..]);
+    file
 }
 
 /// Fills the tensors, which lie one behind the other.

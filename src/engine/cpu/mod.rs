@@ -253,6 +253,12 @@ impl CpuBackend {
         self.exec.calls.by_name()
     }
 
+    /// Experts of each row of the latest pass's last layer, `[n_rows, k]`.
+    pub fn routed(&self, n_rows: usize) -> Vec<u32> {
+        let routing = &self.work.routing;
+        routing.experts[..n_rows * routing.n_experts_per_token].to_vec()
+    }
+
     fn check_tokens(&self, tokens: &[TokenId]) -> Result<(), EngineError> {
         let n_vocab = self.info.n_vocab;
         match tokens.iter().find(|&&token| token as usize >= n_vocab) {
@@ -316,7 +322,10 @@ impl CpuBackend {
 }
 
 /// The pool that does a backend's work.
-fn thread_pool(n_threads: usize) -> Result<ThreadPool, EngineError> {
+///
+/// # Errors
+/// The system starts no threads.
+pub fn thread_pool(n_threads: usize) -> Result<ThreadPool, EngineError> {
     ThreadPoolBuilder::new()
         .num_threads(n_threads)
         .thread_name(|i| format!("podium-{i}"))

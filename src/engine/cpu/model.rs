@@ -50,22 +50,18 @@ pub struct CpuModel {
 }
 
 impl CpuModel {
-    /// Packs a checkpoint's weights, tensor by tensor; the file's pages are dropped behind.
-    /// Runs on the current rayon pool.
+    /// Packs a checkpoint's weights, tensor by tensor; the file's pages are dropped behind. Random
+    /// weights are made layer by layer. Runs on the current rayon pool.
     ///
     /// # Errors
     /// A scale byte or a value that cannot be held, out of memory, or counts that differ from
     /// the plan.
     pub fn load(checkpoint: &Checkpoint, precision: Precision) -> Result<Self, EngineError> {
-        checkpoint.check_filled()?;
         let config = checkpoint.config().clone();
         let format = checkpoint.weight_format(precision);
-        let vector = |tensor: &Tensor| pack::vector(checkpoint, format.vectors, tensor);
-        let projection = |class: MatrixFormat, parts: &Parts| {
-            pack::projection(checkpoint, class, format.vectors, parts)
-        };
         let mut deviation = ByClass::<Deviation>::default();
-        let embedding = pack::embedding(checkpoint)?;
+        let part = checkpoint.filled("model.embed_tokens.")?;
+        let embedding = pack::embedding(&part)?;
         let mut loaded = ClassBytes {
             embedding: embedding.n_bytes(),
             ..ClassBytes::default()
@@ -73,14 +69,19 @@ impl CpuModel {
         let (mut n_sliding, mut n_full) = (0, 0);
         let mut layers = Vec::with_capacity(config.n_layers());
         for (i, &kind) in config.layers.iter().enumerate() {
-            let tensors = checkpoint.layer(i)?;
+            let part = checkpoint.filled(&format!("model.layers.{i}."))?;
+            let vector = |tensor: &Tensor| pack::vector(&part, format.vectors, tensor);
+            let projection = |class: MatrixFormat, parts: &Parts| {
+                pack::projection(&part, class, format.vectors, parts)
+            };
+            let tensors = part.layer(i)?;
             let counter = match kind {
                 LayerKind::Sliding => &mut n_sliding,
                 LayerKind::Full => &mut n_full,
             };
             let (qkv, of_qkv) = projection(format.attention, &tensors.qkv)?;
             let (out, of_out) = projection(format.attention, &tensors.out)?;
-            let (experts, of_experts) = pack::experts(checkpoint, format, &tensors)?;
+            let (experts, of_experts) = pack::experts(&part, format, &tensors)?;
             for of_part in [of_qkv, of_out] {
                 deviation.attention += of_part;
             }
@@ -103,8 +104,13 @@ impl CpuModel {
             loaded.experts += expert_bytes(&layer.experts);
             layers.push(layer);
         }
-        let final_norm = vector(&checkpoint.final_norm()?)?;
-        let (lm_head, of_lm_head) = pack::lm_head(checkpoint, format.lm_head)?;
+        let part = checkpoint.filled("model.norm.")?;
+        let final_norm = pack::vector(&part, format.vectors, &part.final_norm()?)?;
+        let part = checkpoint.filled(match config.tie_word_embeddings {
+            true => "model.embed_tokens.",
+            false => "lm_head.",
+        })?;
+        let (lm_head, of_lm_head) = pack::lm_head(&part, format.lm_head)?;
         deviation.lm_head = of_lm_head;
         loaded.norms += final_norm.n_bytes();
         loaded.lm_head = lm_head.n_bytes();

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::cost::Cost;
+use crate::engine::cpu::CpuBackend;
 use crate::engine::cuda::CudaBackend;
 use crate::engine::cuda::counts::Counts;
 use crate::engine::{
@@ -29,6 +30,16 @@ impl Probed for CudaBackend {
 
     fn routed(&self, n_rows: usize) -> Result<Vec<u32>, EngineError> {
         CudaBackend::routed(self, n_rows)
+    }
+}
+
+impl Probed for CpuBackend {
+    fn counts(&self) -> Counts {
+        Counts::default()
+    }
+
+    fn routed(&self, n_rows: usize) -> Result<Vec<u32>, EngineError> {
+        Ok(CpuBackend::routed(self, n_rows))
     }
 }
 

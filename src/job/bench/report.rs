@@ -24,6 +24,30 @@ impl Spread {
     }
 }
 
+/// What the machine could give.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Limits {
+    /// Measured in this process.
+    pub bytes_per_s: f64,
+    /// `copied` within the memory, read and written bytes counted, or `read`.
+    pub bytes_are: &'static str,
+    pub flops_per_s: Option<f64>,
+    /// `measured` in this process, or `nominal`: what the matrix units could do at their highest
+    /// clock.
+    pub flops_are: &'static str,
+}
+
+/// What a step asks of a GPU besides its kernels.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Asked {
+    /// By the host: a graph is one.
+    pub launches: f64,
+    pub allocations: f64,
+    pub waits: f64,
+    pub bytes_to_host: f64,
+    pub bytes_to_device: f64,
+}
+
 /// A workload's figures; those of a step are means over the decode steps of the last repeat.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Report {
@@ -51,20 +75,14 @@ pub struct Report {
     pub decode_step_ms: Option<Spread>,
     pub step_weight_bytes: f64,
     pub step_kv_bytes: f64,
-    pub share_of_copy_bandwidth: Option<f64>,
-    pub copy_bytes_per_s: f64,
+    pub share_of_bandwidth: Option<f64>,
+    pub limits: Limits,
     pub prefill_flops_per_s: Option<Spread>,
     pub decode_flops_per_s: Option<Spread>,
-    /// What the device's multiprocessors could do at their highest clock, not measured.
-    pub nominal_flops_per_s: Option<f64>,
     pub experts_hit: f64,
     pub experts_by_chance: f64,
-    pub step_allocations: f64,
-    pub step_waits: f64,
-    pub step_bytes_to_host: f64,
-    pub step_bytes_to_device: f64,
-    /// Launches by the host: a graph is one.
-    pub step_launches: f64,
+    /// Nothing on the CPU.
+    pub step_asked: Option<Asked>,
     pub memory: BackendMemory,
     pub kernels: Option<serde_json::Value>,
 }
@@ -78,11 +96,28 @@ fn figure(value: Option<f64>, scale: f64, digits: usize) -> String {
     value.map_or(String::new(), |value| format!("{:.digits$}", value * scale))
 }
 
+/// Tokens a second, those of a CPU with their fractions.
+fn rate(spread: Option<Spread>) -> String {
+    spread.map_or(String::new(), |spread| digits(spread, spread.median))
+}
+
+fn digits(of: Spread, value: f64) -> String {
+    let digits = match of.median {
+        ..10.0 => 2,
+        10.0..100.0 => 1,
+        _ => 0,
+    };
+    format!("{value:.digits$}")
+}
+
 fn with_spread(spread: Option<Spread>) -> String {
     spread.map_or("not measured".to_owned(), |spread| {
+        let in_digits = |value| digits(spread, value);
         format!(
-            "{:.0} ({:.0} to {:.0})",
-            spread.median, spread.least, spread.most
+            "{} ({} to {})",
+            in_digits(spread.median),
+            in_digits(spread.least),
+            in_digits(spread.most)
         )
     })
 }
@@ -99,8 +134,8 @@ impl Report {
     pub fn text(&self) -> String {
         let mut text = format!(
             "{}: {} x {}+{}/{}, {} slots\n  prefill {} tok/s, decode {} tok/s, whole {} output \
-             tok/s\n  step {} ms, {:.2} GB a step, {} % of the copy bandwidth; {:.1} of {:.1} \
-             experts hit\n",
+             tok/s\n  step {} ms, {:.2} GB a step, {} % of the {:.0} GB/s {}; {:.1} of {:.1} experts \
+             hit\n",
             self.workload,
             self.rows,
             self.shared_tokens,
@@ -112,23 +147,27 @@ impl Report {
             with_spread(self.output_tokens_per_s),
             figure(median(self.decode_step_ms), 1.0, 3),
             (self.step_weight_bytes + self.step_kv_bytes) / 1e9,
-            figure(self.share_of_copy_bandwidth, 100.0, 0),
+            figure(self.share_of_bandwidth, 100.0, 0),
+            self.limits.bytes_per_s / 1e9,
+            self.limits.bytes_are,
             self.experts_hit,
             self.experts_by_chance,
         );
-        let tflops = |spread| figure(median(spread), 1e-12, 0);
+        let tflops = |spread| figure(median(spread), 1e-12, 2);
+        let limit = self.limits.flops_per_s.map_or(String::new(), |limit| {
+            let share = |spread| figure(median(spread).map(|flops| flops / limit), 100.0, 0);
+            format!(
+                ": {} % and {} % of the {} {:.2}",
+                share(self.prefill_flops_per_s),
+                share(self.decode_flops_per_s),
+                self.limits.flops_are,
+                limit / 1e12
+            )
+        });
         text += &format!(
-            "  {} TFLOP/s in prefill, {} in decode{}\n",
+            "  {} TFLOP/s in prefill, {} in decode{limit}\n",
             tflops(self.prefill_flops_per_s),
             tflops(self.decode_flops_per_s),
-            self.nominal_flops_per_s.map_or(String::new(), |nominal| {
-                let share = median(self.prefill_flops_per_s).map(|flops| flops / nominal);
-                format!(
-                    "; prefill is {} % of the nominal {:.0}",
-                    figure(share, 100.0, 0),
-                    nominal / 1e12
-                )
-            }),
         );
         if let Some(live) = self.live_share {
             text += &format!(
@@ -145,15 +184,17 @@ impl Report {
                 }),
             );
         }
-        text += &format!(
-            "  a step: {:.2} launches, {:.2} allocations, {:.2} waits, {:.0} bytes to the host, \
-             {:.0} to the device\n",
-            self.step_launches,
-            self.step_allocations,
-            self.step_waits,
-            self.step_bytes_to_host,
-            self.step_bytes_to_device,
-        );
+        if let Some(asked) = self.step_asked {
+            text += &format!(
+                "  a step: {:.2} launches, {:.2} allocations, {:.2} waits, {:.0} bytes to the host, \
+                 {:.0} to the device\n",
+                asked.launches,
+                asked.allocations,
+                asked.waits,
+                asked.bytes_to_host,
+                asked.bytes_to_device,
+            );
+        }
         let phases = self.kernels.iter().flat_map(|kernels| kernels.as_object());
         for (phase, times) in phases.flatten() {
             text += &format!("  {phase}\n");
@@ -183,7 +224,7 @@ pub fn table(reports: &[Report]) -> String {
             "prefill",
             "step ms",
             "GB a step",
-            "of copy %",
+            "of memory %",
             "prefill TFLOP/s",
             "live %",
         ],
@@ -191,17 +232,17 @@ pub fn table(reports: &[Report]) -> String {
     for report in reports {
         table.push(vec![
             report.workload.to_owned(),
-            figure(median(report.output_tokens_per_s), 1.0, 0),
-            figure(median(report.decode_tokens_per_s), 1.0, 0),
-            figure(median(report.prefill_tokens_per_s), 1.0, 0),
+            rate(report.output_tokens_per_s),
+            rate(report.decode_tokens_per_s),
+            rate(report.prefill_tokens_per_s),
             figure(median(report.decode_step_ms), 1.0, 2),
             figure(
                 Some(report.step_weight_bytes + report.step_kv_bytes),
                 1e-9,
                 2,
             ),
-            figure(report.share_of_copy_bandwidth, 100.0, 0),
-            figure(median(report.prefill_flops_per_s), 1e-12, 0),
+            figure(report.share_of_bandwidth, 100.0, 0),
+            figure(median(report.prefill_flops_per_s), 1e-12, 2),
             figure(median(report.live_share), 100.0, 1),
         ]);
     }

@@ -99,7 +99,7 @@ const fn equal(
 }
 
 /// All workloads by name.
-pub const WORKLOADS: [Workload; 8] = [
+pub const WORKLOADS: [Workload; 13] = [
     equal("smoke", [4, 4], [0, 64, 16]),
     equal("single", [1, 1], [0, 128, 256]),
     equal("b64", [64, 64], [0, 512, 512]),
@@ -107,6 +107,11 @@ pub const WORKLOADS: [Workload; 8] = [
     equal("prefill", [64, 64], [0, 2048, 1]),
     equal("prefix", [512, 256], [1024, 64, 128]),
     equal("prefix-long", [256, 256], [8192, 64, 128]),
+    equal("prefill-512", [1, 1], [0, 513, 1]),
+    equal("decode-1", [1, 1], [0, 16, 32]),
+    equal("decode-8", [8, 8], [0, 16, 32]),
+    equal("decode-32", [32, 32], [0, 16, 16]),
+    equal("decode-64", [64, 64], [0, 16, 16]),
     Workload {
         name: "mixed",
         n_rows: 1024,

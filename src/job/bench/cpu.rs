@@ -1,0 +1,158 @@
+//! The workloads on the CPU, beside what memory and multipliers give in the same process.
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::time::Instant;
+
+use rayon::ThreadPool;
+use rayon::prelude::*;
+
+use super::cost::Cost;
+use super::report::{Limits, Report};
+use super::workload::Workload;
+use super::{Machine, measure, report, run_all, settings, workloads};
+use crate::cli::{BenchArgs, print};
+use crate::engine::cpu::buffer::Buffer;
+use crate::engine::cpu::lanes::{LANES, fma_chain};
+use crate::engine::cpu::model::CpuModel;
+use crate::engine::cpu::path::CpuPath;
+use crate::engine::cpu::{CpuBackend, CpuOptions, thread_pool};
+use crate::engine::{Backend, EngineError};
+use crate::job::synthetic::Synthetic;
+use crate::job::{JobError, precision};
+use crate::report::table::bytes;
+use crate::submission::environment::Environment;
+
+const WORKLOADS: &str = "prefill-512,decode-1,decode-8,decode-32,decode-64";
+const PREFILL_ROWS: usize = 512;
+
+/// Measured so often; the median is told.
+const REPEATS: usize = 5;
+
+/// Runs the command.
+///
+/// # Errors
+/// Options that are of a GPU, too little memory, or routing that is degenerate.
+pub fn bench(args: &BenchArgs, model: &Synthetic) -> Result<u8, JobError> {
+    if args.kernels || !args.variants.is_empty() {
+        return Err(JobError::Option {
+            message: "`--kernels` and `--variants` are of a GPU".to_owned(),
+        });
+    }
+    let workloads = workloads(args, WORKLOADS)?;
+    let path = CpuPath::choose().map_err(EngineError::from)?;
+    let options = CpuOptions {
+        n_threads: args.threads.unwrap_or_else(n_cores),
+        exact: args.exact,
+        trace_hash: false,
+        poison: false,
+    };
+    let pool = thread_pool(options.n_threads)?;
+    let limits = Limits {
+        bytes_per_s: read_bandwidth(&pool)?,
+        bytes_are: "read",
+        flops_per_s: Some(multiply_rate(&pool, path)),
+        flops_are: "measured",
+    };
+    let precision = precision(args.precision.as_deref())?;
+    let begun = Instant::now();
+    let checkpoint = model.checkpoint()?;
+    let loaded = CpuBackend::load(&checkpoint, precision, options.n_threads)?;
+    drop(checkpoint);
+    let device = Environment::read([]).cpu_model;
+    let device = device.unwrap_or_else(|| std::env::consts::ARCH.to_owned());
+    print::tell(&format!(
+        "{} on {device}, {} threads: {} made in {:.1} s; reads {:.1} GB/s, {} multiplies {:.0} \
+         GFLOP/s",
+        args.model,
+        options.n_threads,
+        bytes(loaded.loaded_bytes().total()),
+        begun.elapsed().as_secs_f64(),
+        limits.bytes_per_s / 1e9,
+        path.name(),
+        limits.flops_per_s.unwrap_or_default() / 1e9,
+    ));
+    let machine = Machine {
+        device,
+        numerics: CpuBackend::numerics_id(path, options.exact),
+        limits,
+        cost: Cost::new(&loaded.config),
+        weights: loaded.loaded_bytes(),
+    };
+    let loaded = Arc::new(loaded);
+    run_all(args, &workloads, |workload| {
+        run(args, &machine, path, &loaded, options, workload)
+    })
+}
+
+fn run(
+    args: &BenchArgs,
+    machine: &Machine,
+    path: CpuPath,
+    loaded: &Arc<CpuModel>,
+    options: CpuOptions,
+    workload: &Workload,
+) -> Result<Report, JobError> {
+    let shape = workload.shape(args.prefill_rows.unwrap_or(PREFILL_ROWS));
+    let mut backend = CpuBackend::with_model(path, Arc::clone(loaded), shape, options)?;
+    let measured = measure(&mut backend, workload, &settings(args), &machine.cost)?;
+    Ok(report(args, machine, workload, measured, backend.memory()))
+}
+
+fn n_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Bytes a second that all threads together read from memory, in huge pages where there are such.
+fn read_bandwidth(pool: &ThreadPool) -> Result<f64, EngineError> {
+    const WORDS: usize = 1 << 28;
+    let words: Buffer<u32> = Buffer::zeroed("memory to read", WORDS)?;
+    let a_thread = WORDS.div_ceil(pool.current_num_threads());
+    let rates = (0..REPEATS).map(|_| {
+        let begun = Instant::now();
+        let sum: u32 = pool.install(|| words.par_chunks(a_thread).map(sum_of).sum());
+        black_box(sum);
+        words.n_bytes() as f64 / begun.elapsed().as_secs_f64()
+    });
+    Ok(median(rates.collect()))
+}
+
+/// Several sums side by side, so that memory is waited for and not the additions.
+fn sum_of(words: &[u32]) -> u32 {
+    let mut sums = [0u32; 64];
+    for words in words.as_chunks::<64>().0 {
+        for (sum, word) in sums.iter_mut().zip(words) {
+            *sum = sum.wrapping_add(*word);
+        }
+    }
+    sums.iter().fold(0, |sum, &one| sum.wrapping_add(one))
+}
+
+/// Additions and multiplications a second of the path's products, from the first-level cache.
+fn multiply_rate(pool: &ThreadPool, path: CpuPath) -> f64 {
+    const N_K: usize = 64;
+    const N_ROWS: usize = 12;
+    const ROUNDS: usize = 20_000;
+    let weights = [0.5; N_K * LANES];
+    let rows = [0.25; N_ROWS * N_K];
+    let starts: [usize; N_ROWS] = std::array::from_fn(|row| row * N_K);
+    let flops = (2 * N_ROWS * LANES * N_K * ROUNDS * pool.current_num_threads()) as f64;
+    let rates = (0..REPEATS).map(|_| {
+        let begun = Instant::now();
+        pool.broadcast(|_| {
+            let mut sums = [[0.0; LANES]; N_ROWS];
+            for _ in 0..ROUNDS {
+                let weights = black_box(&weights);
+                fma_chain(path, &mut sums, weights, LANES, &rows, &starts, N_K);
+            }
+            black_box(sums);
+        });
+        flops / begun.elapsed().as_secs_f64()
+    });
+    median(rates.collect())
+}
