@@ -72,7 +72,7 @@ fn buffer<T: Plain>(n: usize) -> Buffer<T> {
 }
 
 fn exec(path: CpuPath, exact: bool, head_dim: usize) -> Exec {
-    Exec::new(path, exact, 2, head_dim).expect("memory")
+    Exec::new(path, exact, 2, head_dim, 1 << 22).expect("memory")
 }
 
 /// Absolute below 1, relative above; NaN and infinity fail.

@@ -3,13 +3,16 @@
 //! A task takes some tiles of 32 outputs. For each group of [`GROUP_ROWS`] rows it walks its
 //! tiles, unpacks [`CHUNK_K`] steps of a tile once, and continues the chains of all rows of the
 //! group over them. The split into tasks, groups and chunks never changes a chain.
+//!
+//! Where the CPU multiplies pairs of bf16, weights are unpacked to those and the rows, which are
+//! bf16 values already, are joined to pairs once for all tasks ([`Exec::with_inputs`]).
 
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
-use super::buffer::Buffer;
+use super::buffer::{Buffer, Disjoint};
 use super::calls::Calls;
-use super::lanes::{LANES, fma_chain};
-use super::path::CpuPath;
+use super::lanes::{LANES, fma_chain_in_pairs, for_each, pair_chain, to_pairs};
+use super::path::{CpuPath, Kind};
 use super::weights::{CHUNK_K, Tiles};
 use crate::engine::EngineError;
 use crate::engine::TILE_KEYS;
@@ -28,12 +31,24 @@ pub struct Exec {
     /// Products done, by operation and weight format.
     pub calls: Calls,
     scratch: Vec<Mutex<Scratch>>,
+    /// The rows of a product as pairs of bf16.
+    pairs: Mutex<Buffer<u32>>,
+}
+
+/// Rows of a product.
+#[derive(Clone, Copy)]
+pub enum Inputs<'a> {
+    Values(&'a [f32]),
+    /// Two bf16 a word, the first in the low half.
+    Pairs(&'a [u32]),
 }
 
 /// What one task works in.
 pub struct Scratch {
     /// Unpacked weights `[CHUNK_K][LANES]`.
     pub weights: Buffer<f32>,
+    /// The same as pairs `[CHUNK_K / 2][LANES]`.
+    pub pairs: Buffer<u32>,
     pub attention: AttentionScratch,
 }
 
@@ -64,6 +79,7 @@ impl Scratch {
         let padded = padded_head_dim(head_dim);
         Ok(Self {
             weights: Buffer::zeroed(what, CHUNK_K * LANES)?,
+            pairs: Buffer::zeroed(what, CHUNK_K / 2 * LANES)?,
             attention: AttentionScratch {
                 keys: Buffer::zeroed(what, head_dim * TILE_KEYS)?,
                 values: Buffer::zeroed(what, TILE_KEYS * padded)?,
@@ -78,6 +94,7 @@ impl Scratch {
     fn n_bytes(&self) -> u64 {
         let attention = &self.attention;
         self.weights.n_bytes()
+            + self.pairs.n_bytes()
             + attention.keys.n_bytes()
             + attention.values.n_bytes()
             + attention.scores.n_bytes()
@@ -90,6 +107,7 @@ impl Scratch {
     pub const fn planned_bytes(head_dim: usize) -> u64 {
         let padded = padded_head_dim(head_dim);
         let values = CHUNK_K * LANES
+            + CHUNK_K / 2 * LANES
             + head_dim * TILE_KEYS
             + TILE_KEYS * padded
             + 2 * MAX_QUERIES * LANES
@@ -99,8 +117,14 @@ impl Scratch {
     }
 }
 
+/// Whether products are of bf16 pairs.
+pub fn takes_pairs(path: CpuPath, exact: bool) -> bool {
+    path.kind() == Kind::Avx512Bf16 && !exact
+}
+
 impl Exec {
-    /// Scratch for `n_threads` threads and heads of `head_dim`.
+    /// Scratch for `n_threads` threads and heads of `head_dim`, and room for rows of `n_inputs`
+    /// values together.
     ///
     /// # Errors
     /// Out of memory.
@@ -109,6 +133,7 @@ impl Exec {
         exact: bool,
         n_threads: usize,
         head_dim: usize,
+        n_inputs: usize,
     ) -> Result<Self, EngineError> {
         let scratch = (0..n_threads.max(1))
             .map(|_| Scratch::zeroed(head_dim).map(Mutex::new))
@@ -118,18 +143,45 @@ impl Exec {
             exact,
             calls: Calls::default(),
             scratch,
+            pairs: Mutex::new(Buffer::zeroed("inputs", n_inputs.div_ceil(2))?),
         })
     }
 
-    /// Bytes held by all threads' scratch.
+    /// Bytes held by all threads' scratch and for inputs.
     pub fn n_bytes(&self) -> u64 {
         let of_thread = |scratch: &Mutex<Scratch>| {
             scratch
                 .lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .unwrap_or_else(PoisonError::into_inner)
                 .n_bytes()
         };
-        self.scratch.iter().map(of_thread).sum()
+        let inputs = self.pairs.lock().unwrap_or_else(PoisonError::into_inner);
+        self.scratch.iter().map(of_thread).sum::<u64>() + inputs.n_bytes()
+    }
+
+    /// Bytes of the room for inputs, as planned.
+    pub const fn planned_input_bytes(n_inputs: usize) -> u64 {
+        (n_inputs.div_ceil(2) * size_of::<u32>()) as u64
+    }
+
+    /// Runs a product on rows, in the form that the path multiplies.
+    pub fn with_inputs<R>(&self, x: &[f32], product: impl FnOnce(Inputs) -> R) -> R {
+        /// Values that are joined by one task.
+        const CHUNK: usize = 1 << 14;
+        if !takes_pairs(self.path, self.exact) {
+            return product(Inputs::Values(x));
+        }
+        let mut pairs = self.pairs.lock().unwrap_or_else(PoisonError::into_inner);
+        let pairs = &mut pairs[..x.len() / 2];
+        let parts = Disjoint::new(pairs);
+        for_each(x.len().div_ceil(CHUNK), 4, |part| {
+            let x = &x[part * CHUNK..x.len().min((part + 1) * CHUNK)];
+            // SAFETY: each part is written by one task.
+            #[allow(unsafe_code, reason = "parts are disjoint")]
+            let pairs = unsafe { parts.slice_mut(part * CHUNK / 2, x.len() / 2) };
+            to_pairs(self.path, x, pairs);
+        });
+        product(Inputs::Pairs(pairs))
     }
 
     /// Runs `task` with the calling thread's scratch. The task must not start parallel work.
@@ -138,18 +190,18 @@ impl Exec {
         // A panic elsewhere leaves only scratch behind, which each task overwrites.
         let mut scratch = self.scratch[thread]
             .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+            .unwrap_or_else(PoisonError::into_inner);
         task(&mut scratch)
     }
 }
 
 /// Multiplies tiles with rows and hands finished rows of 32 lanes to `finish(tile, first row,
-/// rows)`; the row at index `i` is `x[row_start(i)..][..n_k]`.
+/// rows)`; the row at index `i` is the `n_k` values of `x` from `row_start(i)` on.
 pub fn multiply<W: Tiles>(
     exec: &Exec,
     weights: &W,
     tiles: std::ops::Range<usize>,
-    x: &[f32],
+    x: Inputs,
     n_rows: usize,
     row_start: impl Fn(usize) -> usize,
     mut finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
@@ -161,16 +213,28 @@ pub fn multiply<W: Tiles>(
         for group in (0..n_rows).step_by(GROUP_ROWS) {
             let n = GROUP_ROWS.min(n_rows - group);
             for (i, start) in starts[..n].iter_mut().enumerate() {
-                *start = row_start(group + i);
+                *start = match x {
+                    Inputs::Values(_) => row_start(group + i),
+                    Inputs::Pairs(_) => row_start(group + i) / 2,
+                };
             }
             for tile in tiles.clone() {
                 let acc = &mut acc[..n];
                 acc.fill([0.0; LANES]);
                 for k in (0..n_k).step_by(CHUNK_K) {
                     let n_k = CHUNK_K.min(n_k - k);
-                    weights.unpack(exec.path, tile, k, n_k, &mut scratch.weights);
-                    let w = &scratch.weights[..n_k * LANES];
-                    fma_chain(exec.path, acc, w, LANES, &x[k..], &starts[..n], n_k);
+                    match x {
+                        Inputs::Values(x) => {
+                            weights.unpack(exec.path, tile, k, n_k, &mut scratch.weights);
+                            let w = &scratch.weights[..n_k * LANES];
+                            fma_chain_in_pairs(exec.path, acc, w, &x[k..], &starts[..n], n_k);
+                        }
+                        Inputs::Pairs(x) => {
+                            weights.unpack_pairs(exec.path, tile, k, n_k, &mut scratch.pairs);
+                            let w = &scratch.pairs[..n_k / 2 * LANES];
+                            pair_chain(exec.path, acc, w, &x[k / 2..], &starts[..n], n_k / 2);
+                        }
+                    }
                 }
                 finish(tile, group, acc);
             }

@@ -1,9 +1,11 @@
 //! Arithmetic that every kernel shares: the fma chain of all products, `exp`, and sums over
 //! lanes in one fixed order.
 //!
-//! [`fma_chain`] is the only matrix product of the engine: `acc[t][lane] = fma(w[k][lane],
-//! x[t][k], acc[t][lane])` for ascending `k`. Lanes are output rows, keys, or value dims, never
-//! parts of a sum, so an output is one chain whatever the path and however many `t` run together.
+//! [`fma_chain`] is the matrix product of attention: `acc[t][lane] = fma(w[k][lane], x[t][k],
+//! acc[t][lane])` for ascending `k`. [`fma_chain_in_pairs`] is that of weights: it takes the `k` in
+//! pairs, the odd one first, as the instruction for bf16 pairs does, which [`pair_chain`] uses. Lanes
+//! are output rows, keys, or value dims, never parts of a sum, so an output is one chain whatever the
+//! path and however many `t` run together.
 
 use super::path::{CpuPath, Kind, on_each_path};
 
@@ -26,14 +28,32 @@ pub fn fma_chain(
     x_starts: &[usize],
     n_k: usize,
 ) {
-    let most = match path.kind() {
+    fma_chain_by::<false>(path, most_rows(path), acc, w, w_stride, x, x_starts, n_k);
+}
+
+/// As [`fma_chain`], for an even `n_k` that it takes in the order 1, 0, 3, 2, …
+#[inline]
+pub fn fma_chain_in_pairs(
+    path: CpuPath,
+    acc: &mut [[f32; LANES]],
+    w: &[f32],
+    x: &[f32],
+    x_starts: &[usize],
+    n_k: usize,
+) {
+    assert!(n_k.is_multiple_of(2), "pairs of k");
+    fma_chain_by::<true>(path, most_rows(path), acc, w, LANES, x, x_starts, n_k);
+}
+
+/// Rows whose sums lie in registers together.
+fn most_rows(path: CpuPath) -> usize {
+    match path.kind() {
         Kind::Portable => 4,
         // 6 rows x 2 registers of 8 lanes, of 16 registers; half the lanes at a time.
         Kind::Avx2 => 6,
         // 12 rows x 2 registers of 16 lanes, of 32 registers.
-        Kind::Avx512 => 12,
-    };
-    fma_chain_by(path, most, acc, w, w_stride, x, x_starts, n_k);
+        Kind::Avx512 | Kind::Avx512Bf16 => 12,
+    }
 }
 
 /// As [`fma_chain`], with at most `most` rows in registers: the choice does not change a bit.
@@ -41,7 +61,7 @@ pub fn fma_chain(
     clippy::too_many_arguments,
     reason = "a kernel takes its shapes one by one"
 )]
-pub fn fma_chain_by(
+pub fn fma_chain_by<const PAIRS: bool>(
     path: CpuPath,
     most: usize,
     acc: &mut [[f32; LANES]],
@@ -68,7 +88,7 @@ pub fn fma_chain_by(
         macro_rules! rows {
             ($($n:literal)*) => {
                 match acc.len() {
-                    $($n => block::<$n>(path, acc, w, w_stride, x, x_starts, n_k),)*
+                    $($n => block::<$n, PAIRS>(path, acc, w, w_stride, x, x_starts, n_k),)*
                     n => unreachable!("a block of {n} rows"),
                 }
             };
@@ -79,7 +99,7 @@ pub fn fma_chain_by(
 
 /// `T` rows; the caller has checked the bounds.
 #[inline(always)]
-fn block<const T: usize>(
+fn block<const T: usize, const PAIRS: bool>(
     path: CpuPath,
     acc: &mut [[f32; LANES]],
     w: &[f32],
@@ -91,21 +111,31 @@ fn block<const T: usize>(
     let acc: &mut [[f32; LANES]; T] = acc.try_into().expect("the caller matched the length");
     let x_starts: &[usize; T] = x_starts.try_into().expect("the caller checked the length");
     match path.kind() {
-        Kind::Portable => block_portable(acc, w, w_stride, x, x_starts, n_k),
+        Kind::Portable => block_portable::<T, PAIRS>(acc, w, w_stride, x, x_starts, n_k),
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "features were detected, bounds checked")]
         // SAFETY: the path's features exist; `fma_chain_by` has checked the bounds.
-        Kind::Avx2 => unsafe { x86::block_avx2(acc, w, w_stride, x, x_starts, n_k) },
+        Kind::Avx2 => unsafe {
+            x86::block_avx2::<T, PAIRS>(acc, w, w_stride, x, x_starts, n_k);
+        },
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "features were detected, bounds checked")]
         // SAFETY: as above.
-        Kind::Avx512 => unsafe { x86::block_avx512(acc, w, w_stride, x, x_starts, n_k) },
+        Kind::Avx512 | Kind::Avx512Bf16 => unsafe {
+            x86::block_avx512::<T, PAIRS>(acc, w, w_stride, x, x_starts, n_k);
+        },
         #[cfg(not(target_arch = "x86_64"))]
-        _ => block_portable(acc, w, w_stride, x, x_starts, n_k),
+        _ => block_portable::<T, PAIRS>(acc, w, w_stride, x, x_starts, n_k),
     }
 }
 
-fn block_portable<const T: usize>(
+/// The k of a chain's `i`-th step.
+#[inline(always)]
+const fn step_k<const PAIRS: bool>(i: usize) -> usize {
+    if PAIRS { i ^ 1 } else { i }
+}
+
+fn block_portable<const T: usize, const PAIRS: bool>(
     acc: &mut [[f32; LANES]; T],
     w: &[f32],
     w_stride: usize,
@@ -113,7 +143,8 @@ fn block_portable<const T: usize>(
     x_starts: &[usize; T],
     n_k: usize,
 ) {
-    for k in 0..n_k {
+    for i in 0..n_k {
+        let k = step_k::<PAIRS>(i);
         let w = &w[k * w_stride..][..LANES];
         for (acc, start) in acc.iter_mut().zip(x_starts) {
             let x = x[start + k];
@@ -130,13 +161,13 @@ fn block_portable<const T: usize>(
 #[allow(unsafe_code, reason = "SIMD loads through pointers")]
 #[allow(clippy::needless_range_loop, reason = "registers in lockstep")]
 mod x86 {
-    use super::LANES;
+    use super::{LANES, step_k};
     use std::arch::x86_64::*;
 
     /// # Safety
     /// The CPU has AVX-512F; `w` holds `n_k` steps and `x` holds `n_k` factors of each row.
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn block_avx512<const T: usize>(
+    pub unsafe fn block_avx512<const T: usize, const PAIRS: bool>(
         acc: &mut [[f32; LANES]; T],
         w: &[f32],
         w_stride: usize,
@@ -156,8 +187,9 @@ mod x86 {
                 high[t] = _mm512_loadu_ps(acc.wrapping_add(16));
             }
         }
-        let mut step = w.as_ptr();
-        for k in 0..n_k {
+        for i in 0..n_k {
+            let k = step_k::<PAIRS>(i);
+            let step = w.as_ptr().wrapping_add(k * w_stride);
             // SAFETY: the caller has checked that step `k` lies inside `w` and `x`.
             unsafe {
                 let w_low = _mm512_loadu_ps(step);
@@ -168,7 +200,56 @@ mod x86 {
                     high[t] = _mm512_fmadd_ps(w_high, factor, high[t]);
                 }
             }
-            step = step.wrapping_add(w_stride);
+        }
+        for t in 0..T {
+            let acc = acc[t].as_mut_ptr();
+            // SAFETY: 32 lanes a row.
+            unsafe {
+                _mm512_storeu_ps(acc, low[t]);
+                _mm512_storeu_ps(acc.wrapping_add(16), high[t]);
+            }
+        }
+    }
+
+    /// # Safety
+    /// The CPU has AVX512-BF16; `w` holds `n_pairs` steps and `x` holds `n_pairs` factors of each
+    /// row.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub unsafe fn pair_block<const T: usize>(
+        acc: &mut [[f32; LANES]; T],
+        w: &[u32],
+        x: &[u32],
+        x_starts: &[usize; T],
+        n_pairs: usize,
+    ) {
+        let mut low = [_mm512_setzero_ps(); T];
+        let mut high = [_mm512_setzero_ps(); T];
+        let mut rows = [x.as_ptr(); T];
+        for t in 0..T {
+            let acc = acc[t].as_ptr();
+            rows[t] = x.as_ptr().wrapping_add(x_starts[t]);
+            // SAFETY: 32 lanes a row.
+            unsafe {
+                low[t] = _mm512_loadu_ps(acc);
+                high[t] = _mm512_loadu_ps(acc.wrapping_add(16));
+            }
+        }
+        let mut step = w.as_ptr().cast::<i32>();
+        for pair in 0..n_pairs {
+            // SAFETY: the caller has checked that the pair lies inside `w` and `x`; a register of
+            // words is one of bf16 pairs.
+            unsafe {
+                let bf16 = |words: __m512i| std::mem::transmute::<__m512i, __m512bh>(words);
+                let w_low = bf16(_mm512_loadu_epi32(step));
+                let w_high = bf16(_mm512_loadu_epi32(step.wrapping_add(16)));
+                for t in 0..T {
+                    let factor = rows[t].wrapping_add(pair).read_unaligned();
+                    let factor = bf16(_mm512_set1_epi32(factor.cast_signed()));
+                    low[t] = _mm512_dpbf16_ps(low[t], w_low, factor);
+                    high[t] = _mm512_dpbf16_ps(high[t], w_high, factor);
+                }
+            }
+            step = step.wrapping_add(LANES);
         }
         for t in 0..T {
             let acc = acc[t].as_mut_ptr();
@@ -183,7 +264,7 @@ mod x86 {
     /// # Safety
     /// The CPU has AVX2 and FMA; `w` holds `n_k` steps and `x` holds `n_k` factors of each row.
     #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn block_avx2<const T: usize>(
+    pub unsafe fn block_avx2<const T: usize, const PAIRS: bool>(
         acc: &mut [[f32; LANES]; T],
         w: &[f32],
         w_stride: usize,
@@ -206,8 +287,9 @@ mod x86 {
                     high[t] = _mm256_loadu_ps(acc.wrapping_add(8));
                 }
             }
-            let mut step = w.as_ptr().wrapping_add(half);
-            for k in 0..n_k {
+            for i in 0..n_k {
+                let k = step_k::<PAIRS>(i);
+                let step = w.as_ptr().wrapping_add(k * w_stride + half);
                 // SAFETY: the caller has checked that step `k` lies inside `w` and `x`.
                 unsafe {
                     let w_low = _mm256_loadu_ps(step);
@@ -218,7 +300,6 @@ mod x86 {
                         high[t] = _mm256_fmadd_ps(w_high, factor, high[t]);
                     }
                 }
-                step = step.wrapping_add(w_stride);
             }
             for t in 0..T {
                 let acc = acc[t].as_mut_ptr().wrapping_add(half);
@@ -230,6 +311,64 @@ mod x86 {
             }
         }
     }
+}
+
+/// Continues the chains `acc[t]` over `n_pairs` pairs of bf16: `w[pair][lane]` and
+/// `x[x_starts[t] + pair]` hold the even k in their low halves, the odd one in the high halves. The
+/// bits of [`fma_chain_in_pairs`] on the same values, but where subnormal numbers are.
+///
+/// # Panics
+/// When a slice is too short, or the path has no instruction for it.
+pub fn pair_chain(
+    path: CpuPath,
+    acc: &mut [[f32; LANES]],
+    w: &[u32],
+    x: &[u32],
+    x_starts: &[usize],
+    n_pairs: usize,
+) {
+    assert_eq!(acc.len(), x_starts.len(), "one chain a row");
+    assert!(n_pairs * LANES <= w.len(), "weights too short");
+    let furthest = x_starts.iter().copied().max().unwrap_or(0);
+    assert!(
+        furthest + n_pairs <= x.len() || acc.is_empty(),
+        "rows too short"
+    );
+    assert_eq!(path.kind(), Kind::Avx512Bf16, "products of bf16 pairs");
+    let n_blocks = acc.len().div_ceil(most_rows(path));
+    let n = acc.len().div_ceil(n_blocks.max(1)).max(1);
+    for (acc, x_starts) in acc.chunks_mut(n).zip(x_starts.chunks(n)) {
+        macro_rules! rows {
+            ($($n:literal)*) => {
+                match acc.len() {
+                    $($n => pair_block::<$n>(acc, w, x, x_starts, n_pairs),)*
+                    n => unreachable!("a block of {n} rows"),
+                }
+            };
+        }
+        rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+    }
+}
+
+/// `T` rows; the caller has checked bounds and path.
+#[inline(always)]
+fn pair_block<const T: usize>(
+    acc: &mut [[f32; LANES]],
+    w: &[u32],
+    x: &[u32],
+    x_starts: &[usize],
+    n_pairs: usize,
+) {
+    let acc: &mut [[f32; LANES]; T] = acc.try_into().expect("the caller matched the length");
+    let x_starts: &[usize; T] = x_starts.try_into().expect("the caller checked the length");
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code, reason = "features were detected, bounds checked")]
+    // SAFETY: such a path exists only where the CPU has AVX512-BF16; bounds were checked.
+    unsafe {
+        x86::pair_block(acc, w, x, x_starts, n_pairs);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("{n_pairs} pairs, {acc:?}, {w:?}, {x:?}, {x_starts:?}: no such path");
 }
 
 /// Below this `exp` is flushed to its value here (1.2e-38), the smallest normal number's
@@ -313,6 +452,19 @@ pub fn for_each(n: usize, min: usize, task: impl Fn(usize) + Send + Sync) {
 }
 
 on_each_path! {
+    /// Values that are bf16 already, two a word, the first in the low half.
+    pub fn to_pairs(values: &[f32], pairs: &mut [u32]) = to_pairs_body
+}
+
+#[inline(always)]
+fn to_pairs_body(values: &[f32], pairs: &mut [u32]) {
+    for (&[even, odd], pair) in values.as_chunks::<2>().0.iter().zip(pairs) {
+        debug_assert_eq!((even.to_bits() | odd.to_bits()) & 0xFFFF, 0, "bf16 values");
+        *pair = even.to_bits() >> 16 | odd.to_bits() & 0xFFFF_0000;
+    }
+}
+
+on_each_path! {
     /// `exp` of each value, in place.
     pub fn exp_all(values: &mut [f32]) = exp_all_body
 }
@@ -372,9 +524,58 @@ mod tests {
                 for path in CpuPath::available() {
                     for most in [1, 2, 3, 5, 8, 12] {
                         let mut acc = vec![[0.5f32; LANES]; n_rows];
-                        fma_chain_by(path, most, &mut acc, &w, 48, &x, &starts, n_k);
+                        fma_chain_by::<false>(path, most, &mut acc, &w, 48, &x, &starts, n_k);
                         assert_eq!(acc, expected, "{path:?} by {most}");
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn chains_in_pairs_are_equal_on_all_paths() {
+        // bf16 of all signs and 40 powers of two, and zeros.
+        let value = |i: usize| {
+            let word = (i as u32).wrapping_mul(2_654_435_761);
+            let (sign, exponent, mantissa) = (word & 1, 107 + word % 41, word >> 25);
+            let bits = sign << 31 | exponent << 23 | mantissa << 16;
+            if word.is_multiple_of(13) {
+                0.0
+            } else {
+                f32::from_bits(bits)
+            }
+        };
+        for n_k in [2, 32, 96] {
+            for n_rows in [1usize, 2, 12, 13, 29] {
+                let w: Vec<f32> = (0..n_k * LANES).map(value).collect();
+                let x: Vec<f32> = (0..n_rows * n_k).map(|i| value(i + 77)).collect();
+                let starts: Vec<usize> = (0..n_rows).rev().map(|t| t * n_k).collect();
+                let mut expected = vec![[0.5f32; LANES]; n_rows];
+                for (acc, start) in expected.iter_mut().zip(&starts) {
+                    for k in (0..n_k).step_by(2).flat_map(|k| [k + 1, k]) {
+                        for lane in 0..LANES {
+                            acc[lane] = w[k * LANES + lane].mul_add(x[start + k], acc[lane]);
+                        }
+                    }
+                }
+                for path in CpuPath::available() {
+                    let mut acc = vec![[0.5f32; LANES]; n_rows];
+                    fma_chain_in_pairs(path, &mut acc, &w, &x, &starts, n_k);
+                    assert_eq!(acc, expected, "{path:?}");
+                    if path.kind() != Kind::Avx512Bf16 {
+                        continue;
+                    }
+                    let bits = |x: f32| x.to_bits() >> 16;
+                    let w: Vec<u32> = (0..n_k / 2 * LANES)
+                        .map(|i| i / LANES * 2 * LANES + i % LANES)
+                        .map(|at| bits(w[at]) | bits(w[at + LANES]) << 16)
+                        .collect();
+                    let mut pairs = vec![0; x.len() / 2];
+                    to_pairs(path, &x, &mut pairs);
+                    let starts: Vec<usize> = starts.iter().map(|start| start / 2).collect();
+                    let mut acc = vec![[0.5f32; LANES]; n_rows];
+                    pair_chain(path, &mut acc, &w, &pairs, &starts, n_k / 2);
+                    assert_eq!(acc, expected, "{path:?} by its instruction");
                 }
             }
         }

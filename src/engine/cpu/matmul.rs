@@ -5,7 +5,7 @@
 
 use super::buffer::Disjoint;
 use super::calls::Op;
-use super::gemm::{Exec, multiply, tiles_a_task};
+use super::gemm::{Exec, Inputs, multiply, tiles_a_task};
 use super::lanes::{LANES, for_each};
 use super::weights::{Matrix, Tiles, Vector};
 
@@ -47,41 +47,44 @@ pub fn matmul(
     exec.calls.count(Op::Matmul, weights.tiles.format());
     let out = Disjoint::new(out);
     let a_task = tiles_a_task(n_tiles, n_rows, n_k);
-    for_each(n_tiles.div_ceil(a_task), 1, |task| {
-        let first = first_tile + task * a_task;
-        let tiles = first..(first + a_task).min(first_tile + n_tiles);
-        let finish = |tile: usize, first: usize, rows: &mut [[f32; LANES]]| {
-            let start = tile * LANES;
-            let n = LANES.min(n_out - start);
-            let bias = weights.bias.as_ref();
-            let bias = bias.map_or([0.0; LANES], |bias| bias.lanes::<LANES>(start));
-            for (i, lanes) in rows.iter_mut().enumerate() {
-                for lane in 0..LANES {
-                    lanes[lane] += bias[lane];
-                }
-                // SAFETY: each (row, tile) is finished once, by one task.
-                #[allow(unsafe_code, reason = "tiles are disjoint columns")]
-                let out = unsafe { out.slice_mut((first + i) * n_out + start, n) };
-                match into {
-                    Epilogue::Store => out.copy_from_slice(&lanes[..n]),
-                    Epilogue::Add => {
-                        for (out, value) in out.iter_mut().zip(lanes) {
-                            *out += *value;
+    let product = |x: Inputs| {
+        for_each(n_tiles.div_ceil(a_task), 1, |task| {
+            let first = first_tile + task * a_task;
+            let tiles = first..(first + a_task).min(first_tile + n_tiles);
+            let finish = |tile: usize, first: usize, rows: &mut [[f32; LANES]]| {
+                let start = tile * LANES;
+                let n = LANES.min(n_out - start);
+                let bias = weights.bias.as_ref();
+                let bias = bias.map_or([0.0; LANES], |bias| bias.lanes::<LANES>(start));
+                for (i, lanes) in rows.iter_mut().enumerate() {
+                    for lane in 0..LANES {
+                        lanes[lane] += bias[lane];
+                    }
+                    // SAFETY: each (row, tile) is finished once, by one task.
+                    #[allow(unsafe_code, reason = "tiles are disjoint columns")]
+                    let out = unsafe { out.slice_mut((first + i) * n_out + start, n) };
+                    match into {
+                        Epilogue::Store => out.copy_from_slice(&lanes[..n]),
+                        Epilogue::Add => {
+                            for (out, value) in out.iter_mut().zip(lanes) {
+                                *out += *value;
+                            }
                         }
                     }
                 }
-            }
-        };
-        multiply(
-            exec,
-            &weights.tiles,
-            tiles,
-            x,
-            n_rows,
-            |row| row * n_k,
-            finish,
-        );
-    });
+            };
+            multiply(
+                exec,
+                &weights.tiles,
+                tiles,
+                x,
+                n_rows,
+                |row| row * n_k,
+                finish,
+            );
+        });
+    };
+    exec.with_inputs(&x[..n_rows * n_k], product);
 }
 
 /// As [`matmul`], slow and obvious.

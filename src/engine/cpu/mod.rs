@@ -51,7 +51,7 @@ use super::{
 
 /// Part of the numerics' name: raised whenever a change of the kernels changes a bit of what they
 /// give, so that an older version's run is not gone on with unawares.
-const KERNEL_REVISION: u32 = 1;
+const KERNEL_REVISION: u32 = 2;
 
 /// How the CPU runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,7 +162,14 @@ impl CpuBackend {
         check_shape(&shape, options.n_threads)?;
         let pool = thread_pool(options.n_threads)?;
         let config = &model.config;
-        let exec = Exec::new(path, options.exact, options.n_threads, config.head_dim)?;
+        let n_inputs = Workspace::most_inputs(config, &shape);
+        let exec = Exec::new(
+            path,
+            options.exact,
+            options.n_threads,
+            config.head_dim,
+            n_inputs,
+        )?;
         let mut work = Workspace::new(config, &shape)?;
         let geometry = KvGeometry::new(config, &shape);
         let mut kv = match options.exact {

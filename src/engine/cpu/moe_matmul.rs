@@ -11,7 +11,7 @@
 
 use super::buffer::Disjoint;
 use super::calls::Op;
-use super::gemm::{Exec, multiply, tiles_a_task};
+use super::gemm::{Exec, Inputs, multiply, tiles_a_task};
 use super::lanes::{LANES, for_each};
 use super::swiglu::{self, PAIRS};
 use super::topk_routing::Routing;
@@ -57,7 +57,7 @@ pub fn gate_up(
         exec,
         &experts.gate_up,
         routing,
-        x,
+        &x[..routing.n_rows * hidden],
         row_start,
         |expert, tile, entries, rows| {
             let start = expert * 2 * intermediate + tile * LANES;
@@ -83,7 +83,7 @@ pub fn down(exec: &Exec, experts: &Experts, routing: &Routing, act: &[f32], y: &
         exec,
         &experts.down,
         routing,
-        act,
+        &act[..routing.n_rows * routing.n_experts_per_token * intermediate],
         row_start,
         |expert, tile, entries, rows| {
             let bias = experts
@@ -116,26 +116,29 @@ fn grouped(
     let mean_rows = n_entries.div_ceil(routing.n_experts);
     let a_task = tiles_a_task(n_tiles, mean_rows, weights.n_k());
     let n_tasks = n_tiles.div_ceil(a_task);
-    for_each(routing.n_experts * n_tasks, 1, |task| {
-        let (expert, part) = (task / n_tasks, task % n_tasks);
-        let entries = routing.of_expert(expert);
-        if entries.is_empty() {
-            return;
-        }
-        let base = expert * n_tiles;
-        let first = base + part * a_task;
-        let tiles = first..(first + a_task).min(base + n_tiles);
-        let row_start = |i: usize| row_start(entries[i]);
-        let finish = |tile: usize, first: usize, rows: &mut [[f32; LANES]]| {
-            finish(
-                expert,
-                tile - base,
-                &entries[first..first + rows.len()],
-                rows,
-            );
-        };
-        multiply(exec, weights, tiles, x, entries.len(), row_start, finish);
-    });
+    let product = |x: Inputs| {
+        for_each(routing.n_experts * n_tasks, 1, |task| {
+            let (expert, part) = (task / n_tasks, task % n_tasks);
+            let entries = routing.of_expert(expert);
+            if entries.is_empty() {
+                return;
+            }
+            let base = expert * n_tiles;
+            let first = base + part * a_task;
+            let tiles = first..(first + a_task).min(base + n_tiles);
+            let row_start = |i: usize| row_start(entries[i]);
+            let finish = |tile: usize, first: usize, rows: &mut [[f32; LANES]]| {
+                finish(
+                    expert,
+                    tile - base,
+                    &entries[first..first + rows.len()],
+                    rows,
+                );
+            };
+            multiply(exec, weights, tiles, x, entries.len(), row_start, finish);
+        });
+    };
+    exec.with_inputs(x, product);
 }
 
 /// As [`gate_up`], slow and obvious.

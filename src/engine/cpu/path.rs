@@ -2,7 +2,7 @@
 //!
 //! All paths give equal bits: a body is written once over fixed arrays of lanes with explicit
 //! `mul_add`, and no compiler setting lets LLVM reorder floating-point arithmetic. A path is
-//! chosen when the backend opens; `PODIUM_CPU=portable|avx2|avx512` forces one.
+//! chosen when the backend opens; `PODIUM_CPU=portable|avx2|avx512|avx512bf16` forces one.
 
 use crate::engine::config::ConfigError;
 
@@ -22,6 +22,9 @@ pub enum Kind {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// The same with AVX512-BF16: products of bf16 pairs. It takes subnormal numbers for 0, which the
+    /// other paths do not.
+    Avx512Bf16,
 }
 
 impl CpuPath {
@@ -48,6 +51,9 @@ impl CpuPath {
                 && is_x86_feature_detected!("avx512vl")
             {
                 paths.push(Self(Kind::Avx512));
+                if is_x86_feature_detected!("avx512bf16") {
+                    paths.push(Self(Kind::Avx512Bf16));
+                }
             }
         }
         paths
@@ -75,7 +81,9 @@ impl CpuPath {
             variable: VARIABLE,
             found: word.to_owned(),
             expected: match word {
-                "avx2" | "avx512" => format!("one of {}: this CPU lacks it", list(&available)),
+                "avx2" | "avx512" | "avx512bf16" => {
+                    format!("one of {}: this CPU lacks it", list(&available))
+                }
                 _ => format!("one of {}", list(&available)),
             },
         })
@@ -86,6 +94,7 @@ impl CpuPath {
             Kind::Portable => "portable",
             Kind::Avx2 => "avx2",
             Kind::Avx512 => "avx512",
+            Kind::Avx512Bf16 => "avx512bf16",
         }
     }
 }
@@ -130,7 +139,8 @@ macro_rules! on_each_path {
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 #[allow(unsafe_code, reason = "features were detected")]
-                $crate::engine::cpu::path::Kind::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::engine::cpu::path::Kind::Avx512
+                | $crate::engine::cpu::path::Kind::Avx512Bf16 => unsafe { avx512($($arg),*) },
                 #[cfg(not(target_arch = "x86_64"))]
                 _ => $body($($arg),*),
             }

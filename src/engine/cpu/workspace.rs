@@ -1,7 +1,7 @@
 //! Activations and tables of all passes, allocated once from the engine's shape.
 
 use super::buffer::Buffer;
-use super::gemm::Scratch;
+use super::gemm::{Exec, Scratch};
 use super::rope::RopeTable;
 use super::topk_routing::Routing;
 use crate::engine::config::ModelConfig;
@@ -125,7 +125,13 @@ impl Workspace {
         activations + self.routing.n_bytes() + self.rope.n_bytes() + self.page_table.n_bytes()
     }
 
-    /// Bytes of a workspace and of `n_threads` threads' scratch, as planned.
+    /// Values of the largest product's rows.
+    pub fn most_inputs(config: &ModelConfig, shape: &EngineShape) -> usize {
+        let n = Lengths::new(config, shape);
+        n.x.max(n.attended).max(n.act)
+    }
+
+    /// Bytes of a workspace and of what `n_threads` threads work in, as planned.
     pub fn planned_bytes(config: &ModelConfig, shape: &EngineShape, n_threads: usize) -> u64 {
         let n = Lengths::new(config, shape);
         let activations = [
@@ -147,5 +153,6 @@ impl Workspace {
             .saturating_add(Routing::planned_bytes(n_experts, k, n.max_rows))
             .saturating_add(RopeTable::planned_bytes(config, shape.max_context))
             .saturating_add(n_threads.max(1) as u64 * Scratch::planned_bytes(config.head_dim))
+            .saturating_add(Exec::planned_input_bytes(Self::most_inputs(config, shape)))
     }
 }

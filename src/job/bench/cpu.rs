@@ -13,7 +13,8 @@ use super::workload::Workload;
 use super::{Machine, measure, report, run_all, settings, workloads};
 use crate::cli::{BenchArgs, print};
 use crate::engine::cpu::buffer::Buffer;
-use crate::engine::cpu::lanes::{LANES, fma_chain};
+use crate::engine::cpu::gemm::takes_pairs;
+use crate::engine::cpu::lanes::{LANES, fma_chain_in_pairs, pair_chain};
 use crate::engine::cpu::model::CpuModel;
 use crate::engine::cpu::path::CpuPath;
 use crate::engine::cpu::{CpuBackend, CpuOptions, thread_pool};
@@ -51,7 +52,7 @@ pub fn bench(args: &BenchArgs, model: &Synthetic) -> Result<u8, JobError> {
     let limits = Limits {
         bytes_per_s: read_bandwidth(&pool)?,
         bytes_are: "read",
-        flops_per_s: Some(multiply_rate(&pool, path)),
+        flops_per_s: Some(multiply_rate(&pool, path, options.exact)),
         flops_are: "measured",
     };
     let precision = precision(args.precision.as_deref())?;
@@ -134,21 +135,32 @@ fn sum_of(words: &[u32]) -> u32 {
 }
 
 /// Additions and multiplications a second of the path's products, from the first-level cache.
-fn multiply_rate(pool: &ThreadPool, path: CpuPath) -> f64 {
+fn multiply_rate(pool: &ThreadPool, path: CpuPath, exact: bool) -> f64 {
     const N_K: usize = 64;
     const N_ROWS: usize = 12;
     const ROUNDS: usize = 20_000;
-    let weights = [0.5; N_K * LANES];
-    let rows = [0.25; N_ROWS * N_K];
+    let (weights, rows) = ([0.5; N_K * LANES], [0.25; N_ROWS * N_K]);
+    // Pairs of 0.5 in bf16.
+    let (pairs, row_pairs) = (
+        [0x3F00_3F00; N_K / 2 * LANES],
+        [0x3F00_3F00; N_ROWS * N_K / 2],
+    );
     let starts: [usize; N_ROWS] = std::array::from_fn(|row| row * N_K);
+    let pair_starts = starts.map(|start| start / 2);
+    let takes_pairs = takes_pairs(path, exact);
     let flops = (2 * N_ROWS * LANES * N_K * ROUNDS * pool.current_num_threads()) as f64;
     let rates = (0..REPEATS).map(|_| {
         let begun = Instant::now();
         pool.broadcast(|_| {
             let mut sums = [[0.0; LANES]; N_ROWS];
             for _ in 0..ROUNDS {
-                let weights = black_box(&weights);
-                fma_chain(path, &mut sums, weights, LANES, &rows, &starts, N_K);
+                if takes_pairs {
+                    let pairs = black_box(&pairs);
+                    pair_chain(path, &mut sums, pairs, &row_pairs, &pair_starts, N_K / 2);
+                } else {
+                    let weights = black_box(&weights);
+                    fma_chain_in_pairs(path, &mut sums, weights, &rows, &starts, N_K);
+                }
             }
             black_box(sums);
         });

@@ -68,6 +68,22 @@ impl Tiles for Bf16Tiles {
         unpack_bf16(path, words, &mut out[..n_k * LANES]);
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    fn unpack_pairs(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [u32]) {
+        assert_eq!(path.kind(), Kind::Avx512Bf16, "it takes pairs");
+        let start = tile * self.tile_words() + k * STEP_WORDS;
+        let words = &self.words[start..][..n_k * STEP_WORDS];
+        let words = words.as_chunks::<LANES>().0;
+        let out = out[..n_k / 2 * LANES].as_chunks_mut::<LANES>().0;
+        assert_eq!(words.len(), out.len(), "as many pairs");
+        // SAFETY: a path of this kind exists only where the CPU has its features.
+        #[allow(unsafe_code, reason = "features were detected")]
+        unsafe {
+            x86::unpack_bf16_pairs(words, out);
+        }
+    }
+
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
         let word = self.words[tile * self.tile_words() + k * STEP_WORDS + lane % 16];
         bf16::to_f32((word >> (lane / 16 * 16)) as u16)
@@ -89,7 +105,7 @@ fn unpack_bf16(path: CpuPath, words: &[u32], out: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "features were detected")]
         // SAFETY: as above.
-        Kind::Avx512 => unsafe { x86::unpack_bf16_avx512(words, out) },
+        Kind::Avx512 | Kind::Avx512Bf16 => unsafe { x86::unpack_bf16_avx512(words, out) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unpack_bf16_portable(words, out),
     }
@@ -126,6 +142,27 @@ mod x86 {
                 _mm512_storeu_ps(to.wrapping_add(16), high);
             }
             (from, to) = (from.wrapping_add(STEP_WORDS), to.wrapping_add(LANES));
+        }
+    }
+
+    /// # Safety
+    /// The CPU has AVX-512F; `out` is as long as `words`, both of pairs of k.
+    #[target_feature(enable = "avx512f")]
+    pub unsafe fn unpack_bf16_pairs(words: &[[u32; LANES]], out: &mut [[u32; LANES]]) {
+        let upper = _mm512_set1_epi32(0xFFFF_0000_u32 as i32);
+        for (words, out) in words.iter().zip(out) {
+            let (from, to) = (words.as_ptr().cast::<i32>(), out.as_mut_ptr().cast::<i32>());
+            // SAFETY: 16 words a k, 32 words a pair.
+            unsafe {
+                let even = _mm512_loadu_epi32(from);
+                let odd = _mm512_loadu_epi32(from.wrapping_add(STEP_WORDS));
+                // Where a bit of `upper` is, the first's bit, else the second's.
+                let select = |a, b| _mm512_ternarylogic_epi32::<0xCA>(upper, a, b);
+                let low = select(_mm512_slli_epi32::<16>(odd), even);
+                let high = select(odd, _mm512_srli_epi32::<16>(even));
+                _mm512_storeu_epi32(to, low);
+                _mm512_storeu_epi32(to.wrapping_add(16), high);
+            }
         }
     }
 

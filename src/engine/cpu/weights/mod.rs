@@ -15,6 +15,7 @@ pub use mxfp4::{Mxfp4Tiles, pack_mxfp4_block};
 pub use mxint8::{Mxint8Tiles, pack_mxint8_block};
 pub use vector::Vector;
 
+use super::lanes::LANES;
 use super::path::CpuPath;
 use crate::engine::checkpoint::MatrixFormat;
 
@@ -31,9 +32,31 @@ pub trait Tiles: Sync {
     /// Writes `n_k` steps from `k` (a multiple of 32) of a tile's 32 lanes each to `out`.
     fn unpack(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [f32]);
 
+    /// The same as pairs of bf16: 32 lanes a pair of k, the even one in the low half. Where a value
+    /// is subnormal it may be 0.
+    fn unpack_pairs(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [u32]) {
+        let mut values = [0.0; BLOCK * LANES];
+        for (i, out) in out[..n_k / 2 * LANES]
+            .chunks_mut(BLOCK / 2 * LANES)
+            .enumerate()
+        {
+            self.unpack(path, tile, k + i * BLOCK, BLOCK, &mut values);
+            let rows = values.as_chunks::<LANES>().0.as_chunks::<2>().0;
+            for (pairs, [even, odd]) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(rows) {
+                for lane in 0..LANES {
+                    let (even, odd) = (even[lane].to_bits(), odd[lane].to_bits());
+                    pairs[lane] = even >> 16 | odd & 0xFFFF_0000;
+                }
+            }
+        }
+    }
+
     /// One weight, for the reference kernels.
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32;
 }
+
+/// K is a multiple of this.
+const BLOCK: usize = 32;
 
 /// A packed matrix in one of the formats. All are unpacked to the same lanes and multiplied by
 /// the same chain, so equal values give equal bits in any of them.
@@ -88,6 +111,10 @@ impl Tiles for Matrix {
 
     fn unpack(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [f32]) {
         with_tiles!(self, tiles => tiles.unpack(path, tile, k, n_k, out));
+    }
+
+    fn unpack_pairs(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [u32]) {
+        with_tiles!(self, tiles => tiles.unpack_pairs(path, tile, k, n_k, out));
     }
 
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {

@@ -86,6 +86,27 @@ impl Tiles for Mxfp4Tiles {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    fn unpack_pairs(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [u32]) {
+        assert_eq!(path.kind(), Kind::Avx512Bf16, "it takes pairs");
+        let start = tile * Self::tile_bytes(self.n_k) + k / mxfp4::BLOCK * BLOCK_BYTES;
+        let bytes = &self.bytes[start..][..n_k / mxfp4::BLOCK * BLOCK_BYTES];
+        let out = &mut out[..n_k / 2 * LANES];
+        for (bytes, out) in bytes
+            .chunks_exact(BLOCK_BYTES)
+            .zip(out.chunks_exact_mut(mxfp4::BLOCK / 2 * LANES))
+        {
+            let bytes = bytes.try_into().expect("chunks are of this size");
+            let out = out.try_into().expect("chunks are of this size");
+            // SAFETY: a path of this kind exists only where the CPU has its features.
+            #[allow(unsafe_code, reason = "features were detected")]
+            unsafe {
+                x86::unpack_mxfp4_pairs(bytes, out);
+            }
+        }
+    }
+
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
         let start = tile * Self::tile_bytes(self.n_k) + k / mxfp4::BLOCK * BLOCK_BYTES;
         let bytes = &self.bytes[start..][..BLOCK_BYTES];
@@ -97,6 +118,7 @@ impl Tiles for Mxfp4Tiles {
 
 type Mxfp4Block = [u8; BLOCK_BYTES];
 type UnpackedBlock = [f32; mxfp4::BLOCK * LANES];
+type PairedBlock = [u32; mxfp4::BLOCK / 2 * LANES];
 
 fn unpack_mxfp4_block(path: CpuPath, bytes: &Mxfp4Block, out: &mut UnpackedBlock) {
     match path.kind() {
@@ -108,7 +130,7 @@ fn unpack_mxfp4_block(path: CpuPath, bytes: &Mxfp4Block, out: &mut UnpackedBlock
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "features were detected")]
         // SAFETY: as above.
-        Kind::Avx512 => unsafe { x86::unpack_mxfp4_avx512(bytes, out) },
+        Kind::Avx512 | Kind::Avx512Bf16 => unsafe { x86::unpack_mxfp4_avx512(bytes, out) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unpack_mxfp4_portable(bytes, out),
     }
@@ -135,7 +157,7 @@ fn unpack_mxfp4_portable(bytes: &Mxfp4Block, out: &mut UnpackedBlock) {
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code, reason = "SIMD loads through pointers")]
 mod x86 {
-    use super::{LANES, Mxfp4Block, UnpackedBlock};
+    use super::{LANES, Mxfp4Block, PairedBlock, UnpackedBlock};
     use crate::quant::mxfp4;
     use std::arch::x86_64::*;
 
@@ -160,6 +182,60 @@ mod x86 {
                 let high = _mm512_mul_ps(_mm512_permutexvar_ps(high, values), high_scales);
                 _mm512_storeu_ps(out.as_mut_ptr().wrapping_add(k * LANES), low);
                 _mm512_storeu_ps(out.as_mut_ptr().wrapping_add(k * LANES + 16), high);
+            }
+        }
+    }
+
+    /// The values as bf16; the sign of zero is left out, for the scale is added to what is not 0.
+    const BF16_VALUES: [u16; 32] = {
+        let mut values = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            // Twice, so that an index's fifth bit does not matter.
+            let value = mxfp4::VALUES[i % 16];
+            values[i] = if value == 0.0 {
+                0
+            } else {
+                (value.to_bits() >> 16) as u16
+            };
+            i += 1;
+        }
+        values
+    };
+
+    /// # Safety
+    /// The CPU has AVX-512F and BW.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub unsafe fn unpack_mxfp4_pairs(bytes: &Mxfp4Block, out: &mut PairedBlock) {
+        // SAFETY: `bytes` holds 32 scales and 32 x 16 codes, `out` 16 x 32 pairs.
+        unsafe {
+            let values = _mm512_loadu_epi16(BF16_VALUES.as_ptr().cast());
+            // What both exponents of a pair grow by.
+            let scales = |at: usize| {
+                let bytes = _mm_loadu_si128(bytes.as_ptr().wrapping_add(at).cast());
+                let bytes = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(127));
+                let low =
+                    _mm512_and_si512(_mm512_slli_epi32::<7>(bytes), _mm512_set1_epi32(0xFFFF));
+                _mm512_or_si512(low, _mm512_slli_epi32::<16>(low))
+            };
+            let (low_scales, high_scales) = (scales(0), scales(16));
+            let scaled = |codes: __m512i, scales: __m512i| {
+                // The permutation looks at the low five bits of each index alone.
+                let pairs = _mm512_permutexvar_epi16(codes, values);
+                let is_value = _mm512_test_epi16_mask(pairs, pairs);
+                _mm512_mask_add_epi16(pairs, is_value, pairs, scales)
+            };
+            for pair in 0..mxfp4::BLOCK / 2 {
+                let codes = |k: usize| {
+                    let at = bytes.as_ptr().wrapping_add(LANES + 16 * k);
+                    _mm512_cvtepu8_epi32(_mm_loadu_si128(at.cast()))
+                };
+                let odd = _mm512_slli_epi32::<16>(codes(2 * pair + 1));
+                let low = _mm512_or_si512(codes(2 * pair), odd);
+                let high = _mm512_srli_epi16::<4>(low);
+                let to = out.as_mut_ptr().wrapping_add(pair * LANES).cast();
+                _mm512_storeu_epi32(to, scaled(low, low_scales));
+                _mm512_storeu_epi32(to.wrapping_add(16), scaled(high, high_scales));
             }
         }
     }

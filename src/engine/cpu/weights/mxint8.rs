@@ -103,7 +103,7 @@ fn unpack_block(path: CpuPath, bytes: &PackedBlock, out: &mut UnpackedBlock) {
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "features were detected")]
         // SAFETY: as above.
-        Kind::Avx512 => unsafe { x86::unpack_avx512(bytes, out) },
+        Kind::Avx512 | Kind::Avx512Bf16 => unsafe { x86::unpack_avx512(bytes, out) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unpack_portable(bytes, out),
     }
