@@ -11,7 +11,9 @@ use std::sync::{Mutex, PoisonError};
 
 use super::buffer::{Buffer, Disjoint};
 use super::calls::Calls;
-use super::lanes::{LANES, fma_chain_in_pairs, for_each, pair_chain, to_pairs};
+use super::lanes::{
+    LANES, MOST_JOINT, fma_chain_in_pairs, for_each, joint_tiles, pair_chain, to_pairs,
+};
 use super::path::{CpuPath, Kind};
 use super::weights::{CHUNK_K, Tiles};
 use crate::engine::EngineError;
@@ -47,7 +49,7 @@ pub enum Inputs<'a> {
 pub struct Scratch {
     /// Unpacked weights `[CHUNK_K][LANES]`.
     pub weights: Buffer<f32>,
-    /// The same as pairs `[CHUNK_K / 2][LANES]`.
+    /// The same of some tiles as pairs `[MOST_JOINT][CHUNK_K / 2][LANES]`.
     pub pairs: Buffer<u32>,
     pub attention: AttentionScratch,
 }
@@ -79,7 +81,7 @@ impl Scratch {
         let padded = padded_head_dim(head_dim);
         Ok(Self {
             weights: Buffer::zeroed(what, CHUNK_K * LANES)?,
-            pairs: Buffer::zeroed(what, CHUNK_K / 2 * LANES)?,
+            pairs: Buffer::zeroed(what, MOST_JOINT * CHUNK_K / 2 * LANES)?,
             attention: AttentionScratch {
                 keys: Buffer::zeroed(what, head_dim * TILE_KEYS)?,
                 values: Buffer::zeroed(what, TILE_KEYS * padded)?,
@@ -107,7 +109,7 @@ impl Scratch {
     pub const fn planned_bytes(head_dim: usize) -> u64 {
         let padded = padded_head_dim(head_dim);
         let values = CHUNK_K * LANES
-            + CHUNK_K / 2 * LANES
+            + MOST_JOINT * CHUNK_K / 2 * LANES
             + head_dim * TILE_KEYS
             + TILE_KEYS * padded
             + 2 * MAX_QUERIES * LANES
@@ -218,29 +220,54 @@ pub fn multiply<W: Tiles>(
                     Inputs::Pairs(_) => row_start(group + i) / 2,
                 };
             }
-            for tile in tiles.clone() {
-                let acc = &mut acc[..n];
+            let starts = &starts[..n];
+            let joint = match x {
+                Inputs::Values(_) => 1,
+                Inputs::Pairs(_) => joint_tiles(n),
+            };
+            for first in tiles.clone().step_by(joint) {
+                let n_tiles = joint.min(tiles.end - first);
+                let acc = &mut acc[..n_tiles * n];
                 acc.fill([0.0; LANES]);
-                for k in (0..n_k).step_by(CHUNK_K) {
-                    let n_k = CHUNK_K.min(n_k - k);
-                    match x {
-                        Inputs::Values(x) => {
-                            weights.unpack(exec.path, tile, k, n_k, &mut scratch.weights);
+                let packed = weights.packed_pairs(first);
+                // Few rows take packed pairs straight from memory.
+                let a_chunk = match (x, packed) {
+                    (Inputs::Pairs(_), Some(_)) if n <= FEW_ROWS => n_k,
+                    _ => CHUNK_K,
+                };
+                for k in (0..n_k).step_by(a_chunk) {
+                    let n_k = a_chunk.min(n_k - k);
+                    match (x, packed) {
+                        (Inputs::Values(x), _) => {
+                            weights.unpack(exec.path, first, k, n_k, &mut scratch.weights);
                             let w = &scratch.weights[..n_k * LANES];
-                            fma_chain_in_pairs(exec.path, acc, w, &x[k..], &starts[..n], n_k);
+                            fma_chain_in_pairs(exec.path, acc, w, &x[k..], starts, n_k);
                         }
-                        Inputs::Pairs(x) => {
-                            weights.unpack_pairs(exec.path, tile, k, n_k, &mut scratch.pairs);
-                            let w = &scratch.pairs[..n_k / 2 * LANES];
-                            pair_chain(exec.path, acc, w, &x[k / 2..], &starts[..n], n_k / 2);
+                        (Inputs::Pairs(x), Some((w, w_tile))) => {
+                            let (w, x) = (&w[k / 2 * LANES..], &x[k / 2..]);
+                            pair_chain(exec.path, acc, w, w_tile, x, starts, n_k / 2);
+                        }
+                        (Inputs::Pairs(x), None) => {
+                            let w_tile = n_k / 2 * LANES;
+                            let w = &mut scratch.pairs[..n_tiles * w_tile];
+                            for (i, w) in w.chunks_exact_mut(w_tile).enumerate() {
+                                weights.unpack_pairs(exec.path, first + i, k, n_k, w);
+                            }
+                            let x = &x[k / 2..];
+                            pair_chain(exec.path, acc, w, w_tile, x, starts, n_k / 2);
                         }
                     }
                 }
-                finish(tile, group, acc);
+                for (i, acc) in acc.chunks_exact_mut(n).enumerate() {
+                    finish(first + i, group, acc);
+                }
             }
         }
     });
 }
+
+/// Rows whose chains lie in registers at once.
+const FEW_ROWS: usize = 12;
 
 /// Tiles of one task: enough products to be worth a task, few enough for all threads to work.
 pub fn tiles_a_task(n_tiles: usize, n_rows: usize, n_k: usize) -> usize {

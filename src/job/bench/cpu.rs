@@ -136,9 +136,9 @@ fn sum_of(words: &[u32]) -> u32 {
 
 /// Additions and multiplications a second of the path's products, from the first-level cache.
 fn multiply_rate(pool: &ThreadPool, path: CpuPath, exact: bool) -> f64 {
-    const N_K: usize = 64;
+    const N_K: usize = 256;
     const N_ROWS: usize = 12;
-    const ROUNDS: usize = 20_000;
+    const ROUNDS: usize = 5000;
     let (weights, rows) = ([0.5; N_K * LANES], [0.25; N_ROWS * N_K]);
     // Pairs of 0.5 in bf16.
     let (pairs, row_pairs) = (
@@ -156,7 +156,7 @@ fn multiply_rate(pool: &ThreadPool, path: CpuPath, exact: bool) -> f64 {
             for _ in 0..ROUNDS {
                 if takes_pairs {
                     let pairs = black_box(&pairs);
-                    pair_chain(path, &mut sums, pairs, &row_pairs, &pair_starts, N_K / 2);
+                    pair_chain(path, &mut sums, pairs, 0, &row_pairs, &pair_starts, N_K / 2);
                 } else {
                     let weights = black_box(&weights);
                     fma_chain_in_pairs(path, &mut sums, weights, &rows, &starts, N_K);

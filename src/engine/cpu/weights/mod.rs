@@ -51,6 +51,12 @@ pub trait Tiles: Sync {
         }
     }
 
+    /// The pairs of a tile and of those behind it, and how many words a tile has, where they are packed
+    /// as [`Tiles::unpack_pairs`] gives them.
+    fn packed_pairs(&self, _tile: usize) -> Option<(&[u32], usize)> {
+        None
+    }
+
     /// One weight, for the reference kernels.
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32;
 }
@@ -115,6 +121,10 @@ impl Tiles for Matrix {
 
     fn unpack_pairs(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [u32]) {
         with_tiles!(self, tiles => tiles.unpack_pairs(path, tile, k, n_k, out));
+    }
+
+    fn packed_pairs(&self, tile: usize) -> Option<(&[u32], usize)> {
+        with_tiles!(self, tiles => tiles.packed_pairs(tile))
     }
 
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
