@@ -15,7 +15,7 @@ use super::lanes::{
     LANES, MOST_JOINT, fma_chain_in_pairs, for_each, joint_tiles, pair_chain, to_pairs,
 };
 use super::path::{CpuPath, Kind};
-use super::weights::{CHUNK_K, Tiles};
+use super::weights::{CHUNK_K, FUSED_ROWS, Tiles};
 use crate::engine::EngineError;
 use crate::engine::TILE_KEYS;
 
@@ -225,6 +225,22 @@ pub fn multiply<W: Tiles>(
                 Inputs::Values(_) => 1,
                 Inputs::Pairs(_) => joint_tiles(n),
             };
+            if let Inputs::Pairs(x) = x
+                && n <= FUSED_ROWS
+                && fused(
+                    exec,
+                    weights,
+                    tiles.clone(),
+                    &mut acc[..n],
+                    x,
+                    starts,
+                    |tile, acc| {
+                        finish(tile, group, acc);
+                    },
+                )
+            {
+                continue;
+            }
             for first in tiles.clone().step_by(joint) {
                 let n_tiles = joint.min(tiles.end - first);
                 let acc = &mut acc[..n_tiles * n];
@@ -264,6 +280,26 @@ pub fn multiply<W: Tiles>(
             }
         }
     });
+}
+
+/// Few rows of a format that is unpacked in registers; `false` for one that is not.
+fn fused<W: Tiles>(
+    exec: &Exec,
+    weights: &W,
+    tiles: std::ops::Range<usize>,
+    acc: &mut [[f32; LANES]],
+    x: &[u32],
+    starts: &[usize],
+    mut finish: impl FnMut(usize, &mut [[f32; LANES]]),
+) -> bool {
+    for tile in tiles {
+        acc.fill([0.0; LANES]);
+        if !weights.fused_chain(exec.path, tile, acc, x, starts) {
+            return false;
+        }
+        finish(tile, acc);
+    }
+    true
 }
 
 /// Rows whose chains lie in registers at once.

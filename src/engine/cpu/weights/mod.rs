@@ -57,9 +57,26 @@ pub trait Tiles: Sync {
         None
     }
 
+    /// Continues the chains of up to [`FUSED_ROWS`] rows over all of a tile's K (see
+    /// [`pair_chain`](super::lanes::pair_chain)), unpacking in registers; `false`, and nothing done, for
+    /// a format that is not unpacked there.
+    fn fused_chain(
+        &self,
+        _path: CpuPath,
+        _tile: usize,
+        _acc: &mut [[f32; LANES]],
+        _x: &[u32],
+        _x_starts: &[usize],
+    ) -> bool {
+        false
+    }
+
     /// One weight, for the reference kernels.
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32;
 }
+
+/// The most rows of a fused chain: with more, unpacking once for all of them is faster.
+pub const FUSED_ROWS: usize = 8;
 
 /// K is a multiple of this.
 const BLOCK: usize = 32;
@@ -125,6 +142,17 @@ impl Tiles for Matrix {
 
     fn packed_pairs(&self, tile: usize) -> Option<(&[u32], usize)> {
         with_tiles!(self, tiles => tiles.packed_pairs(tile))
+    }
+
+    fn fused_chain(
+        &self,
+        path: CpuPath,
+        tile: usize,
+        acc: &mut [[f32; LANES]],
+        x: &[u32],
+        x_starts: &[usize],
+    ) -> bool {
+        with_tiles!(self, tiles => tiles.fused_chain(path, tile, acc, x, x_starts))
     }
 
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {

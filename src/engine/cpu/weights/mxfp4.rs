@@ -107,6 +107,41 @@ impl Tiles for Mxfp4Tiles {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
+    fn fused_chain(
+        &self,
+        path: CpuPath,
+        tile: usize,
+        acc: &mut [[f32; LANES]],
+        x: &[u32],
+        x_starts: &[usize],
+    ) -> bool {
+        assert_eq!(path.kind(), Kind::Avx512Bf16, "it takes pairs");
+        assert_eq!(acc.len(), x_starts.len(), "one chain a row");
+        let n_bytes = Self::tile_bytes(self.n_k);
+        let blocks = &self.bytes[tile * n_bytes..][..n_bytes];
+        let blocks = blocks.as_chunks::<BLOCK_BYTES>().0;
+        let furthest = x_starts.iter().copied().max().unwrap_or(0);
+        assert!(furthest + self.n_k / 2 <= x.len(), "rows too short");
+        macro_rules! rows {
+            ($($n:literal)*) => {
+                // SAFETY: a path of this kind exists only where the CPU has its features; the bounds
+                // were checked.
+                #[allow(unsafe_code, reason = "features were detected, bounds checked")]
+                match acc.len() {
+                    $($n => unsafe {
+                        let acc = acc.try_into().expect("the length was matched");
+                        let x_starts = x_starts.try_into().expect("as long");
+                        x86::fused_chain::<$n>(blocks, acc, x, x_starts);
+                    },)*
+                    n => unreachable!("a fused chain of {n} rows"),
+                }
+            };
+        }
+        rows!(1 2 3 4 5 6 7 8);
+        true
+    }
+
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
         let start = tile * Self::tile_bytes(self.n_k) + k / mxfp4::BLOCK * BLOCK_BYTES;
         let bytes = &self.bytes[start..][..BLOCK_BYTES];
@@ -203,39 +238,123 @@ mod x86 {
         values
     };
 
+    /// Unpacks blocks to pairs of bf16, 16 lanes a register.
+    struct Unpacker {
+        values: __m512i,
+        /// What both exponents of a pair grow by, of the lower and the upper lanes.
+        scales: [__m512i; 2],
+        codes: *const u8,
+    }
+
+    impl Unpacker {
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512bw")]
+        fn new(bytes: &Mxfp4Block) -> Self {
+            let scales = |at: usize| {
+                // SAFETY: 32 bytes of scales.
+                let bytes = unsafe { _mm_loadu_si128(bytes.as_ptr().wrapping_add(at).cast()) };
+                let grows = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(127));
+                let grows = _mm512_slli_epi32::<7>(grows);
+                let low = _mm512_and_si512(grows, _mm512_set1_epi32(0xFFFF));
+                _mm512_or_si512(low, _mm512_slli_epi32::<16>(low))
+            };
+            Self {
+                // SAFETY: 32 values.
+                values: unsafe { _mm512_loadu_epi16(BF16_VALUES.as_ptr().cast()) },
+                scales: [scales(0), scales(16)],
+                codes: bytes.as_ptr().wrapping_add(LANES),
+            }
+        }
+
+        /// The block's pairs 2 pair, 2 pair + 1 of k.
+        ///
+        /// # Safety
+        /// The block still lives and has the pair.
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512bw")]
+        unsafe fn pair(&self, pair: usize) -> [__m512i; 2] {
+            let codes = |k: usize| {
+                // SAFETY: the caller's.
+                unsafe {
+                    let codes = _mm_loadu_si128(self.codes.wrapping_add(16 * k).cast());
+                    _mm512_cvtepu8_epi32(codes)
+                }
+            };
+            let odd = _mm512_slli_epi32::<16>(codes(2 * pair + 1));
+            let low = _mm512_or_si512(codes(2 * pair), odd);
+            let scaled = |codes: __m512i, scales: __m512i| {
+                // The permutation looks at the low five bits of each index alone.
+                let pairs = _mm512_permutexvar_epi16(codes, self.values);
+                let is_value = _mm512_test_epi16_mask(pairs, pairs);
+                _mm512_mask_add_epi16(pairs, is_value, pairs, scales)
+            };
+            [
+                scaled(low, self.scales[0]),
+                scaled(_mm512_srli_epi16::<4>(low), self.scales[1]),
+            ]
+        }
+    }
+
     /// # Safety
     /// The CPU has AVX-512F and BW.
     #[target_feature(enable = "avx512f,avx512bw")]
     pub unsafe fn unpack_mxfp4_pairs(bytes: &Mxfp4Block, out: &mut PairedBlock) {
-        // SAFETY: `bytes` holds 32 scales and 32 x 16 codes, `out` 16 x 32 pairs.
-        unsafe {
-            let values = _mm512_loadu_epi16(BF16_VALUES.as_ptr().cast());
-            // What both exponents of a pair grow by.
-            let scales = |at: usize| {
-                let bytes = _mm_loadu_si128(bytes.as_ptr().wrapping_add(at).cast());
-                let bytes = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(127));
-                let low =
-                    _mm512_and_si512(_mm512_slli_epi32::<7>(bytes), _mm512_set1_epi32(0xFFFF));
-                _mm512_or_si512(low, _mm512_slli_epi32::<16>(low))
+        let block = Unpacker::new(bytes);
+        for (pair, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let to = out.as_mut_ptr().cast::<i32>();
+            // SAFETY: the block has 16 pairs; 32 words each.
+            unsafe {
+                let [low, high] = block.pair(pair);
+                _mm512_storeu_epi32(to, low);
+                _mm512_storeu_epi32(to.wrapping_add(16), high);
+            }
+        }
+    }
+
+    /// # Safety
+    /// The CPU has AVX-512F, BW and BF16; `x` holds 16 words a block for each row.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub unsafe fn fused_chain<const T: usize>(
+        blocks: &[Mxfp4Block],
+        acc: &mut [[f32; LANES]; T],
+        x: &[u32],
+        x_starts: &[usize; T],
+    ) {
+        const PAIRS: usize = mxfp4::BLOCK / 2;
+        let mut sums = [[_mm512_setzero_ps(); 2]; T];
+        for (sums, acc) in sums.iter_mut().zip(&*acc) {
+            // SAFETY: 32 lanes a row.
+            *sums = unsafe {
+                [
+                    _mm512_loadu_ps(acc.as_ptr()),
+                    _mm512_loadu_ps(acc.as_ptr().wrapping_add(16)),
+                ]
             };
-            let (low_scales, high_scales) = (scales(0), scales(16));
-            let scaled = |codes: __m512i, scales: __m512i| {
-                // The permutation looks at the low five bits of each index alone.
-                let pairs = _mm512_permutexvar_epi16(codes, values);
-                let is_value = _mm512_test_epi16_mask(pairs, pairs);
-                _mm512_mask_add_epi16(pairs, is_value, pairs, scales)
-            };
-            for pair in 0..mxfp4::BLOCK / 2 {
-                let codes = |k: usize| {
-                    let at = bytes.as_ptr().wrapping_add(LANES + 16 * k);
-                    _mm512_cvtepu8_epi32(_mm_loadu_si128(at.cast()))
-                };
-                let odd = _mm512_slli_epi32::<16>(codes(2 * pair + 1));
-                let low = _mm512_or_si512(codes(2 * pair), odd);
-                let high = _mm512_srli_epi16::<4>(low);
-                let to = out.as_mut_ptr().wrapping_add(pair * LANES).cast();
-                _mm512_storeu_epi32(to, scaled(low, low_scales));
-                _mm512_storeu_epi32(to.wrapping_add(16), scaled(high, high_scales));
+        }
+        let mut rows = x_starts.map(|start| x.as_ptr().wrapping_add(start));
+        for bytes in blocks {
+            let block = Unpacker::new(bytes);
+            for pair in 0..PAIRS {
+                // SAFETY: the block has the pair, and each row its factor; a register of words is one
+                // of bf16 pairs.
+                unsafe {
+                    let bf16 = |words: __m512i| std::mem::transmute::<__m512i, __m512bh>(words);
+                    let [low, high] = block.pair(pair);
+                    for t in 0..T {
+                        let factor = rows[t].wrapping_add(pair).read_unaligned();
+                        let factor = bf16(_mm512_set1_epi32(factor.cast_signed()));
+                        sums[t][0] = _mm512_dpbf16_ps(sums[t][0], bf16(low), factor);
+                        sums[t][1] = _mm512_dpbf16_ps(sums[t][1], bf16(high), factor);
+                    }
+                }
+            }
+            rows = rows.map(|row| row.wrapping_add(PAIRS));
+        }
+        for (sums, acc) in sums.iter().zip(acc) {
+            // SAFETY: 32 lanes a row.
+            unsafe {
+                _mm512_storeu_ps(acc.as_mut_ptr(), sums[0]);
+                _mm512_storeu_ps(acc.as_mut_ptr().wrapping_add(16), sums[1]);
             }
         }
     }
