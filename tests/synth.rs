@@ -124,21 +124,25 @@ fn what_it_cannot_write_it_refuses() {
     }
     assert!(!scratch.join("out").exists());
 
-    // A large shape is planned for, and made by a device alone.
+    // A large shape is planned for, and made while it is loaded: there is nothing to convert.
     scratch.write(
         "rows.jsonl",
         json!({"id": 1, "question": "1 + 1?"}).to_string(),
     );
-    let large = "--model synthetic:gpt-oss-20b";
     let plan = "plan synthetic:gpt-oss-20b --host-memory 64GiB --context 1024 --batch 4";
     run_ok(scratch.path(), &plan.split(' ').collect::<Vec<_>>());
-    let args = format!(
-        "eval rows.jsonl {large} --device cpu --host-memory 64GiB --context 1024 --batch 1 --quiet"
-    );
-    let output = run(scratch.path(), &args.split(' ').collect::<Vec<_>>());
+    let args = [
+        "quantize",
+        "synthetic:gpt-oss-20b",
+        "16bit",
+        "--precision",
+        "16bit",
+    ];
+    let output = run(scratch.path(), &args);
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{text}");
-    assert!(text.contains("made on a GPU alone"), "{text}");
+    assert!(text.contains("made while they are loaded"), "{text}");
+    assert!(text.contains("`podium synth`"), "{text}");
     let args = ["inspect", "rows.jsonl", "--model", "synthetic:small.json"];
     let output = run(scratch.path(), &args);
     let text = String::from_utf8(output.stderr).unwrap();

@@ -86,7 +86,7 @@ pub enum CheckpointError {
     },
     #[error("no checkpoint layout holds {} experts", .format.name())]
     NoLayout { format: MatrixFormat },
-    #[error("{} of random weights are made on a GPU alone", bytes_text(*.n_bytes))]
+    #[error("{} of random weights: they are made while they are loaded", bytes_text(*.n_bytes))]
     InPlace { n_bytes: u64 },
     #[error("cannot write `{path}`: {source}")]
     Write {
@@ -119,9 +119,7 @@ impl CheckpointError {
             Self::NoLayout { .. } => {
                 "choose 4bit or 16bit; the other precisions are made from those while loading"
             }
-            Self::InPlace { .. } => {
-                "give `--device cuda`, or write them with `podium synth` and give the folder"
-            }
+            Self::InPlace { .. } => "write them with `podium synth` and give the folder",
             Self::Write { .. } => "check the path, its permissions and the room on the disk",
             Self::Plan { .. } => "this is a mistake in podium; please report it",
         }

@@ -492,6 +492,32 @@ mod tests {
     }
 
     #[test]
+    fn layers_made_one_by_one_are_those_of_the_whole() {
+        let mut config = shapes::named("gpt-oss-20b").expect("a shape");
+        config.layers.truncate(2);
+        (config.n_experts, config.n_vocab) = (4, 300);
+        (config.hidden, config.intermediate) = (64, 32);
+        let whole = Checkpoint::synthetic(&config, 7).expect("memory");
+        assert!(whole.in_place().is_none(), "it is small");
+        let mut described = Checkpoint::synthetic(&config, 7).expect("memory");
+        described.in_place = Some(7);
+        let part = described.filled("model.layers.1.").expect("it is a layer");
+        let bytes = |checkpoint: &Checkpoint| {
+            let layer = checkpoint.layer(1).expect("it is there");
+            let parts = [&layer.qkv, &layer.out, &layer.router];
+            let weights = parts.iter().flat_map(|part| &part.weights);
+            weights
+                .map(|tensor| tensor.bytes.to_vec())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(bytes(&part), bytes(&whole));
+        assert!(part.layer(0).is_err(), "no other layer is made");
+        let part = described.filled("lm_head.").expect("it has one");
+        let (found, expected) = (part.lm_head(), whole.lm_head());
+        assert_eq!(found.expect("made").bytes, expected.expect("made").bytes);
+    }
+
+    #[test]
     fn words_do_not_depend_on_how_they_are_cut() {
         let fill = Words::of(3, "a tensor").bf16(0.0, 1.0);
         let mut whole = vec![0; 4096];
