@@ -125,15 +125,8 @@ impl Tiles for Mxfp4Tiles {
         assert!(furthest + self.n_k / 2 <= x.len(), "rows too short");
         macro_rules! rows {
             ($($n:literal)*) => {
-                // SAFETY: a path of this kind exists only where the CPU has its features; the bounds
-                // were checked.
-                #[allow(unsafe_code, reason = "features were detected, bounds checked")]
                 match acc.len() {
-                    $($n => unsafe {
-                        let acc = acc.try_into().expect("the length was matched");
-                        let x_starts = x_starts.try_into().expect("as long");
-                        x86::fused_chain::<$n>(blocks, acc, x, x_starts);
-                    },)*
+                    $($n => fused_rows::<$n>(blocks, acc, x, x_starts),)*
                     n => unreachable!("a fused chain of {n} rows"),
                 }
             };
@@ -154,6 +147,24 @@ impl Tiles for Mxfp4Tiles {
 type Mxfp4Block = [u8; BLOCK_BYTES];
 type UnpackedBlock = [f32; mxfp4::BLOCK * LANES];
 type PairedBlock = [u32; mxfp4::BLOCK / 2 * LANES];
+
+/// `T` rows; the caller has checked bounds and path.
+#[cfg(target_arch = "x86_64")]
+fn fused_rows<const T: usize>(
+    blocks: &[Mxfp4Block],
+    acc: &mut [[f32; LANES]],
+    x: &[u32],
+    x_starts: &[usize],
+) {
+    let acc = acc.try_into().expect("the caller matched the length");
+    let x_starts = x_starts.try_into().expect("as long");
+    // SAFETY: a path that takes pairs exists only where the CPU has its features; the caller has
+    // checked the bounds.
+    #[allow(unsafe_code, reason = "features were detected, bounds checked")]
+    unsafe {
+        x86::fused_chain::<T>(blocks, acc, x, x_starts);
+    }
+}
 
 fn unpack_mxfp4_block(path: CpuPath, bytes: &Mxfp4Block, out: &mut UnpackedBlock) {
     match path.kind() {
