@@ -22,7 +22,7 @@ use crate::engine::checkpoint::MatrixFormat;
 /// Steps along K that are unpacked together.
 pub const CHUNK_K: usize = 128;
 
-/// Weights in tiles of [`LANES`](super::lanes::LANES) outputs.
+/// Weights in tiles of [`LANES`] outputs.
 pub trait Tiles: Sync {
     /// Length of the reduction, a multiple of 32.
     fn n_k(&self) -> usize;
