@@ -11,9 +11,8 @@ use std::sync::{Mutex, PoisonError};
 
 use super::buffer::{Buffer, Disjoint};
 use super::calls::Calls;
-use super::lanes::{
-    LANES, MOST_JOINT, fma_chain_in_pairs, for_each, joint_tiles, pair_chain, to_pairs,
-};
+use super::lanes::{LANES, fma_chain_in_pairs, for_each};
+use super::pairs::{MOST_JOINT, joint_tiles, pair_chain, to_pairs};
 use super::path::{CpuPath, Kind};
 use super::weights::{CHUNK_K, FUSED_ROWS, Tiles};
 use crate::engine::EngineError;

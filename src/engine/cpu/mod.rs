@@ -19,6 +19,7 @@ pub mod model;
 pub mod moe_combine;
 pub mod moe_matmul;
 mod pack;
+pub mod pairs;
 pub mod path;
 pub mod rmsnorm;
 pub mod rope;

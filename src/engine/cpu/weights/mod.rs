@@ -58,7 +58,7 @@ pub trait Tiles: Sync {
     }
 
     /// Continues the chains of up to [`FUSED_ROWS`] rows over all of a tile's K (see
-    /// [`pair_chain`](super::lanes::pair_chain)), unpacking in registers; `false`, and nothing done, for
+    /// [`pair_chain`](super::pairs::pair_chain)), unpacking in registers; `false`, and nothing done, for
     /// a format that is not unpacked there.
     fn fused_chain(
         &self,
