@@ -4,7 +4,7 @@
 //! [tile][k / 32] { 32 scale bytes | [32 k][32 lanes] codes }
 //! ```
 
-use super::Tiles;
+use super::{Tiles, prefetch};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
 use crate::engine::cpu::lanes::LANES;
@@ -82,6 +82,31 @@ impl Tiles for Mxint8Tiles {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    fn unpack_pairs(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [u32]) {
+        assert!(path.has_pairs(), "it takes pairs");
+        let start = tile * Self::tile_bytes(self.n_k) + k / mxint8::BLOCK * BLOCK_BYTES;
+        let n_bytes = n_k / mxint8::BLOCK * BLOCK_BYTES;
+        // As many blocks as are unpacked now are asked for ahead, to be read during their products.
+        let bytes = &self.bytes[start..][..n_bytes];
+        let out = &mut out[..n_k / 2 * LANES];
+        for (i, (bytes, out)) in bytes
+            .chunks_exact(BLOCK_BYTES)
+            .zip(out.chunks_exact_mut(mxint8::BLOCK / 2 * LANES))
+            .enumerate()
+        {
+            prefetch(&self.bytes, start + n_bytes + i * BLOCK_BYTES, BLOCK_BYTES);
+            let bytes = bytes.try_into().expect("chunks are of this size");
+            let out = out.try_into().expect("chunks are of this size");
+            // SAFETY: a path of this kind exists only where the CPU has its features.
+            #[allow(unsafe_code, reason = "features were detected")]
+            unsafe {
+                x86::unpack_pairs(bytes, out);
+            }
+        }
+    }
+
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
         let start = tile * Self::tile_bytes(self.n_k) + k / mxint8::BLOCK * BLOCK_BYTES;
         let bytes = &self.bytes[start..][..BLOCK_BYTES];
@@ -92,6 +117,8 @@ impl Tiles for Mxint8Tiles {
 
 type PackedBlock = [u8; BLOCK_BYTES];
 type UnpackedBlock = [f32; mxint8::BLOCK * LANES];
+#[cfg(target_arch = "x86_64")]
+type PairedBlock = [u32; mxint8::BLOCK / 2 * LANES];
 
 fn unpack_block(path: CpuPath, bytes: &PackedBlock, out: &mut UnpackedBlock) {
     match path.kind() {
@@ -103,7 +130,7 @@ fn unpack_block(path: CpuPath, bytes: &PackedBlock, out: &mut UnpackedBlock) {
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "features were detected")]
         // SAFETY: as above.
-        Kind::Avx512 | Kind::Avx512Bf16 => unsafe { x86::unpack_avx512(bytes, out) },
+        Kind::Avx512 | Kind::Avx512Bf16 | Kind::Amx => unsafe { x86::unpack_avx512(bytes, out) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unpack_portable(bytes, out),
     }
@@ -128,7 +155,7 @@ fn unpack_portable(bytes: &PackedBlock, out: &mut UnpackedBlock) {
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code, reason = "SIMD loads through pointers")]
 mod x86 {
-    use super::{LANES, PackedBlock, UnpackedBlock, steps};
+    use super::{LANES, PackedBlock, PairedBlock, UnpackedBlock, steps};
     use crate::quant::mxint8;
     use std::arch::x86_64::*;
 
@@ -150,6 +177,37 @@ mod x86 {
                     let codes = _mm_loadu_si128(from.wrapping_add(at).cast());
                     let values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
                     _mm512_storeu_ps(to.wrapping_add(at), _mm512_mul_ps(values, step));
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// The CPU has AVX-512F and BW.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub unsafe fn unpack_pairs(bytes: &PackedBlock, out: &mut PairedBlock) {
+        /// The words of a register that hold the odd k of their pair.
+        const ODD: u32 = 0xAAAA_AAAA;
+        let steps = steps(bytes);
+        let (from, to) = (bytes.as_ptr().wrapping_add(LANES), out.as_mut_ptr());
+        // SAFETY: 32 steps; `bytes` holds 32 x 32 codes behind its scales, `out` 16 x 32 pairs.
+        unsafe {
+            let steps = [
+                _mm512_loadu_ps(steps.as_ptr()),
+                _mm512_loadu_ps(steps.as_ptr().wrapping_add(16)),
+            ];
+            for pair in 0..mxint8::BLOCK / 2 {
+                for (half, &step) in steps.iter().enumerate() {
+                    // A value has at most 8 significant bits, so its lower half is 0.
+                    let values = |k: usize| {
+                        let codes = from.wrapping_add(k * LANES + 16 * half);
+                        let codes = _mm512_cvtepi8_epi32(_mm_loadu_si128(codes.cast()));
+                        _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtepi32_ps(codes), step))
+                    };
+                    let even = _mm512_srli_epi32::<16>(values(2 * pair));
+                    let both = _mm512_mask_mov_epi16(even, ODD, values(2 * pair + 1));
+                    let to = to.wrapping_add(pair * LANES + 16 * half);
+                    _mm512_storeu_epi32(to.cast(), both);
                 }
             }
         }
