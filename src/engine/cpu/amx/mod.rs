@@ -30,7 +30,6 @@ use std::ops::Range;
 use super::buffer::Disjoint;
 use super::gemm::{Exec, GROUP_ROWS, RowSets};
 use super::lanes::{LANES, for_each};
-use super::pairs::to_pairs_body;
 use super::path::{CpuPath, on_each_path};
 use super::weights::{Tiles, prefetch};
 use unit::{Operands, TileUnit};
@@ -103,11 +102,18 @@ on_each_path! {
 
 #[inline(always)]
 fn join_steps_body(x: &[f32], starts: &[usize], blocks: &mut [u32]) {
-    let steps = blocks.chunks_exact_mut(starts.len() * STEP_PAIRS);
-    for (step, blocks) in steps.enumerate() {
-        let rows = blocks.as_chunks_mut::<STEP_PAIRS>().0.iter_mut();
-        for (row, start) in rows.zip(starts) {
-            to_pairs_body(&x[start + step * STEP_K..][..STEP_K], row);
+    let (blocks, _) = blocks.as_chunks_mut::<STEP_PAIRS>();
+    for (step, blocks) in blocks.chunks_exact_mut(starts.len()).enumerate() {
+        for (i, row) in blocks.iter_mut().enumerate() {
+            let values: &[f32] = &x[starts[i] + step * STEP_K..][..STEP_K];
+            let values: &[f32; STEP_K] = values.try_into().expect("of this length");
+            let mut any = 0;
+            for pair in 0..STEP_PAIRS {
+                let (even, odd) = (values[2 * pair].to_bits(), values[2 * pair + 1].to_bits());
+                any |= even | odd;
+                row[pair] = even >> 16 | odd & 0xFFFF_0000;
+            }
+            debug_assert_eq!(any & 0xFFFF, 0, "bf16 values");
         }
     }
 }

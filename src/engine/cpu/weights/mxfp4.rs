@@ -271,52 +271,58 @@ mod x86 {
         indices
     };
 
+    /// Pairs of k of a block.
+    const PAIRS: usize = mxfp4::BLOCK / 2;
+
     /// Unpacks blocks to pairs of bf16, 16 lanes a register.
-    struct Unpacker {
+    ///
+    /// Registers are read and written as arrays: the crate keeps its debug checks, and those of unaligned
+    /// loads and stores would send every register through memory.
+    struct Unpacker<'a> {
         values: __m512i,
         lanes: __m512i,
         /// What the exponents of a pair are too large by, of the lower and the upper lanes.
         excess: [__m512i; 2],
-        codes: *const u8,
+        codes: &'a [[u8; LANES]; PAIRS],
     }
 
-    impl Unpacker {
+    impl<'a> Unpacker<'a> {
         #[inline]
         #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-        fn new(bytes: &Mxfp4Block) -> Self {
-            let excess = |at: usize| {
-                // SAFETY: 32 bytes of scales.
-                let bytes = unsafe { _mm_loadu_si128(bytes.as_ptr().wrapping_add(at).cast()) };
+        fn new(bytes: &'a Mxfp4Block) -> Self {
+            let (scales, codes) = bytes.split_at(LANES);
+            let scales = scales.as_chunks::<16>().0;
+            let excess = |scales: [u8; 16]| {
+                // SAFETY: any bytes are a register.
+                let bytes = unsafe { std::mem::transmute::<[u8; 16], __m128i>(scales) };
                 let most = _mm512_set1_epi32(i32::from(EXPONENT) + 127);
                 let excess = _mm512_sub_epi32(most, _mm512_cvtepu8_epi32(bytes));
                 let low =
                     _mm512_and_si512(_mm512_slli_epi32::<7>(excess), _mm512_set1_epi32(0xFFFF));
                 _mm512_or_si512(low, _mm512_slli_epi32::<16>(low))
             };
-            // SAFETY: 32 values, 64 indices.
+            // SAFETY: as above.
             let (values, lanes) = unsafe {
                 (
-                    _mm512_loadu_epi16(BF16_VALUES.as_ptr().cast()),
-                    _mm512_loadu_epi8(LANES_OF_CODES.as_ptr()),
+                    std::mem::transmute::<[u16; 32], __m512i>(BF16_VALUES),
+                    std::mem::transmute::<[i8; 64], __m512i>(LANES_OF_CODES),
                 )
             };
+            let codes = codes.as_chunks().0;
             Self {
                 values,
                 lanes,
-                excess: [excess(0), excess(16)],
-                codes: bytes.as_ptr().wrapping_add(LANES),
+                excess: [excess(scales[0]), excess(scales[1])],
+                codes: codes.try_into().expect("a block has 16 pairs"),
             }
         }
 
-        /// The block's pairs 2 pair, 2 pair + 1 of k.
-        ///
-        /// # Safety
-        /// The block still lives and has the pair.
+        /// The block's pairs of k 2 pair, 2 pair + 1: the lower lanes, and the upper ones.
         #[inline]
         #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-        unsafe fn pair(&self, pair: usize) -> [__m512i; 2] {
-            // SAFETY: the caller's; a pair has 32 bytes of codes.
-            let codes = unsafe { _mm256_loadu_si256(self.codes.wrapping_add(32 * pair).cast()) };
+        fn pair(&self, pair: usize) -> [__m512i; 2] {
+            // SAFETY: as above.
+            let codes = unsafe { std::mem::transmute::<[u8; 32], __m256i>(self.codes[pair]) };
             let codes = _mm512_permutexvar_epi8(self.lanes, _mm512_castsi256_si512(codes));
             // The permutation looks at the low five bits of each index alone.
             let value = |codes: __m512i, excess: __m512i| {
@@ -334,14 +340,10 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
     pub unsafe fn unpack_mxfp4_pairs(bytes: &Mxfp4Block, out: &mut PairedBlock) {
         let block = Unpacker::new(bytes);
-        for (pair, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-            let to = out.as_mut_ptr().cast::<i32>();
-            // SAFETY: the block has 16 pairs; 32 words each.
-            unsafe {
-                let [low, high] = block.pair(pair);
-                _mm512_storeu_epi32(to, low);
-                _mm512_storeu_epi32(to.wrapping_add(16), high);
-            }
+        let (out, _) = out.as_chunks_mut::<LANES>();
+        for (pair, out) in out.iter_mut().enumerate() {
+            // SAFETY: two registers are 32 words.
+            *out = unsafe { std::mem::transmute::<[__m512i; 2], [u32; LANES]>(block.pair(pair)) };
         }
     }
 
@@ -354,7 +356,6 @@ mod x86 {
         x: &[u32],
         x_starts: &[usize; T],
     ) {
-        const PAIRS: usize = mxfp4::BLOCK / 2;
         let mut sums = [[_mm512_setzero_ps(); 2]; T];
         for (sums, acc) in sums.iter_mut().zip(&*acc) {
             // SAFETY: 32 lanes a row.
@@ -369,11 +370,10 @@ mod x86 {
         for bytes in blocks {
             let block = Unpacker::new(bytes);
             for pair in 0..PAIRS {
-                // SAFETY: the block has the pair, and each row its factor; a register of words is one
-                // of bf16 pairs.
+                let [low, high] = block.pair(pair);
+                // SAFETY: each row has its factor; a register of words is one of bf16 pairs.
                 unsafe {
                     let bf16 = |words: __m512i| std::mem::transmute::<__m512i, __m512bh>(words);
-                    let [low, high] = block.pair(pair);
                     for t in 0..T {
                         let factor = rows[t].wrapping_add(pair).read_unaligned();
                         let factor = bf16(_mm512_set1_epi32(factor.cast_signed()));

@@ -188,27 +188,31 @@ mod x86 {
     pub unsafe fn unpack_pairs(bytes: &PackedBlock, out: &mut PairedBlock) {
         /// The words of a register that hold the odd k of their pair.
         const ODD: u32 = 0xAAAA_AAAA;
-        let steps = steps(bytes);
-        let (from, to) = (bytes.as_ptr().wrapping_add(LANES), out.as_mut_ptr());
-        // SAFETY: 32 steps; `bytes` holds 32 x 32 codes behind its scales, `out` 16 x 32 pairs.
-        unsafe {
-            let steps = [
-                _mm512_loadu_ps(steps.as_ptr()),
-                _mm512_loadu_ps(steps.as_ptr().wrapping_add(16)),
-            ];
-            for pair in 0..mxint8::BLOCK / 2 {
-                for (half, &step) in steps.iter().enumerate() {
-                    // A value has at most 8 significant bits, so its lower half is 0.
-                    let values = |k: usize| {
-                        let codes = from.wrapping_add(k * LANES + 16 * half);
-                        let codes = _mm512_cvtepi8_epi32(_mm_loadu_si128(codes.cast()));
-                        _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtepi32_ps(codes), step))
-                    };
-                    let even = _mm512_srli_epi32::<16>(values(2 * pair));
-                    let both = _mm512_mask_mov_epi16(even, ODD, values(2 * pair + 1));
-                    let to = to.wrapping_add(pair * LANES + 16 * half);
-                    _mm512_storeu_epi32(to.cast(), both);
-                }
+        let (scales, codes) = bytes.split_at(LANES);
+        let scales = scales.as_chunks::<16>().0;
+        // As `mxint8::step`. Registers are read and written as arrays, as those of MXFP4.
+        let steps = [0, 1].map(|half| {
+            // SAFETY: any bytes are a register.
+            let scales = unsafe { std::mem::transmute::<[u8; 16], __m128i>(scales[half]) };
+            let scales = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(scales));
+            _mm512_mul_ps(_mm512_castsi512_ps(scales), _mm512_set1_ps(1.0 / 64.0))
+        });
+        let (codes, _) = codes.as_chunks::<16>();
+        let (out, _) = out.as_chunks_mut::<16>();
+        for (pair, out) in out.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+            for half in 0..2 {
+                // A value has at most 8 significant bits, so its lower half is 0.
+                let values = |k: usize| {
+                    // SAFETY: any bytes are a register.
+                    let codes =
+                        unsafe { std::mem::transmute::<[u8; 16], __m128i>(codes[2 * k + half]) };
+                    let codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+                    _mm512_castps_si512(_mm512_mul_ps(codes, steps[half]))
+                };
+                let even = _mm512_srli_epi32::<16>(values(2 * pair));
+                let both = _mm512_mask_mov_epi16(even, ODD, values(2 * pair + 1));
+                // SAFETY: a register is 16 words.
+                out[half] = unsafe { std::mem::transmute::<__m512i, [u32; 16]>(both) };
             }
         }
     }
