@@ -3,9 +3,9 @@
 //!
 //! [`fma_chain`] is the matrix product of attention: `acc[t][lane] = fma(w[k][lane], x[t][k],
 //! acc[t][lane])` for ascending `k`. [`fma_chain_in_pairs`] is that of weights: it takes the `k` in
-//! pairs, the odd one first, as the instruction for bf16 pairs does ([`super::pairs`]). Lanes
-//! are output rows, keys, or value dims, never parts of a sum, so an output is one chain whatever the
-//! path and however many `t` run together.
+//! pairs, the odd one first, as the instruction for bf16 pairs does ([`super::pairs`]); tiles of such
+//! pairs have an order of their own ([`super::amx`]). Lanes are output rows, keys, or value dims, never
+//! parts of a sum, so an output is one chain whatever the path and however many `t` run together.
 
 use super::path::{CpuPath, Kind, on_each_path};
 
