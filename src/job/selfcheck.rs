@@ -1,9 +1,9 @@
 //! `podium selfcheck`: the promises about bits, proved on the user's own machine.
 //!
 //! Rows of very different lengths that share beginnings run through the model in many ways;
-//! tokens, log-probability bits and the hash of every step's logits must be equal. Each SIMD path
-//! that the processor has must give the same bits, too, and teacher-forced log-probabilities must
-//! equal those of the generation.
+//! tokens, log-probability bits and the hash of every step's logits must be equal. The SIMD paths
+//! that the processor has must give the same bits, too, all but `amx`, which has its own, and
+//! teacher-forced log-probabilities must equal those of the generation.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -119,15 +119,23 @@ pub fn selfcheck(args: &SelfcheckArgs) -> Result<u8, JobError> {
         // Neither threads nor instruction sets matter there.
         ways.retain(|way| way.n_threads == n_threads);
     }
-    for path in CpuPath::available() {
-        if path != native && engine == Engine::Cpu {
-            ways.push(Way {
-                path,
-                n_rows: N_PATH_ROWS.min(args.rows),
-                ..base(&format!("instruction set {}", path.name()))
-            });
-        }
-    }
+    // Paths of common bits are held against the native one, or against the fastest of them.
+    let has_common_bits = |path: &CpuPath| path.gives_common_bits(exact);
+    let mut paths = CpuPath::available();
+    paths.retain(|path| *path != native && engine == Engine::Cpu && has_common_bits(path));
+    let common = match has_common_bits(&native) {
+        true => Some(native),
+        false => paths.pop(),
+    };
+    let of_path = |path: CpuPath, name: String| Way {
+        path,
+        n_rows: N_PATH_ROWS.min(args.rows),
+        ..base(&name)
+    };
+    let path_ways: Vec<Way> = paths
+        .into_iter()
+        .map(|path| of_path(path, format!("instruction set {}", path.name())))
+        .collect();
     let numerics = match engine {
         Engine::Cpu => {
             let mode = if exact { "exact" } else { "bf16" };
@@ -157,14 +165,26 @@ pub fn selfcheck(args: &SelfcheckArgs) -> Result<u8, JobError> {
             ..base("one row at a time")
         };
         let expected = run(&alone, &model, &weights, &prompts, sampling, exact)?;
-        for way in &ways {
-            let found = run(way, &model, &weights, &prompts, sampling, exact)?;
-            let n_same = expected
-                .iter()
-                .take(way.n_rows)
-                .filter(|(row, bits)| found.get(row) == Some(bits))
-                .count();
-            n_failed += verdict(name, &way.name, n_same, way.n_rows);
+        let mut hold = |ways: &[Way], expected: &BTreeMap<usize, Bits>| -> Result<(), JobError> {
+            for way in ways {
+                let found = run(way, &model, &weights, &prompts, sampling, exact)?;
+                let n_same = expected
+                    .iter()
+                    .take(way.n_rows)
+                    .filter(|(row, bits)| found.get(row) == Some(bits))
+                    .count();
+                n_failed += verdict(name, &way.name, n_same, way.n_rows);
+            }
+            Ok(())
+        };
+        hold(&ways, &expected)?;
+        match common {
+            Some(common) if common != native && !path_ways.is_empty() => {
+                let way = of_path(common, "the instruction sets' base".to_owned());
+                let expected = run(&way, &model, &weights, &prompts, sampling, exact)?;
+                hold(&path_ways, &expected)?;
+            }
+            _ => hold(&path_ways, &expected)?,
         }
         let n_same = forced(&alone, &weights, &prompts, &expected, exact)?;
         n_failed += verdict(name, "teacher forcing", n_same, expected.len());

@@ -57,7 +57,13 @@ fn compare(name: &str, found: &str) {
 }
 
 /// Which of these a machine has is its own business.
-const CPU_PATHS: [&str; 4] = ["cpu/avx512bf16", "cpu/avx512", "cpu/avx2", "cpu/portable"];
+const CPU_PATHS: [&str; 5] = [
+    "cpu/amx",
+    "cpu/avx512bf16",
+    "cpu/avx512",
+    "cpu/avx2",
+    "cpu/portable",
+];
 
 /// The summary's measured lines keep their name alone; all others are blanked in part.
 fn measured(line: &str) -> String {

@@ -10,7 +10,7 @@
 use super::gemm::{AttentionScratch, MAX_QUERIES};
 use super::kv_cache::{KvElement, KvGeometry, PAGE_TILES};
 use super::lanes::{LANES, exp, fma_chain, larger, max_lanes, sum_lanes};
-use super::path::{CpuPath, on_each_path};
+use super::path::{CpuPath, Kind, on_each_path};
 use super::weights::Vector;
 use crate::engine::TILE_KEYS;
 use crate::quant::bf16;
@@ -203,9 +203,7 @@ fn unpack<'a, E: KvElement>(path: CpuPath, source: &'a [E], scratch: &'a mut [f3
         // SAFETY: a path of this kind exists only where the CPU has its features.
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "features were detected")]
-        super::path::Kind::Avx512 | super::path::Kind::Avx512Bf16 => unsafe {
-            avx512(source, scratch)
-        },
+        Kind::Avx512 | Kind::Avx512Bf16 | Kind::Amx => unsafe { avx512(source, scratch) },
         _ => body(source, scratch),
     }
 }

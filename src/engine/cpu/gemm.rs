@@ -4,17 +4,20 @@
 //! tiles, unpacks [`CHUNK_K`] steps of a tile once, and continues the chains of all rows of the
 //! group over them. The split into tasks, groups and chunks never changes a chain.
 //!
-//! Where the CPU multiplies pairs of bf16, weights are unpacked to those and the rows, which are
-//! bf16 values already, are joined to pairs once for all tasks ([`Exec::with_inputs`]).
+//! There are three ways of multiplying, and [`Products`] says which a path takes: f32 values here, pairs
+//! of bf16 ([`super::pairs`]), and tiles of such pairs ([`super::amx`]). For the latter two, rows, which
+//! are bf16 values already, are joined to pairs once for all tasks ([`Exec::with_inputs`]).
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
+use super::amx;
 use super::buffer::{Buffer, Disjoint};
 use super::calls::Calls;
 use super::lanes::{LANES, fma_chain_in_pairs, for_each};
-use super::pairs::{MOST_JOINT, joint_tiles, pair_chain, to_pairs};
+use super::pairs::{self, MOST_JOINT, to_pairs};
 use super::path::{CpuPath, Kind};
-use super::weights::{CHUNK_K, FUSED_ROWS, Tiles};
+use super::weights::{CHUNK_K, Tiles};
 use crate::engine::EngineError;
 use crate::engine::TILE_KEYS;
 
@@ -36,19 +39,69 @@ pub struct Exec {
     pairs: Mutex<Buffer<u32>>,
 }
 
-/// Rows of a product.
+/// How matrix products are done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Products {
+    /// Of f32 values.
+    Values,
+    /// Of pairs of bf16.
+    Pairs,
+    /// Of tiles of such pairs.
+    Tiles,
+}
+
+impl Products {
+    /// Of a path; an exact run's values are not bf16.
+    pub fn of(path: CpuPath, exact: bool) -> Self {
+        match path.kind() {
+            Kind::Avx512Bf16 if !exact => Self::Pairs,
+            Kind::Amx if !exact => Self::Tiles,
+            _ => Self::Values,
+        }
+    }
+}
+
+/// Rows of a product, as it is done.
 #[derive(Clone, Copy)]
 pub enum Inputs<'a> {
     Values(&'a [f32]),
     /// Two bf16 a word, the first in the low half.
     Pairs(&'a [u32]),
+    /// The same in blocks of rows ([`amx::join`]).
+    Blocks(&'a [u32]),
+}
+
+/// Which rows a product has: sets that meet the same weights, one behind the other.
+pub struct RowSets<'a> {
+    /// Values of a row.
+    pub n_k: usize,
+    /// The number of rows before each set, and of all.
+    pub offsets: &'a [u32],
+    /// Where in the input a row's values begin.
+    pub start: &'a (dyn Fn(usize) -> usize + Sync),
+}
+
+impl RowSets<'_> {
+    pub fn n_sets(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// Rows of all sets.
+    pub fn n_rows(&self) -> usize {
+        self.offsets[self.n_sets()] as usize
+    }
+
+    /// The rows of a set.
+    pub fn of_set(&self, set: usize) -> Range<usize> {
+        self.offsets[set] as usize..self.offsets[set + 1] as usize
+    }
 }
 
 /// What one task works in.
 pub struct Scratch {
     /// Unpacked weights `[CHUNK_K][LANES]`.
     pub weights: Buffer<f32>,
-    /// The same of some tiles as pairs `[MOST_JOINT][CHUNK_K / 2][LANES]`.
+    /// The same of some tiles as pairs `[MOST_JOINT][CHUNK_K / 2][LANES]`, or of as many words.
     pub pairs: Buffer<u32>,
     pub attention: AttentionScratch,
 }
@@ -118,9 +171,9 @@ impl Scratch {
     }
 }
 
-/// Whether products are of bf16 pairs.
-pub fn takes_pairs(path: CpuPath, exact: bool) -> bool {
-    path.kind() == Kind::Avx512Bf16 && !exact
+/// Words of the room for `n_inputs` values in pairs or blocks.
+const fn input_words(n_inputs: usize) -> usize {
+    n_inputs.div_ceil(2) + amx::SLACK
 }
 
 impl Exec {
@@ -144,7 +197,7 @@ impl Exec {
             exact,
             calls: Calls::default(),
             scratch,
-            pairs: Mutex::new(Buffer::zeroed("inputs", n_inputs.div_ceil(2))?),
+            pairs: Mutex::new(Buffer::zeroed("inputs", input_words(n_inputs))?),
         })
     }
 
@@ -162,18 +215,34 @@ impl Exec {
 
     /// Bytes of the room for inputs, as planned.
     pub const fn planned_input_bytes(n_inputs: usize) -> u64 {
-        (n_inputs.div_ceil(2) * size_of::<u32>()) as u64
+        (input_words(n_inputs) * size_of::<u32>()) as u64
     }
 
-    /// Runs a product on rows, in the form that the path multiplies.
-    pub fn with_inputs<R>(&self, x: &[f32], product: impl FnOnce(Inputs) -> R) -> R {
-        /// Values that are joined by one task.
-        const CHUNK: usize = 1 << 14;
-        if !takes_pairs(self.path, self.exact) {
+    /// Runs a product on rows of `x`, in the form that the path multiplies.
+    pub fn with_inputs<R>(
+        &self,
+        x: &[f32],
+        rows: &RowSets,
+        product: impl FnOnce(Inputs) -> R,
+    ) -> R {
+        let products = Products::of(self.path, self.exact);
+        if products == Products::Values {
             return product(Inputs::Values(x));
         }
         let mut pairs = self.pairs.lock().unwrap_or_else(PoisonError::into_inner);
+        if products == Products::Tiles {
+            amx::join(self.path, x, rows, &mut pairs);
+            return product(Inputs::Blocks(&pairs));
+        }
         let pairs = &mut pairs[..x.len() / 2];
+        self.join(x, pairs);
+        product(Inputs::Pairs(pairs))
+    }
+
+    /// Joins values to pairs, where they are.
+    fn join(&self, x: &[f32], pairs: &mut [u32]) {
+        /// Values that are joined by one task.
+        const CHUNK: usize = 1 << 14;
         let parts = Disjoint::new(pairs);
         for_each(x.len().div_ceil(CHUNK), 4, |part| {
             let x = &x[part * CHUNK..x.len().min((part + 1) * CHUNK)];
@@ -182,7 +251,6 @@ impl Exec {
             let pairs = unsafe { parts.slice_mut(part * CHUNK / 2, x.len() / 2) };
             to_pairs(self.path, x, pairs);
         });
-        product(Inputs::Pairs(pairs))
     }
 
     /// Runs `task` with the calling thread's scratch. The task must not start parallel work.
@@ -196,13 +264,38 @@ impl Exec {
     }
 }
 
-/// Multiplies tiles with rows and hands finished rows of 32 lanes to `finish(tile, first row,
-/// rows)`; the row at index `i` is the `n_k` values of `x` from `row_start(i)` on.
+/// Multiplies tiles with the rows of a set and hands finished rows of 32 lanes to `finish(tile, first
+/// row of the set, rows)`.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "a kernel takes its shapes one by one"
+)]
 pub fn multiply<W: Tiles>(
     exec: &Exec,
     weights: &W,
-    tiles: std::ops::Range<usize>,
+    tiles: Range<usize>,
     x: Inputs,
+    rows: &RowSets,
+    set: usize,
+    finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
+) {
+    let of_set = rows.of_set(set);
+    let (n_rows, start) = (of_set.len(), |i| (rows.start)(of_set.start + i));
+    match x {
+        Inputs::Values(x) => multiply_values(exec, weights, tiles, x, n_rows, start, finish),
+        Inputs::Pairs(x) => {
+            let start = |i| start(i) / 2;
+            pairs::multiply(exec, weights, tiles, x, n_rows, start, finish);
+        }
+        Inputs::Blocks(x) => amx::multiply(exec, weights, tiles, x, of_set, finish),
+    }
+}
+
+fn multiply_values<W: Tiles>(
+    exec: &Exec,
+    weights: &W,
+    tiles: Range<usize>,
+    x: &[f32],
     n_rows: usize,
     row_start: impl Fn(usize) -> usize,
     mut finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
@@ -213,96 +306,23 @@ pub fn multiply<W: Tiles>(
         let mut starts = [0; GROUP_ROWS];
         for group in (0..n_rows).step_by(GROUP_ROWS) {
             let n = GROUP_ROWS.min(n_rows - group);
-            for (i, start) in starts[..n].iter_mut().enumerate() {
-                *start = match x {
-                    Inputs::Values(_) => row_start(group + i),
-                    Inputs::Pairs(_) => row_start(group + i) / 2,
-                };
+            let (acc, starts) = (&mut acc[..n], &mut starts[..n]);
+            for (i, start) in starts.iter_mut().enumerate() {
+                *start = row_start(group + i);
             }
-            let starts = &starts[..n];
-            let joint = match x {
-                Inputs::Values(_) => 1,
-                Inputs::Pairs(_) => joint_tiles(n),
-            };
-            if let Inputs::Pairs(x) = x
-                && n <= FUSED_ROWS
-                && fused(
-                    exec,
-                    weights,
-                    tiles.clone(),
-                    &mut acc[..n],
-                    x,
-                    starts,
-                    |tile, acc| {
-                        finish(tile, group, acc);
-                    },
-                )
-            {
-                continue;
-            }
-            for first in tiles.clone().step_by(joint) {
-                let n_tiles = joint.min(tiles.end - first);
-                let acc = &mut acc[..n_tiles * n];
+            for tile in tiles.clone() {
                 acc.fill([0.0; LANES]);
-                let packed = weights.packed_pairs(first);
-                // Few rows take packed pairs straight from memory.
-                let a_chunk = match (x, packed) {
-                    (Inputs::Pairs(_), Some(_)) if n <= FEW_ROWS => n_k,
-                    _ => CHUNK_K,
-                };
-                for k in (0..n_k).step_by(a_chunk) {
-                    let n_k = a_chunk.min(n_k - k);
-                    match (x, packed) {
-                        (Inputs::Values(x), _) => {
-                            weights.unpack(exec.path, first, k, n_k, &mut scratch.weights);
-                            let w = &scratch.weights[..n_k * LANES];
-                            fma_chain_in_pairs(exec.path, acc, w, &x[k..], starts, n_k);
-                        }
-                        (Inputs::Pairs(x), Some((w, w_tile))) => {
-                            let (w, x) = (&w[k / 2 * LANES..], &x[k / 2..]);
-                            pair_chain(exec.path, acc, w, w_tile, x, starts, n_k / 2);
-                        }
-                        (Inputs::Pairs(x), None) => {
-                            let w_tile = n_k / 2 * LANES;
-                            let w = &mut scratch.pairs[..n_tiles * w_tile];
-                            for (i, w) in w.chunks_exact_mut(w_tile).enumerate() {
-                                weights.unpack_pairs(exec.path, first + i, k, n_k, w);
-                            }
-                            let x = &x[k / 2..];
-                            pair_chain(exec.path, acc, w, w_tile, x, starts, n_k / 2);
-                        }
-                    }
+                for k in (0..n_k).step_by(CHUNK_K) {
+                    let n_k = CHUNK_K.min(n_k - k);
+                    weights.unpack(exec.path, tile, k, n_k, &mut scratch.weights);
+                    let w = &scratch.weights[..n_k * LANES];
+                    fma_chain_in_pairs(exec.path, acc, w, &x[k..], starts, n_k);
                 }
-                for (i, acc) in acc.chunks_exact_mut(n).enumerate() {
-                    finish(first + i, group, acc);
-                }
+                finish(tile, group, acc);
             }
         }
     });
 }
-
-/// Few rows of a format that is unpacked in registers; `false` for one that is not.
-fn fused<W: Tiles>(
-    exec: &Exec,
-    weights: &W,
-    tiles: std::ops::Range<usize>,
-    acc: &mut [[f32; LANES]],
-    x: &[u32],
-    starts: &[usize],
-    mut finish: impl FnMut(usize, &mut [[f32; LANES]]),
-) -> bool {
-    for tile in tiles {
-        acc.fill([0.0; LANES]);
-        if !weights.fused_chain(exec.path, tile, acc, x, starts) {
-            return false;
-        }
-        finish(tile, acc);
-    }
-    true
-}
-
-/// Rows whose chains lie in registers at once.
-const FEW_ROWS: usize = 12;
 
 /// Tiles of one task: enough products to be worth a task, few enough for all threads to work.
 pub fn tiles_a_task(n_tiles: usize, n_rows: usize, n_k: usize) -> usize {

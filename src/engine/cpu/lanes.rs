@@ -3,9 +3,9 @@
 //!
 //! [`fma_chain`] is the matrix product of attention: `acc[t][lane] = fma(w[k][lane], x[t][k],
 //! acc[t][lane])` for ascending `k`. [`fma_chain_in_pairs`] is that of weights: it takes the `k` in
-//! pairs, the odd one first, as the instruction for bf16 pairs does ([`super::pairs`]). Lanes
-//! are output rows, keys, or value dims, never parts of a sum, so an output is one chain whatever the
-//! path and however many `t` run together.
+//! pairs, the odd one first, as the instruction for bf16 pairs does ([`super::pairs`]); tiles of such
+//! pairs have an order of their own ([`super::amx`]). Lanes are output rows, keys, or value dims, never
+//! parts of a sum, so an output is one chain whatever the path and however many `t` run together.
 
 use super::path::{CpuPath, Kind, on_each_path};
 
@@ -52,7 +52,7 @@ pub(super) fn most_rows(path: CpuPath) -> usize {
         // 6 rows x 2 registers of 8 lanes, of 16 registers; half the lanes at a time.
         Kind::Avx2 => 6,
         // 12 rows x 2 registers of 16 lanes, of 32 registers.
-        Kind::Avx512 | Kind::Avx512Bf16 => 12,
+        Kind::Avx512 | Kind::Avx512Bf16 | Kind::Amx => 12,
     }
 }
 
@@ -121,7 +121,7 @@ fn block<const T: usize, const PAIRS: bool>(
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "features were detected, bounds checked")]
         // SAFETY: as above.
-        Kind::Avx512 | Kind::Avx512Bf16 => unsafe {
+        Kind::Avx512 | Kind::Avx512Bf16 | Kind::Amx => unsafe {
             x86::block_avx512::<T, PAIRS>(acc, w, w_stride, x, x_starts, n_k);
         },
         #[cfg(not(target_arch = "x86_64"))]

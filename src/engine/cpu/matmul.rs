@@ -5,7 +5,7 @@
 
 use super::buffer::Disjoint;
 use super::calls::Op;
-use super::gemm::{Exec, Inputs, multiply, tiles_a_task};
+use super::gemm::{Exec, Inputs, RowSets, multiply, tiles_a_task};
 use super::lanes::{LANES, for_each};
 use super::weights::{Matrix, Tiles, Vector};
 
@@ -47,6 +47,11 @@ pub fn matmul(
     exec.calls.count(Op::Matmul, weights.tiles.format());
     let out = Disjoint::new(out);
     let a_task = tiles_a_task(n_tiles, n_rows, n_k);
+    let rows = RowSets {
+        n_k,
+        offsets: &[0, n_rows as u32],
+        start: &|row| row * n_k,
+    };
     let product = |x: Inputs| {
         for_each(n_tiles.div_ceil(a_task), 1, |task| {
             let first = first_tile + task * a_task;
@@ -73,18 +78,10 @@ pub fn matmul(
                     }
                 }
             };
-            multiply(
-                exec,
-                &weights.tiles,
-                tiles,
-                x,
-                n_rows,
-                |row| row * n_k,
-                finish,
-            );
+            multiply(exec, &weights.tiles, tiles, x, &rows, 0, finish);
         });
     };
-    exec.with_inputs(&x[..n_rows * n_k], product);
+    exec.with_inputs(&x[..n_rows * n_k], &rows, product);
 }
 
 /// As [`matmul`], slow and obvious.

@@ -5,6 +5,7 @@
 //! in order, [`CpuBackend`] owns the memory and the bookkeeping of sequences. Everything is
 //! allocated in [`CpuBackend::open`]; a step allocates nothing but what rayon does.
 
+pub mod amx;
 pub mod attention;
 pub mod buffer;
 pub mod calls;

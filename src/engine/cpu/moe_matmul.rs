@@ -11,7 +11,7 @@
 
 use super::buffer::Disjoint;
 use super::calls::Op;
-use super::gemm::{Exec, Inputs, multiply, tiles_a_task};
+use super::gemm::{Exec, Inputs, RowSets, multiply, tiles_a_task};
 use super::lanes::{LANES, for_each};
 use super::swiglu::{self, PAIRS};
 use super::topk_routing::Routing;
@@ -116,6 +116,11 @@ fn grouped(
     let mean_rows = n_entries.div_ceil(routing.n_experts);
     let a_task = tiles_a_task(n_tiles, mean_rows, weights.n_k());
     let n_tasks = n_tiles.div_ceil(a_task);
+    let rows = RowSets {
+        n_k: weights.n_k(),
+        offsets: routing.offsets(),
+        start: &|i| row_start(routing.entries()[i]),
+    };
     let product = |x: Inputs| {
         for_each(routing.n_experts * n_tasks, 1, |task| {
             let (expert, part) = (task / n_tasks, task % n_tasks);
@@ -126,7 +131,6 @@ fn grouped(
             let base = expert * n_tiles;
             let first = base + part * a_task;
             let tiles = first..(first + a_task).min(base + n_tiles);
-            let row_start = |i: usize| row_start(entries[i]);
             let finish = |tile: usize, first: usize, rows: &mut [[f32; LANES]]| {
                 finish(
                     expert,
@@ -135,10 +139,10 @@ fn grouped(
                     rows,
                 );
             };
-            multiply(exec, weights, tiles, x, entries.len(), row_start, finish);
+            multiply(exec, weights, tiles, x, &rows, expert, finish);
         });
     };
-    exec.with_inputs(x, product);
+    exec.with_inputs(x, &rows, product);
 }
 
 /// As [`gate_up`], slow and obvious.

@@ -1,8 +1,105 @@
 //! Products of bf16 pairs, where the CPU has an instruction for them: the same chains as
 //! [`fma_chain_in_pairs`](super::lanes::fma_chain_in_pairs), half as many instructions.
 
+use std::ops::Range;
+
+use super::gemm::{Exec, GROUP_ROWS};
 use super::lanes::{LANES, most_rows};
-use super::path::{CpuPath, Kind, on_each_path};
+use super::path::{CpuPath, on_each_path};
+use super::weights::{CHUNK_K, FUSED_ROWS, Tiles};
+
+/// Rows whose chains lie in registers at once.
+const FEW_ROWS: usize = 12;
+
+/// Multiplies tiles with rows of pairs; as [`multiply`](super::gemm::multiply), the row at index `i`
+/// being the words of `x` from `row_start(i)` on.
+pub fn multiply<W: Tiles>(
+    exec: &Exec,
+    weights: &W,
+    tiles: Range<usize>,
+    x: &[u32],
+    n_rows: usize,
+    row_start: impl Fn(usize) -> usize,
+    mut finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
+) {
+    let n_k = weights.n_k();
+    exec.with_scratch(|scratch| {
+        let mut acc = [[0.0; LANES]; GROUP_ROWS];
+        let mut starts = [0; GROUP_ROWS];
+        for group in (0..n_rows).step_by(GROUP_ROWS) {
+            let n = GROUP_ROWS.min(n_rows - group);
+            let starts = &mut starts[..n];
+            for (i, start) in starts.iter_mut().enumerate() {
+                *start = row_start(group + i);
+            }
+            if n <= FUSED_ROWS
+                && fused(
+                    exec,
+                    weights,
+                    tiles.clone(),
+                    &mut acc[..n],
+                    x,
+                    starts,
+                    |tile, acc| {
+                        finish(tile, group, acc);
+                    },
+                )
+            {
+                continue;
+            }
+            let joint = joint_tiles(n);
+            for first in tiles.clone().step_by(joint) {
+                let n_tiles = joint.min(tiles.end - first);
+                let acc = &mut acc[..n_tiles * n];
+                acc.fill([0.0; LANES]);
+                let packed = weights.packed_pairs(first);
+                // Few rows take packed pairs straight from memory.
+                let a_chunk = match packed {
+                    Some(_) if n <= FEW_ROWS => n_k,
+                    _ => CHUNK_K,
+                };
+                for k in (0..n_k).step_by(a_chunk) {
+                    let n_k = a_chunk.min(n_k - k);
+                    let (w, w_tile) = match packed {
+                        Some((w, w_tile)) => (&w[k / 2 * LANES..], w_tile),
+                        None => {
+                            let w_tile = n_k / 2 * LANES;
+                            let w = &mut scratch.pairs[..n_tiles * w_tile];
+                            for (i, w) in w.chunks_exact_mut(w_tile).enumerate() {
+                                weights.unpack_pairs(exec.path, first + i, k, n_k, w);
+                            }
+                            (&*w, w_tile)
+                        }
+                    };
+                    pair_chain(exec.path, acc, w, w_tile, &x[k / 2..], starts, n_k / 2);
+                }
+                for (i, acc) in acc.chunks_exact_mut(n).enumerate() {
+                    finish(first + i, group, acc);
+                }
+            }
+        }
+    });
+}
+
+/// Few rows of a format that is unpacked in registers; `false` for one that is not.
+fn fused<W: Tiles>(
+    exec: &Exec,
+    weights: &W,
+    tiles: Range<usize>,
+    acc: &mut [[f32; LANES]],
+    x: &[u32],
+    starts: &[usize],
+    mut finish: impl FnMut(usize, &mut [[f32; LANES]]),
+) -> bool {
+    for tile in tiles {
+        acc.fill([0.0; LANES]);
+        if !weights.fused_chain(exec.path, tile, acc, x, starts) {
+            return false;
+        }
+        finish(tile, acc);
+    }
+    true
+}
 
 /// Tiles that [`pair_chain`] takes together for so many rows: with few rows a chain waits for its
 /// own sums, and more tiles are more chains.
@@ -45,7 +142,7 @@ pub fn pair_chain(
     assert!(end <= w.len(), "weights too short");
     let furthest = x_starts.iter().copied().max().unwrap_or(0);
     assert!(furthest + n_pairs <= x.len(), "rows too short");
-    assert_eq!(path.kind(), Kind::Avx512Bf16, "products of bf16 pairs");
+    assert!(path.has_pairs(), "products of bf16 pairs");
     macro_rules! block {
         ($n:literal, $tiles:literal, $acc:expr, $starts:expr) => {
             pair_block::<$n, $tiles>($acc, w, w_tile, x, $starts, n_pairs)
@@ -104,10 +201,14 @@ on_each_path! {
 
 #[inline(always)]
 fn to_pairs_body(values: &[f32], pairs: &mut [u32]) {
+    // Looked at once, behind the loop: a look at each would stand between the loop and its lanes.
+    let mut any = 0;
     for (&[even, odd], pair) in values.as_chunks::<2>().0.iter().zip(pairs) {
-        debug_assert_eq!((even.to_bits() | odd.to_bits()) & 0xFFFF, 0, "bf16 values");
-        *pair = even.to_bits() >> 16 | odd.to_bits() & 0xFFFF_0000;
+        let (even, odd) = (even.to_bits(), odd.to_bits());
+        any |= even | odd;
+        *pair = even >> 16 | odd & 0xFFFF_0000;
     }
+    debug_assert_eq!(any & 0xFFFF, 0, "bf16 values");
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -211,7 +312,7 @@ mod tests {
                     let mut acc = vec![[0.5f32; LANES]; n_rows];
                     fma_chain_in_pairs(path, &mut acc, &w, &x, &starts, n_k);
                     assert_eq!(acc, expected, "{path:?}");
-                    if path.kind() != Kind::Avx512Bf16 {
+                    if !path.has_pairs() {
                         continue;
                     }
                     let bits = |x: f32| x.to_bits() >> 16;

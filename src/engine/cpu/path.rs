@@ -1,8 +1,10 @@
 //! Which SIMD path runs, and the macro that compiles one kernel body for each.
 //!
-//! All paths give equal bits: a body is written once over fixed arrays of lanes with explicit
-//! `mul_add`, and no compiler setting lets LLVM reorder floating-point arithmetic. A path is
-//! chosen when the backend opens; `PODIUM_CPU=portable|avx2|avx512|avx512bf16` forces one.
+//! All paths but `amx` give equal bits: a body is written once over fixed arrays of lanes with
+//! explicit `mul_add`, and no compiler setting lets LLVM reorder floating-point arithmetic. On `amx`
+//! matrix products are summed in another order, that of its instruction ([`super::amx`]); all else, and
+//! all of an exact run, is as on the others. A path is chosen when the backend opens;
+//! `PODIUM_CPU=portable|avx2|avx512|avx512bf16|amx` forces one.
 
 use crate::engine::config::ConfigError;
 
@@ -22,9 +24,11 @@ pub enum Kind {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// The same with AVX512-BF16: products of bf16 pairs. It takes subnormal numbers for 0, which the
-    /// other paths do not.
+    /// The same with VBMI and AVX512-BF16: products of bf16 pairs. It takes subnormal numbers for 0,
+    /// which those above do not.
     Avx512Bf16,
+    /// The same with AMX-BF16: products of tiles of bf16 pairs.
+    Amx,
 }
 
 impl CpuPath {
@@ -33,6 +37,11 @@ impl CpuPath {
 
     pub fn kind(self) -> Kind {
         self.0
+    }
+
+    /// Whether the CPU has all of [`Kind::Avx512Bf16`].
+    pub fn has_pairs(self) -> bool {
+        matches!(self.0, Kind::Avx512Bf16 | Kind::Amx)
     }
 
     /// The paths this CPU can run, slowest first.
@@ -51,12 +60,29 @@ impl CpuPath {
                 && is_x86_feature_detected!("avx512vl")
             {
                 paths.push(Self(Kind::Avx512));
-                if is_x86_feature_detected!("avx512bf16") {
+                // Of the CPUs that multiply pairs, Cooper Lake alone cannot permute bytes.
+                if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vbmi")
+                {
                     paths.push(Self(Kind::Avx512Bf16));
+                    if super::amx::is_available() {
+                        paths.push(Self(Kind::Amx));
+                    }
                 }
             }
         }
         paths
+    }
+
+    /// Whether the bits of a run are those of the other paths that say so, subnormal numbers aside.
+    pub fn gives_common_bits(self, exact: bool) -> bool {
+        exact || self.0 != Kind::Amx
+    }
+
+    /// The path `amx` with its instruction emulated, where the CPU has all else that it needs.
+    #[cfg(test)]
+    pub fn emulated_amx() -> Option<Self> {
+        let has_pairs = Self::available().contains(&Self(Kind::Avx512Bf16));
+        has_pairs.then_some(Self(Kind::Amx))
     }
 
     /// The fastest path, or the one that `PODIUM_CPU` names.
@@ -81,7 +107,7 @@ impl CpuPath {
             variable: VARIABLE,
             found: word.to_owned(),
             expected: match word {
-                "avx2" | "avx512" | "avx512bf16" => {
+                "avx2" | "avx512" | "avx512bf16" | "amx" => {
                     format!("one of {}: this CPU lacks it", list(&available))
                 }
                 _ => format!("one of {}", list(&available)),
@@ -95,6 +121,7 @@ impl CpuPath {
             Kind::Avx2 => "avx2",
             Kind::Avx512 => "avx512",
             Kind::Avx512Bf16 => "avx512bf16",
+            Kind::Amx => "amx",
         }
     }
 }
@@ -144,6 +171,10 @@ macro_rules! on_each_path {
                 #[cfg(target_arch = "x86_64")]
                 #[allow(unsafe_code, reason = "features were detected")]
                 $crate::engine::cpu::path::Kind::Avx512Bf16 => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                #[allow(unsafe_code, reason = "features were detected")]
+                $crate::engine::cpu::path::Kind::Amx => unsafe { avx512($($arg),*) },
                 #[cfg(not(target_arch = "x86_64"))]
                 _ => $body($($arg),*),
             }

@@ -168,6 +168,24 @@ fn backend(exact: bool) -> CpuBackend {
     CpuBackend::open(&checkpoint(), Precision::Stored, SHAPE, options(exact)).expect("it opens")
 }
 
+/// The paths that this CPU can run; `amx` in emulation where it lacks that alone.
+fn paths() -> Vec<CpuPath> {
+    let mut paths = CpuPath::available();
+    paths.extend(CpuPath::emulated_amx().filter(|path| !CpuPath::available().contains(path)));
+    paths
+}
+
+/// A path of each kind of bits: the default one, and `amx` where it can be emulated at least.
+fn kinds() -> Vec<CpuPath> {
+    let mut kinds = vec![CpuPath::choose().expect("a path of this CPU")];
+    kinds.extend(CpuPath::emulated_amx().filter(|amx| !kinds.contains(amx)));
+    kinds
+}
+
+fn backend_on(path: CpuPath, precision: Precision, exact: bool) -> CpuBackend {
+    CpuBackend::open_on(path, &checkpoint(), precision, SHAPE, options(exact)).expect("it opens")
+}
+
 /// Two pages a sequence.
 fn map_pages(backend: &mut CpuBackend, sequence: u32) {
     for index in 0..2 {
@@ -227,8 +245,11 @@ fn events(backend: &mut CpuBackend) -> Vec<TokenEvent> {
 
 #[test]
 fn prefill_of_more_is_prefill_and_decode() {
-    for exact in [true, false] {
-        let mut backend = backend(exact);
+    let ways = kinds()
+        .into_iter()
+        .flat_map(|path| [(path, true), (path, false)]);
+    for (path, exact) in ways {
+        let mut backend = backend_on(path, Precision::Stored, exact);
         let tokens = prompt(1, 330);
         let expected = score(&mut backend, &tokens);
         // Greedy from position `n` on, each time teacher-forced by a new prefill.
@@ -256,11 +277,16 @@ fn prefill_of_more_is_prefill_and_decode() {
     }
 }
 
+/// Token, log-probability bits and logits' hash of each step of each row.
+type Traces = Vec<Vec<(TokenId, u32, u64)>>;
+
 #[test]
 fn batch_mates_threads_and_paths_change_no_bit() {
     for exact in [true, false] {
-        let mut first: Option<Vec<Vec<(TokenId, u32, u64)>>> = None;
-        for path in CpuPath::available() {
+        // Of the paths that give equal bits, and of `amx`, which has its own.
+        let mut firsts: [Option<Traces>; 2] = [None, None];
+        for path in paths() {
+            let first = &mut firsts[usize::from(path.gives_common_bits(exact))];
             for (n_threads, n_together, prefill_rows) in [(1, 1, 3), (2, 4, 64), (3, 9, 512)] {
                 let shape = EngineShape {
                     prefill_rows,
@@ -313,7 +339,10 @@ fn batch_mates_threads_and_paths_change_no_bit() {
 
 #[test]
 fn eight_and_sixteen_bit_copies_of_mxfp4_experts_give_the_same_bits() {
-    let checkpoint = checkpoint();
+    kinds().into_iter().for_each(copies_give_the_same_bits);
+}
+
+fn copies_give_the_same_bits(path: CpuPath) {
     let tokens = prompt(5, 40);
     let mut base = None;
     for (precision, kernel) in [
@@ -323,8 +352,7 @@ fn eight_and_sixteen_bit_copies_of_mxfp4_experts_give_the_same_bits() {
         (Precision::Bits16, "moe_matmul_bf16"),
     ] {
         for exact in [true, false] {
-            let mut opened =
-                CpuBackend::open(&checkpoint, precision, SHAPE, options(exact)).expect("it opens");
+            let mut opened = backend_on(path, precision, exact);
             let hashes = score(&mut opened, &tokens);
             let base = base.get_or_insert([None, None]);
             let base = base[usize::from(exact)].get_or_insert_with(|| hashes.clone());

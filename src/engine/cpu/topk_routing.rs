@@ -54,6 +54,16 @@ impl Routing {
         &self.entries[self.offsets[expert] as usize..self.offsets[expert + 1] as usize]
     }
 
+    /// All entries, those of the first expert first.
+    pub fn entries(&self) -> &[u32] {
+        &self.entries[..self.n_rows * self.n_experts_per_token]
+    }
+
+    /// The number of entries before each expert's, and of all.
+    pub fn offsets(&self) -> &[u32] {
+        &self.offsets
+    }
+
     /// Groups the entries of `n_rows` rows by expert.
     fn group(&mut self, n_rows: usize) {
         self.n_rows = n_rows;

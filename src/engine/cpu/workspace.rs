@@ -125,10 +125,10 @@ impl Workspace {
         activations + self.routing.n_bytes() + self.rope.n_bytes() + self.page_table.n_bytes()
     }
 
-    /// Values of the largest product's rows.
+    /// Values of the largest product's rows; those of experts may be joined one by one.
     pub fn most_inputs(config: &ModelConfig, shape: &EngineShape) -> usize {
         let n = Lengths::new(config, shape);
-        n.x.max(n.attended).max(n.act)
+        n.x.max(n.attended).max(n.act).max(n.y)
     }
 
     /// Bytes of a workspace and of what `n_threads` threads work in, as planned.

@@ -12,8 +12,9 @@ use super::report::{Limits, Report};
 use super::workload::Workload;
 use super::{Machine, measure, report, run_all, settings, workloads};
 use crate::cli::{BenchArgs, print};
+use crate::engine::cpu::amx;
 use crate::engine::cpu::buffer::Buffer;
-use crate::engine::cpu::gemm::takes_pairs;
+use crate::engine::cpu::gemm::Products;
 use crate::engine::cpu::lanes::{LANES, fma_chain_in_pairs};
 use crate::engine::cpu::model::CpuModel;
 use crate::engine::cpu::pairs::pair_chain;
@@ -137,35 +138,51 @@ fn sum_of(words: &[u32]) -> u32 {
 
 /// Additions and multiplications a second of the path's products, from the first-level cache.
 fn multiply_rate(pool: &ThreadPool, path: CpuPath, exact: bool) -> f64 {
-    const N_K: usize = 256;
-    const N_ROWS: usize = 12;
-    const ROUNDS: usize = 5000;
-    let (weights, rows) = ([0.5; N_K * LANES], [0.25; N_ROWS * N_K]);
-    // Pairs of 0.5 in bf16.
-    let (pairs, row_pairs) = (
-        [0x3F00_3F00; N_K / 2 * LANES],
-        [0x3F00_3F00; N_ROWS * N_K / 2],
-    );
-    let starts: [usize; N_ROWS] = std::array::from_fn(|row| row * N_K);
-    let pair_starts = starts.map(|start| start / 2);
-    let takes_pairs = takes_pairs(path, exact);
-    let flops = (2 * N_ROWS * LANES * N_K * ROUNDS * pool.current_num_threads()) as f64;
+    let products: fn(CpuPath) -> usize = match Products::of(path, exact) {
+        Products::Values => multiply_values,
+        Products::Pairs => multiply_pairs,
+        Products::Tiles => |_| amx::multiply_from_cache(ROUNDS),
+    };
     let rates = (0..REPEATS).map(|_| {
         let begun = Instant::now();
-        pool.broadcast(|_| {
-            let mut sums = [[0.0; LANES]; N_ROWS];
-            for _ in 0..ROUNDS {
-                if takes_pairs {
-                    let pairs = black_box(&pairs);
-                    pair_chain(path, &mut sums, pairs, 0, &row_pairs, &pair_starts, N_K / 2);
-                } else {
-                    let weights = black_box(&weights);
-                    fma_chain_in_pairs(path, &mut sums, weights, &rows, &starts, N_K);
-                }
-            }
-            black_box(sums);
-        });
-        flops / begun.elapsed().as_secs_f64()
+        let products: usize = pool.broadcast(|_| products(path)).into_iter().sum();
+        2.0 * products as f64 / begun.elapsed().as_secs_f64()
     });
     median(rates.collect())
+}
+
+/// Rows, and k, of one product of [`multiply_rate`]; it is done so often.
+const N_ROWS: usize = 12;
+const N_K: usize = 256;
+const ROUNDS: usize = 5000;
+
+/// Gives the number of products.
+fn multiply_values(path: CpuPath) -> usize {
+    let (weights, rows) = ([0.5; N_K * LANES], [0.25; N_ROWS * N_K]);
+    let starts: [usize; N_ROWS] = std::array::from_fn(|row| row * N_K);
+    let mut sums = [[0.0; LANES]; N_ROWS];
+    for _ in 0..ROUNDS {
+        let weights = black_box(&weights);
+        fma_chain_in_pairs(path, &mut sums, weights, &rows, &starts, N_K);
+    }
+    black_box(sums);
+    ROUNDS * N_ROWS * LANES * N_K
+}
+
+/// As [`multiply_values`].
+fn multiply_pairs(path: CpuPath) -> usize {
+    const N_PAIRS: usize = N_K / 2;
+    // Pairs of 0.5 in bf16.
+    let (weights, rows) = (
+        [0x3F00_3F00; N_PAIRS * LANES],
+        [0x3F00_3F00; N_ROWS * N_PAIRS],
+    );
+    let starts: [usize; N_ROWS] = std::array::from_fn(|row| row * N_PAIRS);
+    let mut sums = [[0.0; LANES]; N_ROWS];
+    for _ in 0..ROUNDS {
+        let weights = black_box(&weights);
+        pair_chain(path, &mut sums, weights, 0, &rows, &starts, N_PAIRS);
+    }
+    black_box(sums);
+    ROUNDS * N_ROWS * LANES * N_K
 }

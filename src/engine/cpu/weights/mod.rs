@@ -75,6 +75,24 @@ pub trait Tiles: Sync {
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32;
 }
 
+/// Asks for `n` values of packed weights ahead of their use; they need not exist.
+#[inline(always)]
+pub fn prefetch<T>(packed: &[T], start: usize, n: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        const LINE: usize = 64;
+        let at = packed.as_ptr().wrapping_add(start).cast::<i8>();
+        for line in (0..n * size_of::<T>()).step_by(LINE) {
+            // SAFETY: a hint, which touches no memory and faults at no address.
+            #[allow(unsafe_code, reason = "see above")]
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line));
+            }
+        }
+    }
+}
+
 /// The most rows of a fused chain: with more, unpacking once for all of them is faster.
 pub const FUSED_ROWS: usize = 8;
 
@@ -82,7 +100,7 @@ pub const FUSED_ROWS: usize = 8;
 const BLOCK: usize = 32;
 
 /// A packed matrix in one of the formats. All are unpacked to the same lanes and multiplied by
-/// the same chain, so equal values give equal bits in any of them.
+/// the path's one chain, so equal values give equal bits in any of them.
 pub enum Matrix {
     Mxfp4(Mxfp4Tiles),
     Mxint8(Mxint8Tiles),
@@ -157,5 +175,133 @@ impl Tiles for Matrix {
 
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
         with_tiles!(self, tiles => tiles.get(tile, lane, k))
+    }
+}
+
+#[cfg(test)]
+pub(in crate::engine::cpu) mod tests {
+    use super::*;
+    use crate::quant;
+
+    /// SplitMix64.
+    pub struct Random(pub u64);
+
+    impl Random {
+        pub fn next(&mut self) -> u64 {
+            self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+            let mut z = self.0;
+            z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+            z ^ (z >> 31)
+        }
+
+        /// Between -1 and 1.
+        pub fn value(&mut self) -> f32 {
+            (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
+        }
+    }
+
+    /// Blocks of codes and scales `[tile][lane][block]` as tiles of MXFP4, and of the same values in the
+    /// other formats.
+    fn packed(
+        n_tiles: usize,
+        n_k: usize,
+        mut block: impl FnMut() -> (u8, [u8; 16]),
+    ) -> [Matrix; 3] {
+        let mut four = Mxfp4Tiles::zeroed("a test", n_tiles, n_k).expect("memory");
+        let mut eight = Mxint8Tiles::zeroed("a test", n_tiles, n_k).expect("memory");
+        let mut wide = Bf16Tiles::zeroed("a test", n_tiles, n_k).expect("memory");
+        let words = wide.tile_words();
+        let fours = four
+            .bytes_mut()
+            .chunks_exact_mut(Mxfp4Tiles::tile_bytes(n_k));
+        let eights = eight
+            .bytes_mut()
+            .chunks_exact_mut(Mxint8Tiles::tile_bytes(n_k));
+        let wides = wide.words_mut().chunks_exact_mut(words);
+        for ((four, eight), wide) in fours.zip(eights).zip(wides) {
+            for lane in 0..LANES {
+                for at in 0..n_k / BLOCK {
+                    let (scale, codes) = block();
+                    pack_mxfp4_block(four, lane, at, scale, &codes);
+                    let (scale_8, codes_8) = quant::mxint8::from_mxfp4(scale, &codes);
+                    pack_mxint8_block(eight, lane, at, scale_8, &codes_8);
+                    let values = quant::mxfp4::unpack(scale, &codes);
+                    for (i, value) in values.into_iter().enumerate() {
+                        let bits = quant::bf16::from_f32(value);
+                        pack_bf16(wide, lane, at * BLOCK + i, bits);
+                    }
+                }
+            }
+        }
+        [
+            Matrix::Mxfp4(four),
+            Matrix::Mxint8(eight),
+            Matrix::Bf16(wide),
+        ]
+    }
+
+    /// The same random weights in all formats, MXFP4 first.
+    pub fn formats(random: &mut Random, n_tiles: usize, n_k: usize) -> [Matrix; 3] {
+        packed(n_tiles, n_k, || {
+            let scale = 122 + (random.next() % 4) as u8;
+            (scale, std::array::from_fn(|_| random.next() as u8))
+        })
+    }
+
+    /// A matrix that is unpacked to values alone.
+    struct ByValues<'a>(&'a Matrix);
+
+    impl Tiles for ByValues<'_> {
+        fn n_k(&self) -> usize {
+            self.0.n_k()
+        }
+
+        fn n_tiles(&self) -> usize {
+            self.0.n_tiles()
+        }
+
+        fn unpack(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [f32]) {
+            self.0.unpack(path, tile, k, n_k, out);
+        }
+
+        fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
+            self.0.get(tile, lane, k)
+        }
+    }
+
+    #[test]
+    fn pairs_are_those_of_the_values_for_all_scales_and_codes() {
+        let (n_tiles, n_k) = (9, 96);
+        let mut random = Random(31);
+        let mut n = 0u32;
+        // Every scale byte but NaN, with all codes or, where the loader wants it, with zeros alone.
+        let matrices = packed(n_tiles, n_k, || {
+            let scale = (n % 255) as u8;
+            n += 1;
+            let some = (quant::mxfp4::SCALE_MIN..=quant::mxfp4::SCALE_MAX).contains(&scale);
+            let codes = std::array::from_fn(|_| if some { random.next() as u8 } else { 0x80 });
+            (scale, codes)
+        });
+        for path in CpuPath::available() {
+            if !path.has_pairs() {
+                continue;
+            }
+            for matrix in &matrices[..2] {
+                for tile in 0..n_tiles {
+                    let mut got = vec![0; n_k / 2 * LANES];
+                    let mut expected = got.clone();
+                    matrix.unpack_pairs(path, tile, 0, n_k, &mut got);
+                    ByValues(matrix).unpack_pairs(path, tile, 0, n_k, &mut expected);
+                    // MXFP4's pairs have one zero.
+                    let half = |bits: u32| if bits == 0x8000 { 0 } else { bits };
+                    let halves = |pair: u32| (half(pair & 0xFFFF), half(pair >> 16));
+                    for (i, (&got, &expected)) in got.iter().zip(&expected).enumerate() {
+                        let name = matrix.format().name();
+                        assert_eq!(halves(got), halves(expected), "{name}, {tile} at {i}");
+                    }
+                }
+            }
+        }
     }
 }

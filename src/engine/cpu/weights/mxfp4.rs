@@ -4,7 +4,7 @@
 //! [tile][k / 32] { 32 scale bytes | [32 k][16 bytes]: byte j = lane j low, lane 16 + j high }
 //! ```
 
-use super::Tiles;
+use super::{Tiles, prefetch};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
 use crate::engine::cpu::lanes::LANES;
@@ -89,14 +89,18 @@ impl Tiles for Mxfp4Tiles {
     #[cfg(target_arch = "x86_64")]
     #[inline]
     fn unpack_pairs(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [u32]) {
-        assert_eq!(path.kind(), Kind::Avx512Bf16, "it takes pairs");
+        assert!(path.has_pairs(), "it takes pairs");
         let start = tile * Self::tile_bytes(self.n_k) + k / mxfp4::BLOCK * BLOCK_BYTES;
-        let bytes = &self.bytes[start..][..n_k / mxfp4::BLOCK * BLOCK_BYTES];
+        let n_bytes = n_k / mxfp4::BLOCK * BLOCK_BYTES;
+        // As many blocks as are unpacked now are asked for ahead, to be read during their products.
+        let bytes = &self.bytes[start..][..n_bytes];
         let out = &mut out[..n_k / 2 * LANES];
-        for (bytes, out) in bytes
+        for (i, (bytes, out)) in bytes
             .chunks_exact(BLOCK_BYTES)
             .zip(out.chunks_exact_mut(mxfp4::BLOCK / 2 * LANES))
+            .enumerate()
         {
+            prefetch(&self.bytes, start + n_bytes + i * BLOCK_BYTES, BLOCK_BYTES);
             let bytes = bytes.try_into().expect("chunks are of this size");
             let out = out.try_into().expect("chunks are of this size");
             // SAFETY: a path of this kind exists only where the CPU has its features.
@@ -116,7 +120,7 @@ impl Tiles for Mxfp4Tiles {
         x: &[u32],
         x_starts: &[usize],
     ) -> bool {
-        assert_eq!(path.kind(), Kind::Avx512Bf16, "it takes pairs");
+        assert!(path.has_pairs(), "it takes pairs");
         assert_eq!(acc.len(), x_starts.len(), "one chain a row");
         let n_bytes = Self::tile_bytes(self.n_k);
         let blocks = &self.bytes[tile * n_bytes..][..n_bytes];
@@ -176,7 +180,9 @@ fn unpack_mxfp4_block(path: CpuPath, bytes: &Mxfp4Block, out: &mut UnpackedBlock
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "features were detected")]
         // SAFETY: as above.
-        Kind::Avx512 | Kind::Avx512Bf16 => unsafe { x86::unpack_mxfp4_avx512(bytes, out) },
+        Kind::Avx512 | Kind::Avx512Bf16 | Kind::Amx => unsafe {
+            x86::unpack_mxfp4_avx512(bytes, out)
+        },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unpack_mxfp4_portable(bytes, out),
     }
@@ -232,7 +238,11 @@ mod x86 {
         }
     }
 
-    /// The values as bf16; the sign of zero is left out, for the scale is added to what is not 0.
+    /// The exponent by which [`BF16_VALUES`] are too large: the most that leaves them finite.
+    const EXPONENT: u16 = 125;
+
+    /// The values times 2^[`EXPONENT`] as bf16. Both zeros are 0, from which subtraction that saturates
+    /// takes nothing.
     const BF16_VALUES: [u16; 32] = {
         let mut values = [0; 32];
         let mut i = 0;
@@ -242,96 +252,110 @@ mod x86 {
             values[i] = if value == 0.0 {
                 0
             } else {
-                (value.to_bits() >> 16) as u16
+                (value.to_bits() >> 16) as u16 + (EXPONENT << 7)
             };
             i += 1;
         }
         values
     };
 
+    /// Of 32 bytes of codes, 16 lanes of an even k and then of the odd one, the two of each lane. What
+    /// the other bytes of a word hold does not matter.
+    const LANES_OF_CODES: [i8; 64] = {
+        let mut indices = [0; 64];
+        let mut i = 0;
+        while i < 64 {
+            indices[i] = (i / 4 + i % 4 / 2 * 16) as i8;
+            i += 1;
+        }
+        indices
+    };
+
+    /// Pairs of k of a block.
+    const PAIRS: usize = mxfp4::BLOCK / 2;
+
     /// Unpacks blocks to pairs of bf16, 16 lanes a register.
-    struct Unpacker {
+    ///
+    /// Registers are read and written as arrays: the crate keeps its debug checks, and those of unaligned
+    /// loads and stores would send every register through memory.
+    struct Unpacker<'a> {
         values: __m512i,
-        /// What both exponents of a pair grow by, of the lower and the upper lanes.
-        scales: [__m512i; 2],
-        codes: *const u8,
+        lanes: __m512i,
+        /// What the exponents of a pair are too large by, of the lower and the upper lanes.
+        excess: [__m512i; 2],
+        codes: &'a [[u8; LANES]; PAIRS],
     }
 
-    impl Unpacker {
+    impl<'a> Unpacker<'a> {
         #[inline]
-        #[target_feature(enable = "avx512f,avx512bw")]
-        fn new(bytes: &Mxfp4Block) -> Self {
-            let scales = |at: usize| {
-                // SAFETY: 32 bytes of scales.
-                let bytes = unsafe { _mm_loadu_si128(bytes.as_ptr().wrapping_add(at).cast()) };
-                let grows = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(127));
-                let grows = _mm512_slli_epi32::<7>(grows);
-                let low = _mm512_and_si512(grows, _mm512_set1_epi32(0xFFFF));
+        #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+        fn new(bytes: &'a Mxfp4Block) -> Self {
+            let (scales, codes) = bytes.split_at(LANES);
+            let scales = scales.as_chunks::<16>().0;
+            let excess = |scales: [u8; 16]| {
+                // SAFETY: any bytes are a register.
+                let bytes = unsafe { std::mem::transmute::<[u8; 16], __m128i>(scales) };
+                let most = _mm512_set1_epi32(i32::from(EXPONENT) + 127);
+                let excess = _mm512_sub_epi32(most, _mm512_cvtepu8_epi32(bytes));
+                let low =
+                    _mm512_and_si512(_mm512_slli_epi32::<7>(excess), _mm512_set1_epi32(0xFFFF));
                 _mm512_or_si512(low, _mm512_slli_epi32::<16>(low))
             };
+            // SAFETY: as above.
+            let (values, lanes) = unsafe {
+                (
+                    std::mem::transmute::<[u16; 32], __m512i>(BF16_VALUES),
+                    std::mem::transmute::<[i8; 64], __m512i>(LANES_OF_CODES),
+                )
+            };
+            let codes = codes.as_chunks().0;
             Self {
-                // SAFETY: 32 values.
-                values: unsafe { _mm512_loadu_epi16(BF16_VALUES.as_ptr().cast()) },
-                scales: [scales(0), scales(16)],
-                codes: bytes.as_ptr().wrapping_add(LANES),
+                values,
+                lanes,
+                excess: [excess(scales[0]), excess(scales[1])],
+                codes: codes.try_into().expect("a block has 16 pairs"),
             }
         }
 
-        /// The block's pairs 2 pair, 2 pair + 1 of k.
-        ///
-        /// # Safety
-        /// The block still lives and has the pair.
+        /// The block's pairs of k 2 pair, 2 pair + 1: the lower lanes, and the upper ones.
         #[inline]
-        #[target_feature(enable = "avx512f,avx512bw")]
-        unsafe fn pair(&self, pair: usize) -> [__m512i; 2] {
-            let codes = |k: usize| {
-                // SAFETY: the caller's.
-                unsafe {
-                    let codes = _mm_loadu_si128(self.codes.wrapping_add(16 * k).cast());
-                    _mm512_cvtepu8_epi32(codes)
-                }
-            };
-            let odd = _mm512_slli_epi32::<16>(codes(2 * pair + 1));
-            let low = _mm512_or_si512(codes(2 * pair), odd);
-            let scaled = |codes: __m512i, scales: __m512i| {
-                // The permutation looks at the low five bits of each index alone.
-                let pairs = _mm512_permutexvar_epi16(codes, self.values);
-                let is_value = _mm512_test_epi16_mask(pairs, pairs);
-                _mm512_mask_add_epi16(pairs, is_value, pairs, scales)
+        #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+        fn pair(&self, pair: usize) -> [__m512i; 2] {
+            // SAFETY: as above.
+            let codes = unsafe { std::mem::transmute::<[u8; 32], __m256i>(self.codes[pair]) };
+            let codes = _mm512_permutexvar_epi8(self.lanes, _mm512_castsi256_si512(codes));
+            // The permutation looks at the low five bits of each index alone.
+            let value = |codes: __m512i, excess: __m512i| {
+                _mm512_subs_epu16(_mm512_permutexvar_epi16(codes, self.values), excess)
             };
             [
-                scaled(low, self.scales[0]),
-                scaled(_mm512_srli_epi16::<4>(low), self.scales[1]),
+                value(codes, self.excess[0]),
+                value(_mm512_srli_epi16::<4>(codes), self.excess[1]),
             ]
         }
     }
 
     /// # Safety
-    /// The CPU has AVX-512F and BW.
-    #[target_feature(enable = "avx512f,avx512bw")]
+    /// The CPU has AVX-512F, BW and VBMI.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
     pub unsafe fn unpack_mxfp4_pairs(bytes: &Mxfp4Block, out: &mut PairedBlock) {
         let block = Unpacker::new(bytes);
-        for (pair, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-            let to = out.as_mut_ptr().cast::<i32>();
-            // SAFETY: the block has 16 pairs; 32 words each.
-            unsafe {
-                let [low, high] = block.pair(pair);
-                _mm512_storeu_epi32(to, low);
-                _mm512_storeu_epi32(to.wrapping_add(16), high);
-            }
+        let (out, _) = out.as_chunks_mut::<LANES>();
+        for (pair, out) in out.iter_mut().enumerate() {
+            // SAFETY: two registers are 32 words.
+            *out = unsafe { std::mem::transmute::<[__m512i; 2], [u32; LANES]>(block.pair(pair)) };
         }
     }
 
     /// # Safety
-    /// The CPU has AVX-512F, BW and BF16; `x` holds 16 words a block for each row.
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    /// The CPU has AVX-512F, BW, VBMI and BF16; `x` holds 16 words a block for each row.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
     pub unsafe fn fused_chain<const T: usize>(
         blocks: &[Mxfp4Block],
         acc: &mut [[f32; LANES]; T],
         x: &[u32],
         x_starts: &[usize; T],
     ) {
-        const PAIRS: usize = mxfp4::BLOCK / 2;
         let mut sums = [[_mm512_setzero_ps(); 2]; T];
         for (sums, acc) in sums.iter_mut().zip(&*acc) {
             // SAFETY: 32 lanes a row.
@@ -346,11 +370,10 @@ mod x86 {
         for bytes in blocks {
             let block = Unpacker::new(bytes);
             for pair in 0..PAIRS {
-                // SAFETY: the block has the pair, and each row its factor; a register of words is one
-                // of bf16 pairs.
+                let [low, high] = block.pair(pair);
+                // SAFETY: each row has its factor; a register of words is one of bf16 pairs.
                 unsafe {
                     let bf16 = |words: __m512i| std::mem::transmute::<__m512i, __m512bh>(words);
-                    let [low, high] = block.pair(pair);
                     for t in 0..T {
                         let factor = rows[t].wrapping_add(pair).read_unaligned();
                         let factor = bf16(_mm512_set1_epi32(factor.cast_signed()));

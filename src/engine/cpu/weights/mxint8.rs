@@ -4,7 +4,7 @@
 //! [tile][k / 32] { 32 scale bytes | [32 k][32 lanes] codes }
 //! ```
 
-use super::Tiles;
+use super::{Tiles, prefetch};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
 use crate::engine::cpu::lanes::LANES;
@@ -82,6 +82,31 @@ impl Tiles for Mxint8Tiles {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    fn unpack_pairs(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [u32]) {
+        assert!(path.has_pairs(), "it takes pairs");
+        let start = tile * Self::tile_bytes(self.n_k) + k / mxint8::BLOCK * BLOCK_BYTES;
+        let n_bytes = n_k / mxint8::BLOCK * BLOCK_BYTES;
+        // As many blocks as are unpacked now are asked for ahead, to be read during their products.
+        let bytes = &self.bytes[start..][..n_bytes];
+        let out = &mut out[..n_k / 2 * LANES];
+        for (i, (bytes, out)) in bytes
+            .chunks_exact(BLOCK_BYTES)
+            .zip(out.chunks_exact_mut(mxint8::BLOCK / 2 * LANES))
+            .enumerate()
+        {
+            prefetch(&self.bytes, start + n_bytes + i * BLOCK_BYTES, BLOCK_BYTES);
+            let bytes = bytes.try_into().expect("chunks are of this size");
+            let out = out.try_into().expect("chunks are of this size");
+            // SAFETY: a path of this kind exists only where the CPU has its features.
+            #[allow(unsafe_code, reason = "features were detected")]
+            unsafe {
+                x86::unpack_pairs(bytes, out);
+            }
+        }
+    }
+
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
         let start = tile * Self::tile_bytes(self.n_k) + k / mxint8::BLOCK * BLOCK_BYTES;
         let bytes = &self.bytes[start..][..BLOCK_BYTES];
@@ -92,6 +117,8 @@ impl Tiles for Mxint8Tiles {
 
 type PackedBlock = [u8; BLOCK_BYTES];
 type UnpackedBlock = [f32; mxint8::BLOCK * LANES];
+#[cfg(target_arch = "x86_64")]
+type PairedBlock = [u32; mxint8::BLOCK / 2 * LANES];
 
 fn unpack_block(path: CpuPath, bytes: &PackedBlock, out: &mut UnpackedBlock) {
     match path.kind() {
@@ -103,7 +130,7 @@ fn unpack_block(path: CpuPath, bytes: &PackedBlock, out: &mut UnpackedBlock) {
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "features were detected")]
         // SAFETY: as above.
-        Kind::Avx512 | Kind::Avx512Bf16 => unsafe { x86::unpack_avx512(bytes, out) },
+        Kind::Avx512 | Kind::Avx512Bf16 | Kind::Amx => unsafe { x86::unpack_avx512(bytes, out) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unpack_portable(bytes, out),
     }
@@ -128,7 +155,7 @@ fn unpack_portable(bytes: &PackedBlock, out: &mut UnpackedBlock) {
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code, reason = "SIMD loads through pointers")]
 mod x86 {
-    use super::{LANES, PackedBlock, UnpackedBlock, steps};
+    use super::{LANES, PackedBlock, PairedBlock, UnpackedBlock, steps};
     use crate::quant::mxint8;
     use std::arch::x86_64::*;
 
@@ -151,6 +178,41 @@ mod x86 {
                     let values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
                     _mm512_storeu_ps(to.wrapping_add(at), _mm512_mul_ps(values, step));
                 }
+            }
+        }
+    }
+
+    /// # Safety
+    /// The CPU has AVX-512F and BW.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub unsafe fn unpack_pairs(bytes: &PackedBlock, out: &mut PairedBlock) {
+        /// The words of a register that hold the odd k of their pair.
+        const ODD: u32 = 0xAAAA_AAAA;
+        let (scales, codes) = bytes.split_at(LANES);
+        let scales = scales.as_chunks::<16>().0;
+        // As `mxint8::step`. Registers are read and written as arrays, as those of MXFP4.
+        let steps = [0, 1].map(|half| {
+            // SAFETY: any bytes are a register.
+            let scales = unsafe { std::mem::transmute::<[u8; 16], __m128i>(scales[half]) };
+            let scales = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(scales));
+            _mm512_mul_ps(_mm512_castsi512_ps(scales), _mm512_set1_ps(1.0 / 64.0))
+        });
+        let (codes, _) = codes.as_chunks::<16>();
+        let (out, _) = out.as_chunks_mut::<16>();
+        for (pair, out) in out.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+            for half in 0..2 {
+                // A value has at most 8 significant bits, so its lower half is 0.
+                let values = |k: usize| {
+                    // SAFETY: any bytes are a register.
+                    let codes =
+                        unsafe { std::mem::transmute::<[u8; 16], __m128i>(codes[2 * k + half]) };
+                    let codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+                    _mm512_castps_si512(_mm512_mul_ps(codes, steps[half]))
+                };
+                let even = _mm512_srli_epi32::<16>(values(2 * pair));
+                let both = _mm512_mask_mov_epi16(even, ODD, values(2 * pair + 1));
+                // SAFETY: a register is 16 words.
+                out[half] = unsafe { std::mem::transmute::<__m512i, [u32; 16]>(both) };
             }
         }
     }

@@ -1,0 +1,331 @@
+//! The driver against plain loops, bit for bit: with the emulated unit, and with the CPU's own where
+//! there is one ([`super::multiply`] takes that then). The instruction against its emulation.
+
+#![allow(clippy::print_stderr, reason = "a test that cannot run says so")]
+
+use super::super::matmul::{self, Epilogue, Projection};
+use super::super::moe_matmul::{self, Experts};
+use super::super::swiglu::{self, PAIRS};
+use super::super::topk_routing::{self, Routing};
+use super::super::weights::tests::{Random, formats};
+use super::super::weights::{Matrix, Vector};
+use super::emulated::Emulated;
+use super::*;
+use crate::engine::cpu::buffer::Buffer;
+use crate::quant::bf16;
+
+/// As in `tests/kernels.rs`: of chains of some hundred products of about 1.
+const PRODUCT: f32 = 2e-5;
+
+const LIMIT: f32 = 1.5;
+
+/// Nothing, with a line that says so, where the CPU lacks what even the emulation's path needs.
+fn exec() -> Option<Exec> {
+    let Some(path) = CpuPath::emulated_amx() else {
+        eprintln!("not run: this CPU has no AVX512-BF16");
+        return None;
+    };
+    Some(Exec::new(path, false, 2, 32, 1 << 22).expect("memory"))
+}
+
+fn values(random: &mut Random, n: usize) -> Vec<f32> {
+    (0..n).map(|_| bf16::round(random.value())).collect()
+}
+
+fn vector(random: &mut Random, n: usize) -> Vector {
+    let mut values = Buffer::zeroed("a test", n).expect("memory");
+    values.iter_mut().for_each(|v| *v = random.value());
+    Vector::F32(values)
+}
+
+fn flush(x: f32) -> f32 {
+    if x.is_subnormal() {
+        0.0_f32.copysign(x)
+    } else {
+        x
+    }
+}
+
+/// One output, as the instruction sums it.
+fn model(weights: &Matrix, tile: usize, lane: usize, x: &[f32]) -> f32 {
+    let mut sum = 0.0f32;
+    for step in (0..x.len()).step_by(32) {
+        let [even, odd] = [0, 1].map(|first| {
+            let ks = (step + first..step + 32).step_by(2);
+            ks.fold(0.0f32, |sum, k| {
+                flush(x[k].mul_add(weights.get(tile, lane, k), sum))
+            })
+        });
+        sum = flush(sum + flush(even + odd));
+    }
+    sum
+}
+
+#[track_caller]
+fn assert_same_bits(got: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(got.len(), expected.len());
+    for (i, (a, b)) in got.iter().zip(expected).enumerate() {
+        assert_eq!(a.to_bits(), b.to_bits(), "{what}: {a} for {b} at {i}");
+    }
+}
+
+#[track_caller]
+fn assert_close(got: &[f32], expected: &[f32], what: &str) {
+    for (i, (a, b)) in got.iter().zip(expected).enumerate() {
+        let error = (a - b).abs() / b.abs().max(1.0);
+        assert!(error <= PRODUCT, "{what}: {a} for {b} at {i}");
+    }
+}
+
+fn multiplied(exec: &Exec, weights: &Projection, x: &[f32], n_rows: usize) -> Vec<f32> {
+    let mut out = vec![f32::NAN; n_rows * weights.n_out];
+    matmul::matmul(exec, weights, 0, x, n_rows, Epilogue::Store, &mut out);
+    out
+}
+
+#[test]
+fn amx_rows_of_all_counts_are_the_models_sums() {
+    let Some(exec) = exec() else { return };
+    let mut random = Random(21);
+    for (n_rows, n_k, n_tiles) in [
+        (1usize, 32, 1),
+        (1, 2880, 2),
+        (15, 96, 3),
+        (16, 224, 2),
+        (17, 192, 3),
+        (32, 416, 2),
+        (33, 96, 3),
+        (96, 2880, 1),
+        (97, 416, 3),
+        (97, 32, 2),
+        (230, 96, 5),
+    ] {
+        let x = values(&mut random, n_rows * n_k);
+        let mut expected = Vec::new();
+        for tiles in formats(&mut random, n_tiles, n_k) {
+            let name = tiles.format().name();
+            let weights = Projection {
+                n_out: n_tiles * LANES - 3,
+                tiles,
+                bias: None,
+            };
+            let what = format!("{name}, {n_rows} rows x {n_k} x {n_tiles} tiles");
+            let got = multiplied(&exec, &weights, &x, n_rows);
+            if expected.is_empty() {
+                for row in 0..n_rows {
+                    let x = &x[row * n_k..][..n_k];
+                    let sum = |o| model(&weights.tiles, o / LANES, o % LANES, x);
+                    expected.extend((0..weights.n_out).map(sum));
+                }
+                let mut close = vec![0.0; got.len()];
+                let into = Epilogue::Store;
+                matmul::reference(&exec, &weights, 0, &x, n_rows, into, &mut close);
+                // Errors grow with the square root of the number of products.
+                if n_k < 1000 {
+                    assert_close(&got, &close, &what);
+                }
+            }
+            assert_same_bits(&got, &expected, &what);
+        }
+    }
+}
+
+#[test]
+fn amx_row_does_not_depend_on_its_mates() {
+    let Some(exec) = exec() else { return };
+    let mut random = Random(22);
+    let (n_rows, n_k, n_tiles) = (107, 288, 3);
+    let x = values(&mut random, n_rows * n_k);
+    for tiles in formats(&mut random, n_tiles, n_k) {
+        let weights = Projection {
+            n_out: n_tiles * LANES,
+            tiles,
+            bias: None,
+        };
+        let all = multiplied(&exec, &weights, &x, n_rows);
+        for n in [1, 5, 16, 17, 31, 33, 96] {
+            for first in [0, 40, n_rows - n] {
+                let first = first.min(n_rows - n);
+                let some = multiplied(&exec, &weights, &x[first * n_k..][..n * n_k], n);
+                let expected = &all[first * weights.n_out..][..n * weights.n_out];
+                assert_same_bits(&some, expected, "some rows");
+            }
+        }
+        // Neighbours that are no numbers, in the same block and behind it.
+        for row in [0, 40, 96, n_rows - 1] {
+            let mut among = vec![f32::NAN; n_rows * n_k];
+            among[row * n_k..][..n_k].copy_from_slice(&x[row * n_k..][..n_k]);
+            let got = multiplied(&exec, &weights, &among, n_rows);
+            let row = row * weights.n_out..(row + 1) * weights.n_out;
+            assert_same_bits(&got[row.clone()], &all[row], "among NaN");
+        }
+    }
+}
+
+/// Experts in three formats of the same values.
+fn experts(random: &mut Random, n: usize, hidden: usize, intermediate: usize) -> Vec<Experts> {
+    let gate_up = formats(random, n * intermediate / 16, hidden);
+    let down = formats(random, n * hidden / LANES, intermediate);
+    let biases = (random.0, n * 2 * intermediate, n * hidden);
+    gate_up
+        .into_iter()
+        .zip(down)
+        .map(|(gate_up, down)| {
+            let mut random = Random(biases.0);
+            Experts {
+                n_experts: n,
+                gate_up,
+                gate_up_bias: vector(&mut random, biases.1),
+                down,
+                down_bias: vector(&mut random, biases.2),
+            }
+        })
+        .collect()
+}
+
+#[test]
+fn amx_scattered_experts_are_the_models_sums() {
+    let Some(exec) = exec() else { return };
+    let mut random = Random(23);
+    let (n_experts, hidden, intermediate) = (7, 224, 160);
+    let of_formats = experts(&mut random, n_experts, hidden, intermediate);
+    for (n_rows, k) in [(1usize, 1usize), (1, 4), (3, 2), (60, 4), (150, 3)] {
+        let mut logits: Vec<f32> = (0..n_rows * n_experts).map(|_| random.value()).collect();
+        for row in logits.chunks_exact_mut(n_experts) {
+            // One expert has no row, another almost all.
+            row[2] = -9.0;
+            row[5] += 1.0;
+        }
+        let mut routing = Routing::new(n_experts, k, n_rows).expect("memory");
+        topk_routing::route(exec.path, &logits, n_rows, &mut routing);
+        let x = values(&mut random, n_rows * hidden);
+        let act = values(&mut random, n_rows * k * intermediate);
+        let base = &of_formats[0];
+        let mut expected_act = vec![f32::NAN; act.len()];
+        let mut expected_y = vec![f32::NAN; n_rows * k * hidden];
+        for entry in 0..n_rows * k {
+            let expert = routing.experts[entry] as usize;
+            let x = &x[entry / k * hidden..][..hidden];
+            for tile in 0..intermediate / PAIRS {
+                let at = expert * intermediate / PAIRS + tile;
+                let bias = base.gate_up_bias.lanes::<LANES>(at * LANES);
+                let rows = &mut [std::array::from_fn(|lane| {
+                    model(&base.gate_up, at, lane, x)
+                })];
+                swiglu::swiglu(exec.path, LIMIT, false, &bias, rows);
+                expected_act[entry * intermediate + tile * PAIRS..][..PAIRS]
+                    .copy_from_slice(&rows[0][..PAIRS]);
+            }
+            let act = &act[entry * intermediate..][..intermediate];
+            for o in 0..hidden {
+                let at = expert * hidden + o;
+                let sum = model(&base.down, at / LANES, at % LANES, act);
+                expected_y[entry * hidden + o] = sum + base.down_bias.get(at);
+            }
+        }
+        for experts in &of_formats {
+            let what = format!("{}, {n_rows} rows x {k}", experts.down.format().name());
+            let mut got = vec![f32::NAN; act.len()];
+            moe_matmul::gate_up(&exec, experts, &routing, LIMIT, &x, &mut got);
+            assert_same_bits(&got, &expected_act, &what);
+            let mut got = vec![f32::NAN; expected_y.len()];
+            moe_matmul::down(&exec, experts, &routing, &act, &mut got);
+            assert_same_bits(&got, &expected_y, &what);
+        }
+        let mut close = vec![f32::NAN; expected_y.len()];
+        moe_matmul::down_reference(&exec, base, &routing, &act, &mut close);
+        assert_close(&expected_y, &close, "down");
+    }
+}
+
+/// bf16 in pairs and f32 sums over powers of two `low..low + n`, some subnormal and some 0.
+struct Wide<'a> {
+    random: &'a mut Random,
+    low: u32,
+    n: u32,
+}
+
+impl Wide<'_> {
+    fn bits(&mut self) -> u32 {
+        let word = self.random.next();
+        let (sign, mantissa) = ((word as u32 & 1) << 31, (word >> 8) as u32 & 0x7F_FFFF);
+        match word >> 40 & 31 {
+            0 => sign,
+            1 => sign | mantissa,
+            _ => sign | (self.low + (word >> 48) as u32 % self.n) << 23 | mantissa,
+        }
+    }
+
+    fn pair(&mut self) -> u32 {
+        self.bits() >> 16 | self.bits() & 0xFFFF_0000
+    }
+}
+
+#[test]
+fn amx_instruction_is_its_emulation() {
+    if !is_available() {
+        eprintln!("not run: this CPU has no AMX");
+        return;
+    }
+    #[repr(align(64))]
+    struct Aligned<const N: usize>([u32; N]);
+    const STEPS: usize = 3;
+    let mut random = Random(24);
+    // Sums of about 1; of all sizes; those that fall below the smallest number; those that overflow.
+    for (low, n) in [(117, 20), (87, 80), (1, 130), (50, 30), (1, 254), (170, 84)] {
+        for round in 0..200usize {
+            let n_rows = 1 + round % 16;
+            let mut wide = Wide {
+                random: &mut random,
+                low,
+                n,
+            };
+            let mut w = Aligned([0; 2 * STEPS * STEP_PAIRS * LANES]);
+            let mut rows = Aligned([0; STEPS * 2 * BLOCK_ROWS * STEP_PAIRS]);
+            let mut sums = Aligned([0; 4 * BLOCK_ROWS * LANES]);
+            w.0.iter_mut().for_each(|w| *w = wide.pair());
+            rows.0.iter_mut().for_each(|pair| *pair = wide.pair());
+            sums.0.iter_mut().for_each(|sum| *sum = wide.bits());
+            let got = all_kinds::<unit::Hardware>(n_rows, &w.0, &rows.0, &sums.0);
+            let expected = all_kinds::<Emulated>(n_rows, &w.0, &rows.0, &sums.0);
+            for (i, (a, b)) in got.iter().zip(&expected).enumerate() {
+                let same = a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+                assert!(
+                    same,
+                    "{a:e} for {b:e} ({:08x}, {:08x}) at {i}, powers from {low}, {n_rows} rows",
+                    a.to_bits(),
+                    b.to_bits()
+                );
+            }
+        }
+    }
+
+    /// Sums after two blocks of 16 and `n_rows` rows, then after one block of `n_rows` by two tiles, then
+    /// by one.
+    fn all_kinds<U: TileUnit>(n_rows: usize, w: &[u32], rows: &[u32], sums: &[u32]) -> Vec<f32> {
+        let mut sums: Vec<[f32; LANES]> = sums
+            .as_chunks::<LANES>()
+            .0
+            .iter()
+            .map(|row| row.map(f32::from_bits))
+            .collect();
+        let a_tile = sums.len() / 2;
+        let start = sums.as_mut_ptr();
+        let operands = |tile: usize| Operands {
+            sums: start.wrapping_add(tile * a_tile).cast(),
+            w: w.as_ptr().wrapping_add(tile * w.len() / 2),
+            rows: rows.as_ptr(),
+            a_step: 2 * BLOCK_ROWS * STEP_PAIRS,
+            n_steps: w.len() / 2 / STEP_PAIRS / LANES,
+        };
+        // SAFETY: two tiles, two blocks of rows, and sums of two blocks for each tile.
+        #[allow(unsafe_code, reason = "operands are pointers")]
+        unsafe {
+            U::set([BLOCK_ROWS, n_rows]).two_blocks(&operands(0));
+            let unit = U::set([n_rows, n_rows]);
+            unit.two_tiles(&operands(0), &operands(1));
+            unit.one(&operands(1));
+        }
+        sums.into_flattened()
+    }
+}
