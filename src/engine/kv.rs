@@ -150,7 +150,7 @@ impl KvArena {
         let emptied = std::mem::take(self.sequence_mut(sequence));
         for page in emptied.pages {
             let n_references = &mut self.n_references[page.0 as usize];
-            debug_assert!(*n_references > 0, "page {} is freed twice", page.0);
+            assert!(*n_references > 0, "page {} is freed twice", page.0);
             *n_references -= 1;
             if *n_references == 0 {
                 self.free.push(page);
@@ -162,7 +162,7 @@ impl KvArena {
     fn take(&mut self) -> Option<PageId> {
         let page = self.free.pop()?;
         let n_references = &mut self.n_references[page.0 as usize];
-        debug_assert_eq!(*n_references, 0, "page {} is free and referenced", page.0);
+        assert_eq!(*n_references, 0, "page {} is free and referenced", page.0);
         *n_references = 1;
         Some(page)
     }

@@ -230,7 +230,7 @@ impl CudaBackend {
             kv_bytes: work.kv_bytes(),
             workspace_bytes: work.workspace_bytes(),
         };
-        debug_assert_eq!(
+        assert_eq!(
             memory,
             memory::planned(config, loaded.model.format, &shape),
             "what is planned is what is allocated"

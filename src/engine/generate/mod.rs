@@ -412,7 +412,7 @@ impl Run<'_> {
             return;
         };
         self.arena.advance(slot, 1);
-        debug_assert_eq!(event.position, self.arena.length(slot));
+        assert_eq!(event.position, self.arena.length(slot));
         row.output_ids.push(event.token);
         row.logprob_sum += event.logprob;
         row.trace_hash = match (row.trace_hash, event.logits_hash) {

@@ -64,11 +64,11 @@ impl Run<'_> {
             return false;
         }
         let prefix = self.batch.jobs[from].prefix;
-        debug_assert!(
+        assert!(
             job.prompt.starts_with(&self.batch.jobs[from].job.prompt),
             "a stage begins with the prompt of the one before"
         );
-        debug_assert!(!job.may_go_on, "a row has two stages");
+        assert!(!job.may_go_on, "a row has two stages");
         // The prefix expects this job since the batch was planned.
         self.queue.push_front(self.batch.jobs.len());
         self.batch.jobs.push(PlannedJob { job, prefix });
