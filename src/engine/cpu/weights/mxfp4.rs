@@ -276,7 +276,7 @@ mod x86 {
 
     /// Unpacks blocks to pairs of bf16, 16 lanes a register.
     ///
-    /// Registers are read and written as arrays: the crate keeps its debug checks, and those of unaligned
+    /// Registers are read and written as arrays: where debug assertions are compiled in, those of unaligned
     /// loads and stores would send every register through memory.
     struct Unpacker<'a> {
         values: __m512i,
