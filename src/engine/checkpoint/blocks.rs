@@ -70,9 +70,18 @@ pub trait Blocks: Sync {
         block: usize,
     ) -> Result<Option<StoredBlock>, CheckpointError>;
 
+    /// All blocks of a row of a group, where the file has them in MXFP4 and none needs a closer look:
+    /// scales, and the codes of each.
+    fn mxfp4_row(&self, _group: usize, _row: usize) -> Option<Mxfp4Row<'_>> {
+        None
+    }
+
     /// The error for a block that holds a value which is not finite.
     fn not_finite(&self, group: usize, row: usize, block: usize) -> CheckpointError;
 }
+
+/// Scales and codes of a row's blocks.
+pub type Mxfp4Row<'a> = (&'a [u8], &'a [[u8; mxfp4::BLOCK_BYTES]]);
 
 /// Rows of dense bf16 tensors that follow each other.
 pub struct DenseBlocks<'a> {
@@ -89,7 +98,9 @@ impl Blocks for DenseBlocks<'_> {
     ) -> Result<Option<StoredBlock>, CheckpointError> {
         Ok(part_of(self.parts, row).map(|(tensor, row)| {
             let start = row * self.n_k + block * BLOCK;
-            StoredBlock::Bf16(std::array::from_fn(|i| tensor.bf16(start + i)))
+            let bytes = &tensor.bytes[2 * start..][..2 * BLOCK];
+            let bytes = bytes.as_chunks::<2>().0;
+            StoredBlock::Bf16(std::array::from_fn(|i| u16::from_le_bytes(bytes[i])))
         }))
     }
 
@@ -154,6 +165,19 @@ impl Blocks for ExpertBlocks<'_> {
                 values.bf16(self.element(expert, row, block * BLOCK + i))
             })),
         }))
+    }
+
+    fn mxfp4_row(&self, expert: usize, row: usize) -> Option<Mxfp4Row<'_>> {
+        let ExpertTensors::Mxfp4 { codes, scales } = self.tensors else {
+            return None;
+        };
+        let n_blocks = self.n_k / BLOCK;
+        let first = (expert * self.n_out + row) * n_blocks;
+        let scales = &scales.bytes[first..][..n_blocks];
+        let codes = codes.bytes.as_chunks::<{ mxfp4::BLOCK_BYTES }>().0;
+        let is_plain = |byte: &u8| (mxfp4::SCALE_MIN..=mxfp4::SCALE_MAX).contains(byte);
+        let rows = (scales, &codes[first..][..n_blocks]);
+        scales.iter().all(is_plain).then_some(rows)
     }
 
     fn not_finite(&self, expert: usize, row: usize, block: usize) -> CheckpointError {

@@ -56,6 +56,16 @@ impl<T: Plain> Buffer<T> {
     /// # Errors
     /// The system refuses the memory, or its size in bytes overflows.
     pub fn zeroed(what: &str, len: usize) -> Result<Self, EngineError> {
+        let mut zeros = Self::to_fill(what, len)?;
+        zeros.map.fill(0);
+        Ok(zeros)
+    }
+
+    /// The same, a page resident from when it is first written: by the thread that fills it.
+    ///
+    /// # Errors
+    /// As [`Buffer::zeroed`].
+    pub fn to_fill(what: &str, len: usize) -> Result<Self, EngineError> {
         let out_of_memory = |needed: u64| EngineError::OutOfMemory {
             what: what.to_owned(),
             needed,
@@ -67,14 +77,12 @@ impl<T: Plain> Buffer<T> {
         if n_bytes as u64 > machine_bytes() {
             return Err(out_of_memory(n_bytes as u64));
         }
-        let mut map =
-            MmapMut::map_anon(n_bytes.max(1)).map_err(|_| out_of_memory(n_bytes as u64))?;
+        let map = MmapMut::map_anon(n_bytes.max(1)).map_err(|_| out_of_memory(n_bytes as u64))?;
         #[cfg(target_os = "linux")]
         if n_bytes >= HUGE_PAGES_FROM {
             // Fewer address misses; a system that does not know the advice does without.
             let _ = map.advise(memmap2::Advice::HugePage);
         }
-        map.fill(0);
         Ok(Self {
             map,
             len,

@@ -60,15 +60,28 @@ impl CpuModel {
         let config = checkpoint.config().clone();
         let format = checkpoint.weight_format(precision);
         let mut deviation = ByClass::<Deviation>::default();
+        checkpoint.prefetch("model.embed_tokens.");
+        checkpoint.prefetch("lm_head.");
         let part = checkpoint.filled("model.embed_tokens.")?;
         let embedding = pack::embedding(&part)?;
+        checkpoint.prefetch("model.layers.0.");
+        // The largest tensors first, while little else is resident beside them and their copies.
+        let part = checkpoint.filled(match config.tie_word_embeddings {
+            true => "model.embed_tokens.",
+            false => "lm_head.",
+        })?;
+        let (lm_head, of_lm_head) = pack::lm_head(&part, format.lm_head)?;
+        deviation.lm_head = of_lm_head;
         let mut loaded = ClassBytes {
             embedding: embedding.n_bytes(),
+            lm_head: lm_head.n_bytes(),
             ..ClassBytes::default()
         };
         let (mut n_sliding, mut n_full) = (0, 0);
         let mut layers = Vec::with_capacity(config.n_layers());
         for (i, &kind) in config.layers.iter().enumerate() {
+            // While this one is packed the next comes from the disk.
+            checkpoint.prefetch(&format!("model.layers.{}.", i + 1));
             let part = checkpoint.filled(&format!("model.layers.{i}."))?;
             let vector = |tensor: &Tensor| pack::vector(&part, format.vectors, tensor);
             let projection = |class: MatrixFormat, parts: &Parts| {
@@ -106,14 +119,7 @@ impl CpuModel {
         }
         let part = checkpoint.filled("model.norm.")?;
         let final_norm = pack::vector(&part, format.vectors, &part.final_norm()?)?;
-        let part = checkpoint.filled(match config.tie_word_embeddings {
-            true => "model.embed_tokens.",
-            false => "lm_head.",
-        })?;
-        let (lm_head, of_lm_head) = pack::lm_head(&part, format.lm_head)?;
-        deviation.lm_head = of_lm_head;
         loaded.norms += final_norm.n_bytes();
-        loaded.lm_head = lm_head.n_bytes();
         let planned = Self::planned_bytes(&config, format);
         for ((class, planned), (_, loaded)) in planned.classes().iter().zip(loaded.classes()) {
             if *planned != loaded {

@@ -13,7 +13,7 @@ use super::matmul::Projection;
 use super::moe_matmul::Experts;
 use super::swiglu::PAIRS;
 use super::weights::{
-    Bf16Tiles, Matrix, Mxfp4Tiles, Mxint8Tiles, Vector, pack_bf16, pack_mxfp4_block,
+    Bf16Tiles, Matrix, Mxfp4Tiles, Mxint8Tiles, Vector, pack_bf16_run, pack_mxfp4_lanes,
     pack_mxint8_block,
 };
 use crate::engine::EngineError;
@@ -78,7 +78,7 @@ pub fn vector(
 
 pub fn embedding(checkpoint: &Checkpoint) -> Result<Buffer<u16>, EngineError> {
     let tensor = checkpoint.embedding()?;
-    let mut values = Buffer::zeroed("the embedding", tensor.bytes.len() / 2)?;
+    let mut values = Buffer::to_fill("the embedding", tensor.bytes.len() / 2)?;
     values
         .par_chunks_mut(1 << 16)
         .zip(tensor.bytes.par_chunks(1 << 17))
@@ -213,32 +213,49 @@ fn matrix(
 ) -> Result<(Matrix, Deviation), EngineError> {
     let tiles_a_group = shape.n_out.div_ceil(LANES);
     let n_tiles = shape.n_groups * tiles_a_group;
-    // Calls `put(lane, block, stored)` for all blocks of a tile.
-    let each_block = |tile: usize,
-                      put: &mut dyn FnMut(usize, usize, StoredBlock) -> Option<()>|
+    // Calls `put(lane, stored)` for the lanes of a tile's block that have a row.
+    let each_lane = |tile: usize,
+                     block: usize,
+                     put: &mut dyn FnMut(usize, StoredBlock) -> Option<()>|
      -> Result<(), CheckpointError> {
         let (group, tile) = (tile / tiles_a_group, tile % tiles_a_group);
         for lane in 0..LANES {
             let row = row_of(tile, lane);
-            for block in 0..shape.n_k / BLOCK {
-                let Some(stored) = source.block(group, row, block)? else {
-                    break;
-                };
-                put(lane, block, stored).ok_or_else(|| source.not_finite(group, row, block))?;
+            if let Some(stored) = source.block(group, row, block)? {
+                put(lane, stored).ok_or_else(|| source.not_finite(group, row, block))?;
             }
         }
         Ok(())
     };
+    let n_blocks = shape.n_k / BLOCK;
     Ok(match format {
         MatrixFormat::Mxfp4 => {
             let mut packed = Mxfp4Tiles::zeroed(what, n_tiles, shape.n_k)?;
             let length = Mxfp4Tiles::tile_bytes(shape.n_k);
             let deviation = fill(packed.bytes_mut(), length, |tile, bytes, deviation| {
-                each_block(tile, &mut |lane, block, stored| {
-                    let (scale, codes) = stored.to_mxfp4(deviation)?;
-                    pack_mxfp4_block(bytes, lane, block, scale, &codes);
-                    Some(())
-                })
+                let (group, of_group) = (tile / tiles_a_group, tile % tiles_a_group);
+                let rows: [_; LANES] = std::array::from_fn(|lane| {
+                    let row = row_of(of_group, lane);
+                    (row < shape.n_out).then(|| source.mxfp4_row(group, row))?
+                });
+                if rows.iter().all(Option::is_some) {
+                    let rows = rows.map(|row| row.expect("all are there"));
+                    for block in 0..n_blocks {
+                        let scales = rows.map(|(scales, _)| scales[block]);
+                        let codes = rows.map(|(_, codes)| codes[block]);
+                        pack_mxfp4_lanes(bytes, block, &scales, &codes);
+                    }
+                    return Ok(());
+                }
+                for block in 0..n_blocks {
+                    let (mut scales, mut codes) = ([0; LANES], [[0; BLOCK / 2]; LANES]);
+                    each_lane(tile, block, &mut |lane, stored| {
+                        (scales[lane], codes[lane]) = stored.to_mxfp4(deviation)?;
+                        Some(())
+                    })?;
+                    pack_mxfp4_lanes(bytes, block, &scales, &codes);
+                }
+                Ok(())
             })?;
             (Matrix::Mxfp4(packed), deviation)
         }
@@ -246,11 +263,14 @@ fn matrix(
             let mut packed = Mxint8Tiles::zeroed(what, n_tiles, shape.n_k)?;
             let length = Mxint8Tiles::tile_bytes(shape.n_k);
             let deviation = fill(packed.bytes_mut(), length, |tile, bytes, deviation| {
-                each_block(tile, &mut |lane, block, stored| {
-                    let (scale, codes) = stored.to_mxint8(deviation)?;
-                    pack_mxint8_block(bytes, lane, block, scale, &codes);
-                    Some(())
-                })
+                for block in 0..n_blocks {
+                    each_lane(tile, block, &mut |lane, stored| {
+                        let (scale, codes) = stored.to_mxint8(deviation)?;
+                        pack_mxint8_block(bytes, lane, block, scale, &codes);
+                        Some(())
+                    })?;
+                }
+                Ok(())
             })?;
             (Matrix::Mxint8(packed), deviation)
         }
@@ -258,12 +278,13 @@ fn matrix(
             let mut packed = Bf16Tiles::zeroed(what, n_tiles, shape.n_k)?;
             let length = packed.tile_words();
             let deviation = fill(packed.words_mut(), length, |tile, words, _| {
-                each_block(tile, &mut |lane, block, stored| {
-                    for (i, bits) in stored.to_bf16().into_iter().enumerate() {
-                        pack_bf16(words, lane, block * BLOCK + i, bits);
-                    }
-                    Some(())
-                })
+                for block in 0..n_blocks {
+                    each_lane(tile, block, &mut |lane, stored| {
+                        pack_bf16_run(words, lane, block * BLOCK, &stored.to_bf16());
+                        Some(())
+                    })?;
+                }
+                Ok(())
             })?;
             (Matrix::Bf16(packed), deviation)
         }

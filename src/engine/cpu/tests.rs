@@ -590,3 +590,32 @@ fn tokens_outside_the_vocabulary_and_nan_are_errors() {
     let failed = backend.score(&span(1, 0, &[]), &mut |_, _| ());
     assert!(failed.is_ok(), "an empty span is nothing");
 }
+
+#[test]
+fn lanes_packed_together_are_those_packed_one_by_one() {
+    use super::weights::{pack_bf16, pack_bf16_run, pack_mxfp4_block, pack_mxfp4_lanes};
+    const N_K: usize = 96;
+    let byte = |i: usize| (i as u32).wrapping_mul(2_654_435_761).to_le_bytes()[3];
+    let mut together = vec![0; Mxfp4Tiles::tile_bytes(N_K)];
+    let mut alone = together.clone();
+    let mut run = vec![0; N_K / 2 * LANES];
+    let mut values = run.clone();
+    for block in 0..N_K / 32 {
+        let scales: [u8; LANES] = std::array::from_fn(|lane| byte(block + 3 * lane));
+        let codes: [[u8; 16]; LANES] =
+            std::array::from_fn(|lane| std::array::from_fn(|i| byte(block * 7 + lane * 16 + i)));
+        pack_mxfp4_lanes(&mut together, block, &scales, &codes);
+        for lane in 0..LANES {
+            pack_mxfp4_block(&mut alone, lane, block, scales[lane], &codes[lane]);
+            let bits: [u16; 32] = std::array::from_fn(|i| {
+                u16::from_le_bytes([byte(i + lane), byte(i * lane + block)])
+            });
+            pack_bf16_run(&mut run, lane, block * 32, &bits);
+            for (i, &bits) in bits.iter().enumerate() {
+                pack_bf16(&mut values, lane, block * 32 + i, bits);
+            }
+        }
+    }
+    assert_eq!(together, alone);
+    assert_eq!(run, values);
+}

@@ -25,7 +25,7 @@ impl Bf16Tiles {
 
     pub fn zeroed(what: &str, n_tiles: usize, n_k: usize) -> Result<Self, EngineError> {
         assert_eq!(n_k % 2, 0, "the config was checked");
-        let words = Buffer::zeroed(what, n_tiles * n_k / 2 * LANES)?;
+        let words = Buffer::to_fill(what, n_tiles * n_k / 2 * LANES)?;
         Ok(Self { n_k, words })
     }
 
@@ -48,6 +48,15 @@ impl Bf16Tiles {
 pub fn pack_bf16(tile: &mut [u32], lane: usize, k: usize, bits: u16) {
     // The tile began as zeros.
     tile[k / 2 * LANES + lane] |= u32::from(bits) << (k % 2 * 16);
+}
+
+/// As [`pack_bf16`] of a lane's values from `k`, which is even, on.
+#[inline]
+pub fn pack_bf16_run<const N: usize>(tile: &mut [u32], lane: usize, k: usize, bits: &[u16; N]) {
+    let rows = tile[k / 2 * LANES..].as_chunks_mut::<LANES>().0;
+    for (row, &[even, odd]) in rows.iter_mut().zip(bits.as_chunks::<2>().0) {
+        row[lane] = u32::from(even) | u32::from(odd) << 16;
+    }
 }
 
 impl Tiles for Bf16Tiles {

@@ -28,7 +28,7 @@ impl Mxfp4Tiles {
 
     pub fn zeroed(what: &str, n_tiles: usize, n_k: usize) -> Result<Self, EngineError> {
         assert_eq!(n_k % mxfp4::BLOCK, 0, "the config was checked");
-        let bytes = Buffer::zeroed(what, n_tiles * Self::tile_bytes(n_k))?;
+        let bytes = Buffer::to_fill(what, n_tiles * Self::tile_bytes(n_k))?;
         Ok(Self { n_k, bytes })
     }
 
@@ -58,6 +58,28 @@ pub fn pack_mxfp4_block(
         for (k, code) in [(2 * pair, byte & 15), (2 * pair + 1, byte >> 4)] {
             // The tile began as zeros.
             bytes[LANES + k * 16 + column] |= code << shift;
+        }
+    }
+}
+
+/// As [`pack_mxfp4_block`] of all lanes, several times as fast.
+pub fn pack_mxfp4_lanes(
+    tile: &mut [u8],
+    block: usize,
+    scales: &[u8; LANES],
+    codes: &[[u8; mxfp4::BLOCK_BYTES]; LANES],
+) {
+    let bytes = &mut tile[block * BLOCK_BYTES..][..BLOCK_BYTES];
+    let (to_scales, to_codes) = bytes.split_at_mut(LANES);
+    to_scales.copy_from_slice(scales);
+    let (low, high) = codes.split_at(16);
+    let pairs = to_codes.as_chunks_mut::<32>().0;
+    for (pair, out) in pairs.iter_mut().enumerate() {
+        let (even, odd) = out.split_at_mut(16);
+        for column in 0..16 {
+            let (low, high) = (low[column][pair], high[column][pair]);
+            even[column] = low & 15 | high << 4;
+            odd[column] = low >> 4 | high & 0xF0;
         }
     }
 }

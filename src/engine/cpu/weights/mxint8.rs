@@ -28,7 +28,7 @@ impl Mxint8Tiles {
 
     pub fn zeroed(what: &str, n_tiles: usize, n_k: usize) -> Result<Self, EngineError> {
         assert_eq!(n_k % mxint8::BLOCK, 0, "the config was checked");
-        let bytes = Buffer::zeroed(what, n_tiles * Self::tile_bytes(n_k))?;
+        let bytes = Buffer::to_fill(what, n_tiles * Self::tile_bytes(n_k))?;
         Ok(Self { n_k, bytes })
     }
 
