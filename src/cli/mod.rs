@@ -57,7 +57,7 @@ pub enum Command {
     /// Prove on this machine that a row's bits depend neither on its batch nor on the instruction
     /// set
     Selfcheck(SelfcheckArgs),
-    /// Measure the CUDA engine on fixed workloads, beside the device's copy bandwidth
+    /// Measure the engine on fixed workloads, beside what the device could give
     Bench(BenchArgs),
 }
 

@@ -593,7 +593,10 @@ fn tokens_outside_the_vocabulary_and_nan_are_errors() {
 
 #[test]
 fn lanes_packed_together_are_those_packed_one_by_one() {
-    use super::weights::{pack_bf16, pack_bf16_run, pack_mxfp4_block, pack_mxfp4_lanes};
+    use super::lanes::LANES;
+    use super::weights::{
+        Mxfp4Tiles, pack_bf16, pack_bf16_run, pack_mxfp4_block, pack_mxfp4_lanes,
+    };
     const N_K: usize = 96;
     let byte = |i: usize| (i as u32).wrapping_mul(2_654_435_761).to_le_bytes()[3];
     let mut together = vec![0; Mxfp4Tiles::tile_bytes(N_K)];

@@ -94,7 +94,7 @@ pub fn prefetch<T>(packed: &[T], start: usize, n: usize) {
 }
 
 /// The most rows of a fused chain: with more, unpacking once for all of them is faster.
-pub const FUSED_ROWS: usize = 8;
+pub const FUSED_ROWS: usize = 2;
 
 /// K is a multiple of this.
 const BLOCK: usize = 32;
