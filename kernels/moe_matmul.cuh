@@ -314,12 +314,12 @@ template <class G, class Store> __device__ __forceinline__ void moe_stream(const
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const MoeArgs args) { moe_matmul<__VA_ARGS__, STORE>(args); }
 #ifdef WARPGROUPS
 // FEW and MANY: blocks a multiprocessor of the larger and of the smaller token tiles; TILES: blocks of
-// 64 features of a warpgroup with few tokens.
+// 64 features of a warpgroup with few tokens; for two of them three blocks have too few registers.
 #define STREAM(NAME, STORE, BLOCKS, ...) \
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS, BLOCKS) NAME(const MoeArgs args) { moe_stream<__VA_ARGS__, STORE>(args); }
 #define VARIANTS(FORMAT, NAME, STORE, STORES, SMALL, BIG, FEW, MANY, TILES, DEPTH) \
     VARIANT(NAME##_d8, STORE, 128, 1, DirectGemm<FORMAT, 4, 1, DEPTH>) \
-    STREAM(NAME##_s16, STORES, MANY, StreamGemm<FORMAT, 2, TILES, 2, MANY, 1>) \
+    STREAM(NAME##_s16, STORES, TILES == 2 ? 2 : MANY, StreamGemm<FORMAT, 2, TILES, 2, TILES == 2 ? 2 : MANY, 1>) \
     STREAM(NAME##_s48, STORES, MANY, StreamGemm<FORMAT, 1, 2, 6, MANY, 1, 4>) \
     STREAM(NAME##_s128, STORES, 1, StreamGemm<FORMAT, 2, 2, 16, 1, 4, 8>)
 #else

@@ -226,11 +226,14 @@ pub fn moe(format: MatrixFormat, room: Room) -> Vec<Variant> {
     let direct = Variant::direct("d8", 4, 1);
     if room.warpgroups {
         let many = if narrow { 3 } else { 2 };
-        // Of the narrowest format a stage of twice the features has room.
-        let tiles = if format == MatrixFormat::Mxfp4 { 2 } else { 1 };
+        // Of the narrowest format a stage of twice the features has room, in two blocks' registers.
+        let (tiles, blocks) = match format {
+            MatrixFormat::Mxfp4 => (2, 2),
+            _ => (1, many),
+        };
         return vec![
             direct,
-            Variant::streams("s16", [2, tiles, 2, many, 1]),
+            Variant::streams("s16", [2, tiles, 2, blocks, 1]),
             Variant::streams("s48", [1, 2, 6, many, 1]),
             Variant::streams("s128", [2, 2, 16, 1, 4]),
         ];
