@@ -327,8 +327,8 @@ impl Checkpoint {
         })
     }
 
-    /// Asks the system to read the tensors whose names begin with `prefix`: reading page by page, as
-    /// they are touched, is several times slower than a disk.
+    /// Asks the system to read the tensors whose names begin with `prefix`, so that nobody waits for
+    /// each page when it is touched.
     pub fn prefetch(&self, prefix: &str) {
         #[cfg(unix)]
         for (name, located) in &self.tensors {

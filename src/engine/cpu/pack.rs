@@ -234,15 +234,15 @@ fn matrix(
             let length = Mxfp4Tiles::tile_bytes(shape.n_k);
             let deviation = fill(packed.bytes_mut(), length, |tile, bytes, deviation| {
                 let (group, of_group) = (tile / tiles_a_group, tile % tiles_a_group);
-                let rows: [_; LANES] = std::array::from_fn(|lane| {
+                let rows = (0..LANES).map(|lane| {
                     let row = row_of(of_group, lane);
                     (row < shape.n_out).then(|| source.mxfp4_row(group, row))?
                 });
-                if rows.iter().all(Option::is_some) {
-                    let rows = rows.map(|row| row.expect("all are there"));
+                // As they are stored, of all lanes.
+                if let Some(rows) = rows.collect::<Option<Vec<_>>>() {
                     for block in 0..n_blocks {
-                        let scales = rows.map(|(scales, _)| scales[block]);
-                        let codes = rows.map(|(_, codes)| codes[block]);
+                        let scales = std::array::from_fn(|lane| rows[lane].0[block]);
+                        let codes = std::array::from_fn(|lane| rows[lane].1[block]);
                         pack_mxfp4_lanes(bytes, block, &scales, &codes);
                     }
                     return Ok(());

@@ -163,18 +163,14 @@ macro_rules! on_each_path {
                 #[cfg(target_arch = "x86_64")]
                 #[allow(unsafe_code, reason = "features were detected")]
                 $crate::engine::cpu::path::Kind::Avx2 => unsafe { avx2($($arg),*) },
-                // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 #[allow(unsafe_code, reason = "features were detected")]
-                $crate::engine::cpu::path::Kind::Avx512 => unsafe { avx512($($arg),*) },
-                // SAFETY: as above; it has those features, too.
-                #[cfg(target_arch = "x86_64")]
-                #[allow(unsafe_code, reason = "features were detected")]
-                $crate::engine::cpu::path::Kind::Avx512Bf16 => unsafe { avx512($($arg),*) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                #[allow(unsafe_code, reason = "features were detected")]
-                $crate::engine::cpu::path::Kind::Amx => unsafe { avx512($($arg),*) },
+                $crate::engine::cpu::path::Kind::Avx512
+                | $crate::engine::cpu::path::Kind::Avx512Bf16
+                | $crate::engine::cpu::path::Kind::Amx => {
+                    // SAFETY: as above; those behind the first have its features, too.
+                    unsafe { avx512($($arg),*) }
+                }
                 #[cfg(not(target_arch = "x86_64"))]
                 _ => $body($($arg),*),
             }

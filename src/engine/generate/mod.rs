@@ -408,8 +408,7 @@ impl Run<'_> {
     fn take(&mut self, event: TokenEvent) {
         let slot = event.slot;
         let Some(row) = self.slots.get_mut(slot.0 as usize).and_then(Option::as_mut) else {
-            debug_assert!(false, "slot {} has no row and produced a token", slot.0);
-            return;
+            unreachable!("slot {} has no row and produced a token", slot.0);
         };
         self.arena.advance(slot, 1);
         assert_eq!(event.position, self.arena.length(slot));

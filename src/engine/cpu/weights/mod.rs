@@ -93,6 +93,29 @@ pub fn prefetch<T>(packed: &[T], start: usize, n: usize) {
     }
 }
 
+/// Unpacks as many blocks, from byte `start` on, as `out` has room for. As many behind them are asked for,
+/// to be read during the products of these.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn unpack_blocks<const BYTES: usize>(
+    packed: &[u8],
+    start: usize,
+    out: &mut [u32],
+    unpack: impl Fn(&[u8; BYTES], &mut PairedBlock),
+) {
+    let out = out.as_chunks_mut::<{ BLOCK / 2 * LANES }>().0;
+    let n_bytes = out.len() * BYTES;
+    let blocks = packed[start..][..n_bytes].as_chunks::<BYTES>().0;
+    for (i, (block, out)) in blocks.iter().zip(out).enumerate() {
+        prefetch(packed, start + n_bytes + i * BYTES, BYTES);
+        unpack(block, out);
+    }
+}
+
+/// Pairs of a block of a tile.
+#[cfg(target_arch = "x86_64")]
+type PairedBlock = [u32; BLOCK / 2 * LANES];
+
 /// The most rows of a fused chain: with more, unpacking once for all of them is faster.
 pub const FUSED_ROWS: usize = 2;
 

@@ -4,7 +4,9 @@
 //! [tile][k / 32] { 32 scale bytes | [32 k][16 bytes]: byte j = lane j low, lane 16 + j high }
 //! ```
 
-use super::{Tiles, prefetch};
+use super::Tiles;
+#[cfg(target_arch = "x86_64")]
+use super::{PairedBlock, unpack_blocks};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
 use crate::engine::cpu::lanes::LANES;
@@ -113,24 +115,14 @@ impl Tiles for Mxfp4Tiles {
     fn unpack_pairs(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [u32]) {
         assert!(path.has_pairs(), "it takes pairs");
         let start = tile * Self::tile_bytes(self.n_k) + k / mxfp4::BLOCK * BLOCK_BYTES;
-        let n_bytes = n_k / mxfp4::BLOCK * BLOCK_BYTES;
-        // As many blocks as are unpacked now are asked for ahead, to be read during their products.
-        let bytes = &self.bytes[start..][..n_bytes];
         let out = &mut out[..n_k / 2 * LANES];
-        for (i, (bytes, out)) in bytes
-            .chunks_exact(BLOCK_BYTES)
-            .zip(out.chunks_exact_mut(mxfp4::BLOCK / 2 * LANES))
-            .enumerate()
-        {
-            prefetch(&self.bytes, start + n_bytes + i * BLOCK_BYTES, BLOCK_BYTES);
-            let bytes = bytes.try_into().expect("chunks are of this size");
-            let out = out.try_into().expect("chunks are of this size");
+        unpack_blocks::<BLOCK_BYTES>(&self.bytes, start, out, |block, out| {
             // SAFETY: a path of this kind exists only where the CPU has its features.
             #[allow(unsafe_code, reason = "features were detected")]
             unsafe {
-                x86::unpack_mxfp4_pairs(bytes, out);
+                x86::unpack_mxfp4_pairs(block, out);
             }
-        }
+        });
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -172,7 +164,6 @@ impl Tiles for Mxfp4Tiles {
 
 type Mxfp4Block = [u8; BLOCK_BYTES];
 type UnpackedBlock = [f32; mxfp4::BLOCK * LANES];
-type PairedBlock = [u32; mxfp4::BLOCK / 2 * LANES];
 
 /// `T` rows; the caller has checked bounds and path.
 #[cfg(target_arch = "x86_64")]

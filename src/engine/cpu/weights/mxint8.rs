@@ -4,7 +4,9 @@
 //! [tile][k / 32] { 32 scale bytes | [32 k][32 lanes] codes }
 //! ```
 
-use super::{Tiles, prefetch};
+use super::Tiles;
+#[cfg(target_arch = "x86_64")]
+use super::{PairedBlock, unpack_blocks};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
 use crate::engine::cpu::lanes::LANES;
@@ -87,24 +89,14 @@ impl Tiles for Mxint8Tiles {
     fn unpack_pairs(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [u32]) {
         assert!(path.has_pairs(), "it takes pairs");
         let start = tile * Self::tile_bytes(self.n_k) + k / mxint8::BLOCK * BLOCK_BYTES;
-        let n_bytes = n_k / mxint8::BLOCK * BLOCK_BYTES;
-        // As many blocks as are unpacked now are asked for ahead, to be read during their products.
-        let bytes = &self.bytes[start..][..n_bytes];
         let out = &mut out[..n_k / 2 * LANES];
-        for (i, (bytes, out)) in bytes
-            .chunks_exact(BLOCK_BYTES)
-            .zip(out.chunks_exact_mut(mxint8::BLOCK / 2 * LANES))
-            .enumerate()
-        {
-            prefetch(&self.bytes, start + n_bytes + i * BLOCK_BYTES, BLOCK_BYTES);
-            let bytes = bytes.try_into().expect("chunks are of this size");
-            let out = out.try_into().expect("chunks are of this size");
+        unpack_blocks::<BLOCK_BYTES>(&self.bytes, start, out, |block, out| {
             // SAFETY: a path of this kind exists only where the CPU has its features.
             #[allow(unsafe_code, reason = "features were detected")]
             unsafe {
-                x86::unpack_pairs(bytes, out);
+                x86::unpack_pairs(block, out);
             }
-        }
+        });
     }
 
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
@@ -117,8 +109,6 @@ impl Tiles for Mxint8Tiles {
 
 type PackedBlock = [u8; BLOCK_BYTES];
 type UnpackedBlock = [f32; mxint8::BLOCK * LANES];
-#[cfg(target_arch = "x86_64")]
-type PairedBlock = [u32; mxint8::BLOCK / 2 * LANES];
 
 fn unpack_block(path: CpuPath, bytes: &PackedBlock, out: &mut UnpackedBlock) {
     match path.kind() {
