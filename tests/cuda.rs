@@ -668,23 +668,23 @@ fn routing_takes_the_greatest_logits_in_any_number_of_rows() {
 
 /// `gather` puts the entries in the order that `group` has found, and their rows of `t` beside.
 fn check_gathering(
+    device: &Arc<Device>,
     kernels: &Kernels,
     experts: &[u32],
     k: usize,
     t: &[u16],
     [offsets, entries]: [&[u32]; 2],
 ) {
-    let device = device();
     let n_experts = offsets.len() - 1;
     let hidden = t.len() / (experts.len() / k);
     let n_octets = places::n_octets(experts.len(), n_experts);
-    let (experts_device, t_device) = (upload(&device, experts), upload(&device, t));
+    let (experts_device, t_device) = (upload(device, experts), upload(device, t));
     let places_device: DeviceBuffer<u32> = device.alloc("places", n_octets * 8).unwrap();
     let tiles: DeviceBuffer<u16> = device
         .alloc("tiles", places::tiles_len(n_octets, hidden))
         .unwrap();
     let listed: DeviceBuffer<u32> = device.alloc("token tiles", n_octets * 4).unwrap();
-    let [sorted_offsets, sorted_entries] = [offsets, entries].map(|list| upload(&device, list));
+    let [sorted_offsets, sorted_entries] = [offsets, entries].map(|list| upload(device, list));
     // Few entries are sorted by each block, of many `group` has done it.
     for (tile_octets, is_sorted) in [(1, false), (2, true), (6, false), (16, true)] {
         tiles.fill(0, tiles.len(), 0xFF).unwrap();
@@ -866,7 +866,14 @@ fn routing_takes_the_greatest_logits(
             // Every entry once, under its expert, in order.
             let (offsets, entries) = (download(&offsets), download(&entries));
             if n_rows <= 131 {
-                check_gathering(&kernels, &experts, k, &t, [offsets.as_slice(), &entries]);
+                check_gathering(
+                    device,
+                    &kernels,
+                    &experts,
+                    k,
+                    &t,
+                    [offsets.as_slice(), &entries],
+                );
             }
             let mut sorted: Vec<u32> = (0..(n_rows * k) as u32)
                 .filter(|&entry| experts[entry as usize] != u32::MAX)

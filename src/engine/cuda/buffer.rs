@@ -80,7 +80,7 @@ impl<T: Plain> DeviceBuffer<T> {
                 self.at(start),
                 values.as_ptr().cast::<c_void>(),
                 size_of_val(values),
-                self.device.stream(),
+                self.device.stream,
             )
         };
         add(&self.device.counters.bytes_to_device, size_of_val(values));
@@ -106,7 +106,7 @@ impl<T: Plain> DeviceBuffer<T> {
                 out.as_mut_ptr().cast::<c_void>(),
                 self.at(start),
                 size_of_val(out),
-                self.device.stream(),
+                self.device.stream,
             )
         };
         add(&self.device.counters.bytes_to_host, size_of_val(out));
@@ -133,7 +133,7 @@ impl<T: Plain> DeviceBuffer<T> {
                 out.at.cast::<c_void>(),
                 self.address,
                 n * size_of::<T>(),
-                self.device.stream(),
+                self.device.stream,
             )
         };
         add(&self.device.counters.bytes_to_host, n * size_of::<T>());
@@ -159,7 +159,7 @@ impl<T: Plain> DeviceBuffer<T> {
                 self.at(to),
                 self.at(from),
                 n * size_of::<T>(),
-                self.device.stream(),
+                self.device.stream,
             )
         };
         check(copied, "a copy on the device")
@@ -183,7 +183,7 @@ impl<T: Plain> DeviceBuffer<T> {
         let n_words = n * size_of::<T>() / 2;
         // SAFETY: in range.
         let filled =
-            unsafe { sys::cuMemsetD16Async(self.at(start), word, n_words, self.device.stream()) };
+            unsafe { sys::cuMemsetD16Async(self.at(start), word, n_words, self.device.stream) };
         check(filled, "to fill memory")
     }
 }

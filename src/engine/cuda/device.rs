@@ -10,7 +10,6 @@ use std::ffi::{CStr, CString};
 use std::marker::PhantomData;
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::sys;
 use sys::{CUdevice_attribute_enum as Attribute, CUresult};
@@ -24,9 +23,7 @@ use super::graph::{Event, Graph};
 pub struct Device {
     context: sys::CUcontext,
     device: sys::CUdevice,
-    stream: sys::CUstream,
-    /// The last thing enqueued is a kernel.
-    follows_kernel: AtomicBool,
+    pub(super) stream: sys::CUstream,
     pub name: String,
     /// Compute capability.
     pub major: u32,
@@ -171,7 +168,6 @@ impl Device {
             context,
             device,
             stream: ptr::null_mut(),
-            follows_kernel: AtomicBool::new(false),
             name,
             major,
             minor,
@@ -208,18 +204,8 @@ impl Device {
         check(unsafe { sys::cuCtxSetCurrent(self.context) }, "its context")
     }
 
-    /// The stream, for what is no kernel: a copy, a fill, an event, a graph.
     pub(super) fn stream(&self) -> sys::CUstream {
-        self.follows_kernel.store(false, Ordering::Relaxed);
         self.stream
-    }
-
-    /// The stream for a kernel, and whether that may start while what is before it still runs: only a
-    /// kernel tells those behind it when they may (`wait_for_previous` in kernels/ptx.cuh), so behind a
-    /// copy or a fill one waits as ever.
-    pub(super) fn stream_for_kernel(&self) -> (sys::CUstream, bool) {
-        let follows = self.follows_kernel.swap(true, Ordering::Relaxed);
-        (self.stream, follows && self.major >= 9)
     }
 
     /// Dense bf16 products a second with sums in f32 by the multiprocessors' data sheets, at the
@@ -350,13 +336,13 @@ impl Device {
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         check(
             // SAFETY: our own stream, which captures nothing yet.
-            unsafe { sys::cuStreamBeginCapture_v2(self.stream(), mode) },
+            unsafe { sys::cuStreamBeginCapture_v2(self.stream, mode) },
             "to capture",
         )?;
         let enqueued = enqueue();
         let mut graph = ptr::null_mut();
         // SAFETY: ends the capture begun above, also after an error; writes one handle.
-        let ended = unsafe { sys::cuStreamEndCapture(self.stream(), &mut graph) };
+        let ended = unsafe { sys::cuStreamEndCapture(self.stream, &mut graph) };
         enqueued?;
         check(ended, "a captured graph")?;
         let mut exec = ptr::null_mut();

@@ -28,7 +28,7 @@ impl Event {
         self.device.bind()?;
         check(
             // SAFETY: our own event and stream.
-            unsafe { sys::cuEventRecord(self.event, self.device.stream()) },
+            unsafe { sys::cuEventRecord(self.event, self.device.stream) },
             "an event",
         )
     }
@@ -103,7 +103,7 @@ impl Graph {
         add(&self.device.counters.graph_launches, 1);
         check(
             // SAFETY: the buffers it names live as long as the backend that holds it.
-            unsafe { sys::cuGraphLaunch(self.exec, self.device.stream()) },
+            unsafe { sys::cuGraphLaunch(self.exec, self.device.stream) },
             "a graph",
         )
     }

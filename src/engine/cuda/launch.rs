@@ -844,7 +844,6 @@ impl Kernels {
                 programmaticStreamSerializationAllowed: 1,
             },
         };
-        let (stream, follows_kernel) = self.device.stream_for_kernel();
         let config = sys::CUlaunchConfig {
             gridDimX: grid[0] as u32,
             gridDimY: grid[1] as u32,
@@ -853,9 +852,10 @@ impl Kernels {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: shared as u32,
-            hStream: stream,
+            hStream: self.device.stream(),
             attrs: &mut overlap,
-            numAttrs: u32::from(may_overlap && follows_kernel),
+            // A timed launch stands between two events.
+            numAttrs: u32::from(may_overlap && self.device.major >= 9 && begun.is_none()),
         };
         // SAFETY: the functions above pass the kernel's own arguments, in order, each living
         // until the driver has copied it, which it does before this returns; what they point to
