@@ -25,19 +25,16 @@
 // 4 * 64 * (HEAD_DIM + 8) * 2. Expected error: P rounded to bf16, about 2e-3 of the largest V.
 // The scheme is FlashAttention-2's (arXiv 2307.08691) with FlashDecoding's splits.
 //
-// Where the GPU has warpgroups, and HEAD_DIM is 64, a prefill pass is attention_wgmma.cuh's.
+// Where the GPU has warpgroups, and HEAD_DIM is 64, a prefill pass and shared pages are
+// attention_wgmma.cuh's.
 
 // 16 bytes more than a row holds, so that eight rows lie in different banks.
 #define STRIDE (HEAD_DIM + 8)
 #define DECODE_WARPS ((GROUP + 15) / 16)
-// Rows of a shared item, and the warps for their queries.
+// Most rows of a shared item, and the warps for their queries.
 #define SHARED_ROWS (GROUP > 64 ? 1 : GROUP > 8 ? 128 / GROUP : 16)
 #define SHARED_WARPS ((SHARED_ROWS * GROUP + 15) / 16)
 #define PREFILL_WARPS (DECODE_WARPS > 4 ? DECODE_WARPS : 4)
-
-// FULL and WINDOW: all keys of a block of rows. SPLITS: every so many splits of one row, beginning
-// behind those that are shared. SHARED: an item.
-enum Mode { FULL, WINDOW, SPLITS, SHARED };
 
 template <Mode MODE, int WARPS>
 __device__ __forceinline__ void attend(const AttentionArgs& args, const SharedItem* item) {
@@ -50,7 +47,7 @@ __device__ __forceinline__ void attend(const AttentionArgs& args, const SharedIt
     if (first.sequence == NONE) return;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int g = lane / 4, t = lane % 4;
-    u32 kv_head = blockIdx.y;
+    u32 kv_head = MODE == SHARED ? blockIdx.x : blockIdx.y;
     u32 width = (args.n_heads + 2 * args.n_kv_heads) * HEAD_DIM;
     int position0 = (int)first.position;
     // Position of the segment's first row: from there on keys are in qkv, too.
@@ -259,12 +256,26 @@ __device__ __forceinline__ void attend(const AttentionArgs& args, const SharedIt
 #ifdef ATTENTION_WARPGROUPS
 extern "C" __global__ void __launch_bounds__(128 * ATTENTION_WARPGROUPS, 2) attention_full(const AttentionArgs args) {
     follow_previous();
-    attend_by_warpgroups<false>(args);
+    attend_by_warpgroups<FULL>(args, 0, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(128 * ATTENTION_WARPGROUPS, 2) attention_sliding(const AttentionArgs args) {
     follow_previous();
-    attend_by_warpgroups<true>(args);
+    attend_by_warpgroups<WINDOW>(args, 0, 0);
+}
+
+extern "C" __global__ void __launch_bounds__(128 * ATTENTION_WARPGROUPS, 2) attention_shared_decode(const AttentionArgs args) {
+    follow_between();
+    // There, for registers are few.
+    __shared__ SharedItem item;
+    u32 fills = 0;
+    for (u32 i = blockIdx.y; i < *args.n_items; i += gridDim.y) {
+        __syncthreads();
+        if (threadIdx.x < sizeof(SharedItem) / 4) ((u32*)&item)[threadIdx.x] = ((const u32*)(args.items + i))[threadIdx.x];
+        __syncthreads();
+        attend_by_warpgroups<SHARED>(args, &item, fills);
+        fills += item.n_splits * (SPLIT_TILES / TileStages<SHARED>::STAGES);
+    }
 }
 #else
 extern "C" __global__ void __launch_bounds__(32 * PREFILL_WARPS) attention_full(const AttentionArgs args) {
@@ -276,6 +287,17 @@ extern "C" __global__ void __launch_bounds__(32 * PREFILL_WARPS) attention_slidi
     follow_previous();
     attend<WINDOW, PREFILL_WARPS>(args, 0);
 }
+
+// Grid (n_kv_heads, any): a block goes through every so many items.
+extern "C" __global__ void __launch_bounds__(32 * SHARED_WARPS, 1) attention_shared_decode(const AttentionArgs args) {
+    follow_between();
+    u32 n_items = *args.n_items;
+    for (u32 i = blockIdx.y; i < n_items; i += gridDim.y) {
+        attend<SHARED, SHARED_WARPS>(args, args.items + i);
+        // Shared memory is filled anew.
+        __syncthreads();
+    }
+}
 #endif
 
 extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, 1) attention_full_decode(const AttentionArgs args) {
@@ -286,17 +308,6 @@ extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, 1) attention_ful
 extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, 1) attention_sliding_decode(const AttentionArgs args) {
     follow_between();
     attend<WINDOW, DECODE_WARPS>(args, 0);
-}
-
-// Grid (any, n_kv_heads): a block goes through every so many items.
-extern "C" __global__ void __launch_bounds__(32 * SHARED_WARPS, 1) attention_shared_decode(const AttentionArgs args) {
-    follow_between();
-    u32 n_items = *args.n_items;
-    for (u32 i = blockIdx.x; i < n_items; i += gridDim.x) {
-        attend<SHARED, SHARED_WARPS>(args, args.items + i);
-        // Shared memory is filled anew.
-        __syncthreads();
-    }
 }
 
 // Folds a row's splits in position order and adds the sink. Grid (n_rows, n_heads HEAD_DIM / 256

@@ -41,6 +41,10 @@ struct AttentionArgs {
     float scale;
 };
 
+// FULL and WINDOW: all keys of a block of rows. SPLITS: every so many splits of one row, beginning
+// behind those that are shared. SHARED: an item.
+enum Mode { FULL, WINDOW, SPLITS, SHARED };
+
 // Scores are kept as exponents of 2: times log2(e).
 #define LOG2_E 1.44269504088896341f
 

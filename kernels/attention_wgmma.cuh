@@ -1,11 +1,11 @@
-// Attention of a prefill pass by the warpgroup instructions of sm_90a, for a head dim of 64: the
-// arithmetic of attention.cu, query by query, so the same bits.
+// Attention of a prefill pass, and of pages that rows of a step share, by the warpgroup instructions
+// of sm_90a, for a head dim of 64: the arithmetic of attention.cu, query by query, so the same bits.
 //
-// A block has ATTENTION_WARPGROUPS x WARPGROUP_ROWS consecutive rows of one sequence under one KV
-// head; a warpgroup's 64 queries are the M of wgmma, and its warps hold scores and outputs as those
-// of attention.cu do. Q and P are the A operand, in registers. A tile's 64 keys are B as they lie,
-// 128 bytes of a key one swizzled row; its values lie alike and are B with dims, not keys, along
-// the rows, which the instruction turns.
+// A block has ATTENTION_WARPGROUPS x WARPGROUP_ROWS rows under one KV head: consecutive ones of one
+// sequence, or those of a shared item. A warpgroup's 64 queries are the M of wgmma, and its warps hold
+// scores and outputs as those of attention.cu do. Q and P are the A operand, in registers. A tile's
+// 64 keys are B as they lie, 128 bytes of a key one swizzled row; its values lie alike and are B with
+// dims, not keys, along the rows, which the instruction turns.
 //
 //   shared memory   stages [STAGES][K 64 | V 64][64], what is folded so far [warp][9][lane][4] f32
 //
@@ -20,8 +20,8 @@
 // in the filling of tiles that only the other's queries see, and goes through no others.
 //
 // Grid (blocks of rows, n_kv_heads), the last rows, which see most, first; two blocks of 256 threads
-// a multiprocessor. The scheme is FlashAttention-3's (arXiv 2407.08608) with blocks in place of
-// turns.
+// a multiprocessor. Of a step: (n_kv_heads, any), a block goes through every so many items. The scheme
+// is FlashAttention-3's (arXiv 2407.08608) with blocks in place of turns.
 
 #if defined(WARPGROUPS) && HEAD_DIM == 64 && GROUP <= 64
 #define ATTENTION_WARPGROUPS 2
@@ -68,10 +68,12 @@ __device__ __forceinline__ void divide(float (&x)[16], float d) {
 }
 
 // A block's keys and values on their way through shared memory; tiles are counted from the block's
-// first.
-template <bool SLIDING> struct TileStages {
+// first, or the item's.
+template <Mode MODE> struct TileStages {
+    static constexpr bool SLIDING = MODE == WINDOW;
     static constexpr int THREADS = 128 * ATTENTION_WARPGROUPS, WARPS = THREADS / 32;
     static constexpr int STAGES = 4;
+    static_assert(SPLIT_TILES % STAGES == 0, "a split fills every stage as often");
     static constexpr int MATRIX_BYTES = TILE * 128, STAGE_BYTES = 2 * MATRIX_BYTES;
     static constexpr int BYTES = STAGES * STAGE_BYTES;
     // A thread copies the same 16-byte chunk of keys so far apart.
@@ -79,6 +81,8 @@ template <bool SLIDING> struct TileStages {
 
     u32 stages, full, empty;
     u32 is_first_lane;
+    // How often the items before have filled each stage: theirs are whole splits.
+    u32 fills_before;
     // Of the block: its first tile and how many there are, the positions that some query sees.
     int first_tile, n_tiles, lowest, last;
     // The thread's first key of a tile, where its chunk goes in a stage, and where it comes from in
@@ -94,13 +98,17 @@ template <bool SLIDING> struct TileStages {
     u32 row_bytes, to_value_of_pass, ring;
     int segment_position;
 
+    __device__ __forceinline__ u32 stage(int n) const { return (u32)n % STAGES; }
+    // How often the stage of tile n has been filled before.
+    __device__ __forceinline__ u32 fills(int n) const { return (u32)n / STAGES + (MODE == SHARED ? fills_before : 0); }
+
     // Asks for a tile, if there is such.
     __device__ __forceinline__ void ask(int n) const {
         if (n < n_tiles) {
-            u32 stage = (u32)n % STAGES, tile = first_tile + n;
+            u32 tile = first_tile + n;
             // The tile before it there has been left behind.
-            if (n >= STAGES) barrier_wait(empty + 8 * stage, ((u32)n / STAGES + 1) & 1);
-            u32 at = to + stage * STAGE_BYTES;
+            if (fills(n) > 0) barrier_wait(empty + 8 * stage(n), (fills(n) + 1) & 1);
+            u32 at = to + stage(n) * STAGE_BYTES;
             // A tile lies in one page, and in one run of a ring.
             const u8* from = cached;
             if (SLIDING) from += tile * TILE % ring * 128;
@@ -109,7 +117,7 @@ template <bool SLIDING> struct TileStages {
             for (int i = 0; i < TILE / APART; i++) {
                 int position = (int)tile * TILE + key + i * APART;
                 // What no query of the block sees is zeros, whatever the cache holds there.
-                bool seen = position <= last && (!SLIDING || position >= lowest);
+                bool seen = MODE == SHARED || position <= last && (!SLIDING || position >= lowest);
                 const u8* from_key = from + i * APART * 128;
                 u32 to_value = (SLIDING ? ring : 256) * 128;
                 if (SLIDING && position >= segment_position) {
@@ -129,14 +137,14 @@ template <bool SLIDING> struct TileStages {
         copy_async_wait<PENDING>();
         fence_matrix_units();
         __syncwarp();
-        barrier_arrive_if(full + 8 * ((u32)n % STAGES), is_first_lane && n < n_tiles);
+        barrier_arrive_if(full + 8 * stage(n), is_first_lane && n < n_tiles);
     }
 
-    __device__ __forceinline__ void wait(int n) const { barrier_wait(full + 8 * ((u32)n % STAGES), (u32)n / STAGES & 1); }
+    __device__ __forceinline__ void wait(int n) const { barrier_wait(full + 8 * stage(n), fills(n) & 1); }
 
     // Tells that the warp has left a tile behind.
     __device__ __forceinline__ void leave(int n) const {
-        barrier_arrive_if(empty + 8 * ((u32)n % STAGES), is_first_lane && n >= 0);
+        barrier_arrive_if(empty + 8 * stage(n), is_first_lane && n >= 0);
     }
 
     // A tile that no query of the warpgroup sees.
@@ -149,25 +157,31 @@ template <bool SLIDING> struct TileStages {
     // Address and strides for the matrix units: rows of 128 bytes, swizzled, eight of them 1024
     // bytes. Steps of 16 dims of the keys are 32 bytes apart, of 16 values 16 rows.
     __device__ __forceinline__ u64 keys(int n) const {
-        return (u64)(stages + (u32)n % STAGES * STAGE_BYTES >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+        return (u64)(stages + stage(n) * STAGE_BYTES >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
     }
     __device__ __forceinline__ u64 values(int n) const { return keys(n) + MATRIX_BYTES / 16; }
 };
 
-template <bool SLIDING> __device__ __forceinline__ void attend_by_warpgroups(const AttentionArgs& args) {
-    typedef TileStages<SLIDING> Tiles;
+// FULL and WINDOW: all keys of a block of rows. SHARED: an item, behind others that have filled each
+// stage so many times.
+template <Mode MODE>
+__device__ __forceinline__ void attend_by_warpgroups(const AttentionArgs& args, const SharedItem* item, u32 fills_before) {
+    typedef TileStages<MODE> Tiles;
+    constexpr bool SLIDING = MODE == WINDOW;
     constexpr int STAGES = Tiles::STAGES;
     extern __shared__ __align__(16) u16 shared[];
     __shared__ __align__(8) u64 barriers[2 * STAGES];
-    uint2 block = args.blocks[gridDim.x - 1 - blockIdx.x];
-    u32 row0 = block.x;
-    int n_rows = (int)block.y;
+    uint2 block = make_uint2(0, 0);
+    if (MODE != SHARED) block = args.blocks[gridDim.x - 1 - blockIdx.x];
+    u32 row0 = MODE == SHARED ? item->rows[0] : block.x;
+    int n_rows = (int)(MODE == SHARED ? item->n_rows : block.y);
     Row first = args.rows[row0];
+    if (MODE == SHARED) first.sequence = item->sequence;
     if (first.sequence == NONE) return;
     int thread = (int)threadIdx.x;
     int lane = thread % 32, warp = __shfl_sync(NONE, thread / 32, 0);
     int g = lane / 4, t = lane % 4;
-    u32 kv_head = blockIdx.y;
+    u32 kv_head = MODE == SHARED ? blockIdx.x : blockIdx.y;
     u32 width = (args.n_heads + 2 * args.n_kv_heads) * HEAD_DIM;
     int position0 = (int)first.position;
 
@@ -177,11 +191,16 @@ template <bool SLIDING> __device__ __forceinline__ void attend_by_warpgroups(con
     tiles.full = shared_address(barriers);
     tiles.empty = tiles.full + 8 * STAGES;
     tiles.is_first_lane = lane == 0;
+    tiles.fills_before = fills_before;
     tiles.last = position0 + n_rows - 1;
     auto lowest_of = [&](int position) { return SLIDING && position - (int)args.window + 1 > 0 ? position - (int)args.window + 1 : 0; };
     tiles.lowest = lowest_of(position0);
     tiles.first_tile = tiles.lowest / TILE;
     tiles.n_tiles = tiles.last / TILE + 1 - tiles.first_tile;
+    if (MODE == SHARED) {
+        tiles.first_tile = (int)item->first_split * SPLIT_TILES;
+        tiles.n_tiles = (int)item->n_splits * SPLIT_TILES;
+    }
     tiles.key = thread / 8;
     u32 chunk = (u32)thread % 8;
     tiles.to = tiles.stages + tiles.key * 128 + ((chunk ^ tiles.key) & 7) * 16;
@@ -200,21 +219,23 @@ template <bool SLIDING> __device__ __forceinline__ void attend_by_warpgroups(con
     tiles.to_value_of_pass = args.n_kv_heads * 128;
     tiles.ask(0);
     tiles.ask(1);
-    if (thread == 0) {
+    if (thread == 0 && fills_before == 0) {
         for (int stage = 0; stage < 2 * STAGES; stage++) barrier_init(tiles.full + 8 * stage, Tiles::WARPS);
         fence_matrix_units();
     }
 
     // The warpgroup's rows, and the tiles that they see.
-    row0 += warp / 4 * WARPGROUP_ROWS;
-    position0 += warp / 4 * WARPGROUP_ROWS;
-    n_rows -= warp / 4 * WARPGROUP_ROWS;
+    int warpgroup_row = warp / 4 * WARPGROUP_ROWS;
+    row0 += warpgroup_row;
+    position0 += warpgroup_row;
+    n_rows -= warpgroup_row;
     n_rows = n_rows < WARPGROUP_ROWS ? n_rows : WARPGROUP_ROWS;
     int begin = tiles.n_tiles, end = tiles.n_tiles;
     if (n_rows > 0) {
-        begin = lowest_of(position0) / TILE - tiles.first_tile;
-        end = (position0 + n_rows - 1) / TILE + 1 - tiles.first_tile;
+        begin = MODE == SHARED ? 0 : lowest_of(position0) / TILE - tiles.first_tile;
+        if (MODE != SHARED) end = (position0 + n_rows - 1) / TILE + 1 - tiles.first_tile;
     }
+    auto row_of = [&](int row) { return MODE == SHARED ? item->rows[warpgroup_row + row] : row0 + row; };
     // The warp's first query; the lane's two.
     int query0 = warp % 4 * 16;
     int high[2];
@@ -225,7 +246,7 @@ template <bool SLIDING> __device__ __forceinline__ void attend_by_warpgroups(con
         int row = query / GROUP;
         high[i] = position0 + row;
         // Those that are none take the first row's.
-        const u16* from = args.qkv + (u64)(row < n_rows ? row0 + row : block.x) * width + (kv_head * GROUP + query % GROUP) * HEAD_DIM;
+        const u16* from = args.qkv + (u64)(row < n_rows ? row_of(row) : MODE == SHARED ? item->rows[0] : block.x) * width + (kv_head * GROUP + query % GROUP) * HEAD_DIM;
         #pragma unroll
         for (int step = 0; step < HEAD_DIM / 16; step++) {
             q[step][i] = *(const u32*)(from + step * 16 + 2 * t);
@@ -271,7 +292,7 @@ template <bool SLIDING> __device__ __forceinline__ void attend_by_warpgroups(con
             tiles.leave(n - 1);
             // Every query of the warp sees every key of the tile.
             int position = (tiles.first_tile + n) * TILE;
-            bool all_seen = position + TILE - 1 <= warp_position && (!SLIDING || position >= warp_low);
+            bool all_seen = MODE == SHARED || position + TILE - 1 <= warp_position && (!SLIDING || position >= warp_low);
             if (!all_seen) {
                 int low[2] = {lowest_of(high[0]), lowest_of(high[1])};
                 hide(s, position + 2 * t, low, high);
@@ -327,12 +348,29 @@ template <bool SLIDING> __device__ __forceinline__ void attend_by_warpgroups(con
     }
     #pragma unroll 1
     for (; n < tiles.n_tiles; n++) tiles.pass(n);
+    if (MODE == SHARED) tiles.leave(n - 1);
     if (end == begin) return;
-
-    // Rows of 64 outputs with their chunks of 16 bytes swizzled, then 16 bytes a lane.
     float4 states = o_folded[HEAD_DIM / 8 * 32];
     State folded[2] = {{states.x, states.y}, {states.z, states.w}};
-    // Read again: registers are few in the loops above.
+    if (MODE == SHARED) {
+        // In the place of the item's last split.
+        u32 split = item->first_split + item->n_splits - 1;
+        #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int query = query0 + g + 8 * i;
+            if (query / GROUP >= n_rows) continue;
+            u32 row = row_of(query / GROUP);
+            if (args.rows[row].sequence == NONE) continue;
+            float* to = args.partial + (((u64)row * args.n_heads + kv_head * GROUP + query % GROUP) * args.max_splits + split) * (HEAD_DIM + 2);
+            #pragma unroll
+            for (int m = 0; m < HEAD_DIM / 8; m++) *(float2*)(to + m * 8 + 2 * t) = make_float2(o[m][2 * i], o[m][2 * i + 1]);
+            if (t == 0) *(float2*)(to + HEAD_DIM) = make_float2(folded[i].max, folded[i].sum);
+        }
+        return;
+    }
+
+    // Rows of 64 outputs with their chunks of 16 bytes swizzled, then 16 bytes a lane. The block is read
+    // again: registers are few in the loops above.
     block = args.blocks[gridDim.x - 1 - blockIdx.x];
     row0 = block.x + warp / 4 * WARPGROUP_ROWS;
     n_rows = (int)block.y - warp / 4 * WARPGROUP_ROWS;

@@ -23,6 +23,7 @@ use super::memory::MAX_SAMPLE_PARTS;
 use super::nvrtc::Nvrtc;
 use super::pack;
 use super::places;
+use super::sharing;
 use super::tensor_map::TensorMap;
 use super::variants::{self, Room, Variant};
 use crate::engine::checkpoint::MatrixFormat;
@@ -53,7 +54,8 @@ pub struct Kernels {
     gather: Function,
     attention_full: Function,
     attention_sliding: Function,
-    prefill: PrefillBlock,
+    prefill: AttentionBlock,
+    shared_decode: AttentionBlock,
     attention_full_decode: Function,
     attention_sliding_decode: Function,
     attention_shared_decode: Function,
@@ -78,10 +80,9 @@ pub struct Kernels {
     _modules: Vec<Module>,
 }
 
-/// What a block of `attention_full` and `attention_sliding` has.
+/// What a block of attention has that takes several rows.
 #[derive(Clone, Copy)]
-struct PrefillBlock {
-    /// Rows of a segment.
+struct AttentionBlock {
     rows: usize,
     threads: usize,
     shared: usize,
@@ -201,7 +202,8 @@ impl Kernels {
         let ring_append = function(kernels::matmul_file(attention), "ring_append", 0)?;
         let dense_formats = [attention, attention, lm_head];
         let attention = |name| function("attention", name, attention_shared(config.head_dim));
-        let prefill = PrefillBlock::new(config, room);
+        let prefill = AttentionBlock::of_prefill(config, room);
+        let shared_decode = AttentionBlock::of_shared(config, room);
         let route = |name: &str, rows: usize, n_slots: usize| {
             let shared = route_shared(config, rows, n_slots);
             let function = function("topk_routing", name, shared)?;
@@ -246,7 +248,12 @@ impl Kernels {
             prefill,
             attention_full_decode: attention("attention_full_decode")?,
             attention_sliding_decode: attention("attention_sliding_decode")?,
-            attention_shared_decode: attention("attention_shared_decode")?,
+            attention_shared_decode: function(
+                "attention",
+                "attention_shared_decode",
+                shared_decode.shared,
+            )?,
+            shared_decode,
             attention_merge: function("attention", "attention_merge", 0)?,
             dense,
             gate_up: moe_of("gate_up")?,
@@ -272,6 +279,11 @@ impl Kernels {
     /// Rows of a segment that one attention block takes in a prefill pass.
     pub fn attention_rows(&self) -> usize {
         self.prefill.rows
+    }
+
+    /// Most rows of a shared item.
+    pub fn shared_rows(&self) -> usize {
+        self.shared_decode.rows
     }
 
     pub fn embed(
@@ -655,19 +667,10 @@ impl Kernels {
             self.attention_full
         };
         let grid = [n_blocks, args.n_kv_heads as usize, 1];
-        let PrefillBlock {
+        let AttentionBlock {
             threads, shared, ..
         } = self.prefill;
         self.follow(function, grid, threads, shared, &[arg(args)])
-    }
-
-    /// Rows of a shared item: as `SHARED_ROWS` in kernels/attention.cu.
-    pub fn shared_rows(&self) -> usize {
-        match self.group {
-            ..=8 => 16,
-            9..=64 => 128 / self.group,
-            _ => 1,
-        }
     }
 
     /// Items of one KV head from which a prefix need not be cut to keep the GPU busy.
@@ -696,9 +699,12 @@ impl Kernels {
             );
         }
         if args.items != 0 {
-            let blocks = self.room.n_multiprocessors.div_ceil(n_kv_heads);
-            let threads = 32 * (self.shared_rows() * self.group).div_ceil(16);
-            let grid = [blocks, n_kv_heads, 1];
+            // Every head's first items first, so that a few whole ones have multiprocessors of their own.
+            let blocks = (2 * self.room.n_multiprocessors).div_ceil(n_kv_heads);
+            let grid = [n_kv_heads, blocks, 1];
+            let AttentionBlock {
+                threads, shared, ..
+            } = self.shared_decode;
             let function = self.attention_shared_decode;
             self.follow(function, grid, threads, shared, &[arg(args)])?;
         }
@@ -890,25 +896,51 @@ fn room(device: &Device, build: &Build) -> Room {
     }
 }
 
-impl PrefillBlock {
-    /// As kernels/attention.cu, or attention_wgmma.cuh where that is used.
-    fn new(config: &ModelConfig, room: Room) -> Self {
+impl AttentionBlock {
+    /// As kernels/attention_wgmma.cuh, where that is used.
+    fn of_warpgroups(config: &ModelConfig, room: Room) -> Option<Self> {
         // Four stages of 64 keys and values, what splits are folded to, alignment.
         const STAGES: usize = 4 * 2 * 64 * 128;
         const FOLDED: usize = 9 * 32 * 16;
         const WARPS: usize = 8;
         let group = config.group();
-        if room.warpgroups && config.head_dim == 64 && group <= 64 {
-            return Self {
-                rows: 2 * (64 / group),
-                threads: 32 * WARPS,
-                shared: STAGES + WARPS * FOLDED + 1024,
-            };
+        let is_used = room.warpgroups && config.head_dim == 64 && group <= 64;
+        is_used.then(|| Self {
+            rows: 2 * (64 / group),
+            threads: 32 * WARPS,
+            shared: STAGES + WARPS * FOLDED + 1024,
+        })
+    }
+
+    /// Of `attention_full` and `attention_sliding`: consecutive rows of a sequence.
+    fn of_prefill(config: &ModelConfig, room: Room) -> Self {
+        Self::of_warpgroups(config, room).unwrap_or_else(|| {
+            let group = config.group();
+            let warps = group.div_ceil(16).max(4);
+            Self {
+                rows: warps * 16 / group,
+                threads: 32 * warps,
+                shared: attention_shared(config.head_dim),
+            }
+        })
+    }
+
+    /// Of `attention_shared_decode`: rows of an item.
+    fn of_shared(config: &ModelConfig, room: Room) -> Self {
+        if let Some(block) = Self::of_warpgroups(config, room) {
+            let rows = block.rows.min(sharing::MAX_ROWS);
+            return Self { rows, ..block };
         }
-        let warps = group.div_ceil(16).max(4);
+        // As `SHARED_ROWS` in kernels/attention.cu.
+        let group = config.group();
+        let rows = match group {
+            ..=8 => sharing::MAX_ROWS,
+            9..=64 => 128 / group,
+            _ => 1,
+        };
         Self {
-            rows: warps * 16 / group,
-            threads: 32 * warps,
+            rows,
+            threads: 32 * (rows * group).div_ceil(16),
             shared: attention_shared(config.head_dim),
         }
     }
