@@ -79,6 +79,16 @@ struct Slot {
     u32 stop[32];
 };
 
+// Orders as the number does, above 0; -0 equals +0.
+__device__ __forceinline__ u32 order_key(float x) {
+    u32 bits = (u32)__float_as_int(x + 0.0f);
+    u32 sign = (u32)((int)bits >> 31);
+    return bits ^ (sign | 0x80000000u);
+}
+__device__ __forceinline__ float value_of_key(u32 key) {
+    return __int_as_float((int)(key & 0x80000000u ? key ^ 0x80000000u : ~key));
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
     for (int mask = 16; mask > 0; mask >>= 1) x += __shfl_xor_sync(NONE, x, mask);
     return x;

@@ -145,7 +145,7 @@ template <> struct Tile<BF16> {
 };
 
 template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm {
-    static constexpr int THREADS = 32 * WM * WN;
+    static constexpr int THREADS = 32 * WM * WN, WORKERS = THREADS;
     static constexpr int M_TILES = MT, N_TILES = NT;
     static constexpr int TILES = WM * MT;
     static constexpr int COLUMNS = WN * NT * 8;
@@ -155,6 +155,7 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
     static constexpr int STAGE_BYTES = A_BYTES + COLUMNS * COLUMN_BYTES;
 
     // Which of the block's tiles accumulators [m] are, and which tokens [n].
+    __device__ static __forceinline__ void sync_workers() { __syncthreads(); }
     __device__ static __forceinline__ int tile(int m) { return (int)threadIdx.x / 32 % WM * MT + m; }
     __device__ static __forceinline__ int column(int n) { return ((int)threadIdx.x / 32 / WM * NT + n) * 8; }
 

@@ -55,7 +55,7 @@ template <> struct Fetched<BF16> {
 };
 
 template <Format FORMAT, int WARPS, int NT, int DEPTH> struct DirectGemm {
-    static constexpr int THREADS = 32 * WARPS;
+    static constexpr int THREADS = 32 * WARPS, WORKERS = THREADS;
     static constexpr int M_TILES = 1, N_TILES = NT;
     static constexpr bool STREAMS = false;
     static constexpr int TILES = WARPS;
@@ -63,6 +63,7 @@ template <Format FORMAT, int WARPS, int NT, int DEPTH> struct DirectGemm {
     static constexpr int TILE_BYTES = Tile<FORMAT>::BYTES;
 
     // Which of the block's tiles accumulators [0] are, and which tokens [n].
+    __device__ static __forceinline__ void sync_workers() { __syncthreads(); }
     __device__ static __forceinline__ int tile(int m) { return (int)threadIdx.x / 32; }
     __device__ static __forceinline__ int column(int n) { return n * 8; }
 

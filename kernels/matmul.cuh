@@ -26,6 +26,8 @@ struct MatmulArgs {
     // Where the layer's keys and values go: pages or rings, NULL for nowhere.
     u16* cache;
     const u32* page_table;
+    // Logits: keys of the rows' greatest so far (order_key), which the product's raise; or NULL.
+    u32* maxima;
     u32 n_rows;
     u32 n_out;
     u32 n_k;
@@ -69,7 +71,7 @@ template <int W> __device__ __forceinline__ void store_bf16(u16* to, const Float
 // to the sums, for many tokens before the first is stored.
 template <int W> struct Add {
     static constexpr u32 APART = W == 1 ? 8 : 32, UNIT = 64;
-    static constexpr bool AT_ROWS = false;
+    static constexpr bool AT_ROWS = false, HAS_MAXIMA = false;
     Floats<W> bias[2];
     float* out;
     u32 n_out;
@@ -110,7 +112,7 @@ template <int W> struct Add {
 // Not by way of shared memory: a vocabulary is of any size.
 template <int W> struct Logits {
     static constexpr u32 APART = 8, UNIT = 0;
-    static constexpr bool AT_ROWS = false;
+    static constexpr bool AT_ROWS = false, HAS_MAXIMA = true;
     float* out;
     u32 n_out;
     bool has[2];
@@ -135,7 +137,7 @@ template <int W> struct Logits {
 // A tile holds dims p..p+8 of a head above dims p + HEAD_DIM/2..: a rotary pair is one thread's.
 template <int W> struct Qkv {
     static constexpr u32 APART = HEAD_DIM / 2, UNIT = HEAD_DIM;
-    static constexpr bool AT_ROWS = true;
+    static constexpr bool AT_ROWS = true, HAS_MAXIMA = false;
     Floats<W> bias[2];
     u32 head, dim;
 
@@ -196,11 +198,14 @@ template <class G, template <int> class Store> struct DenseOutputs {
     int first_tile, n_tiles;
     // The stages.
     u8* shared;
+    // Keys of the block's greatest of each token, zeros so far.
+    u32* maxima;
 
     template <int M> __device__ __forceinline__ void operator()(float (&acc)[M][G::N_TILES][4]) const {
         constexpr u32 UNIT = Store<4>::UNIT;
         if constexpr (G::N_TILES >= 16 && UNIT != 0 && G::TILES * TILE_M % (UNIT + (UNIT == 0)) == 0) by_rows(acc);
         else from_registers(acc);
+        if constexpr (Store<1>::HAS_MAXIMA) raise_maxima(acc);
     }
 
     // Column `column` or, behind the rows, the last.
@@ -235,6 +240,53 @@ template <class G, template <int> class Store> struct DenseOutputs {
                     if (first_row + column < args.n_rows) to.store(args, first_row + column, place(column), sums, joined[n][i]);
                 }
             }
+        }
+    }
+
+    // The eight lanes that have a token's features join theirs: each step halves the tokens of a lane.
+    template <int M> __device__ __forceinline__ void raise_maxima(const float (&acc)[M][G::N_TILES][4]) const {
+        if (args.maxima == 0) return;
+        constexpr int N = 2 * G::N_TILES;
+        int lane = threadIdx.x % 32;
+        // Token G::column(i / 2) + lane % 4 * 2 + i % 2.
+        float greatest[N];
+        #pragma unroll
+        for (int i = 0; i < N; i++) greatest[i] = NEG_INFINITY;
+        #pragma unroll
+        for (int m = 0; m < M; m++) {
+            int tile = first_tile + G::tile(m);
+            u32 feature = Store<1>::first(tile) + lane / 4;
+            #pragma unroll
+            for (int run = 0; run < 2; run++) {
+                if (tile >= n_tiles || feature + run * Store<1>::APART >= args.n_out) continue;
+                #pragma unroll
+                for (int i = 0; i < N; i++) greatest[i] = fmaxf(greatest[i], acc[m][i / 2][run * 2 + i % 2]);
+            }
+        }
+        int first = 0, n = N;
+        #pragma unroll
+        for (int mask = 16; mask >= 4; mask /= 2) {
+            bool upper = (lane & mask) != 0;
+            if (n > 1) {
+                n /= 2;
+                if (upper) first += n;
+                #pragma unroll
+                for (int i = 0; i < n; i++) {
+                    float kept = upper ? greatest[i + n] : greatest[i], given = upper ? greatest[i] : greatest[i + n];
+                    greatest[i] = fmaxf(kept, __shfl_xor_sync(NONE, given, mask));
+                }
+            } else {
+                greatest[0] = fmaxf(greatest[0], __shfl_xor_sync(NONE, greatest[0], mask));
+            }
+        }
+        #pragma unroll
+        for (int i = 0; i < n; i++) {
+            int at = first + i;
+            atomicMax(&maxima[G::column(at / 2) + lane % 4 * 2 + at % 2], order_key(greatest[i]));
+        }
+        G::sync_workers();
+        for (u32 column = threadIdx.x; column < G::COLUMNS && first_row + column < args.n_rows; column += G::WORKERS) {
+            atomicMax(&args.maxima[first_row + column], maxima[column]);
         }
     }
 
@@ -291,6 +343,7 @@ template <class G, template <int> class Store> __device__ __forceinline__ void m
     extern __shared__ __align__(16) u8 shared[];
     __shared__ int columns[G::STREAMS ? 1 : G::COLUMNS];
     __shared__ Row rows[Store<1>::AT_ROWS ? G::COLUMNS : 1];
+    __shared__ u32 maxima[Store<1>::HAS_MAXIMA ? G::COLUMNS : 1];
     // Few token tiles: they follow each other, so that a weight tile is read once from memory.
     u32 m_block = args.rows_first ? blockIdx.y : blockIdx.x, row_block = args.rows_first ? blockIdx.x : blockIdx.y;
     u32 first_row = row_block * G::COLUMNS;
@@ -302,9 +355,10 @@ template <class G, template <int> class Store> __device__ __forceinline__ void m
             bool has = first_row + c < args.n_rows;
             if (!G::STREAMS) columns[c] = has ? (int)(first_row + c) : -1;
             if (Store<1>::AT_ROWS && has) rows[c] = args.rows[first_row + c];
+            if (Store<1>::HAS_MAXIMA) maxima[c] = 0;
         }
     };
-    const DenseOutputs<G, Store> outputs = {args, rows, first_row, first_tile, n_tiles, shared};
+    const DenseOutputs<G, Store> outputs = {args, rows, first_row, first_tile, n_tiles, shared, maxima};
     if constexpr (G::STREAMS) {
         const RowTokens<G::N_TILES> tokens = {&args.x_map, (int)first_row};
         if (threadIdx.x == G::FILLING) prefetch_map(tokens.x);

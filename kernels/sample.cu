@@ -4,17 +4,18 @@
 // threads may split the row in any way; exp and ln are the same sums and products as on the CPU
 // (kernels are compiled without contraction).
 //
-// Three kernels go over a row: `survey` for its maximum, `tally` for its mass and, where the token
-// is already decided by greatest values alone, for that; both by parts of the row, so that few rows
-// keep the whole GPU busy. `sample` joins the parts, and goes over the row itself where a nucleus
+// Two kernels go over a row, whose greatest logit the lm head tells: `tally` for its mass and, where
+// the token is already decided by greatest values alone, for that, by parts of the row, so that few
+// rows keep the whole GPU busy. `sample` joins the parts, and goes over the row itself where a nucleus
 // is cut out.
 //
 //   logits    f32 [n_rows, n_vocab]
+//   maxima    [n_rows], keys of the rows' greatest; zeros again behind `sample`
 //   slots     updated: token, position, count, live
 //   events    [step][n_rows], written: what the host polls
 //   partials  [n_rows][n_parts], between the kernels
 //
-// Grid (n_rows, n_parts), block PART_THREADS; sample: grid (n_rows), block THREADS.
+// tally: grid (n_rows, n_parts), block PART_THREADS; sample: grid (n_rows), block THREADS.
 
 #define MASS_BITS 44
 #define N_BINS 2048
@@ -37,19 +38,18 @@ struct Event {
 
 // What one part of a row comes to: SAMPLE_PARTIAL_LEN words of 64 bits in src/engine/cuda/memory.rs.
 struct Partial {
-    // By survey.
     u64 hash;
-    float max;
-    u32 special;
-    // By tally: the mass, and the greatest score with the lowest id that has it.
+    // The mass, and the greatest score with the lowest id that has it.
     u64 total;
     double best;
     u32 best_id;
-    u32 padding;
+    // Some logit is not finite.
+    u32 special;
 };
 
 struct SampleArgs {
     const float* logits;
+    u32* maxima;
     Slot* slots;
     const Row* rows;
     Event* events;
@@ -135,19 +135,11 @@ __device__ __forceinline__ Words philox(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, 
     return words;
 }
 
-// Orders as the logit does; -0 equals +0.
-__device__ __forceinline__ u32 order_key(float logit) {
-    u32 bits = (u32)__float_as_int(logit + 0.0f);
-    u32 sign = (u32)((int)bits >> 31);
-    return bits ^ (sign | 0x80000000u);
-}
-
 // Values of a block's warps.
 template <int N> struct Warps {
     u64 sums[N];
     double scores[N];
     u32 ids[N];
-    float maxima[N];
 };
 
 struct Shared {
@@ -165,14 +157,6 @@ __device__ __forceinline__ u64 warp_total(u64 x) {
     return x;
 }
 
-__device__ __forceinline__ float warp_max(float x) {
-    for (int mask = 16; mask > 0; mask >>= 1) {
-        float other = __shfl_xor_sync(NONE, x, mask);
-        x = other > x ? other : x;
-    }
-    return x;
-}
-
 template <int N> __device__ __forceinline__ u64 block_sum(u64 x, Warps<N>& warps) {
     x = warp_total(x);
     __syncthreads();
@@ -181,16 +165,6 @@ template <int N> __device__ __forceinline__ u64 block_sum(u64 x, Warps<N>& warps
     u64 sum = 0;
     for (int warp = 0; warp < N; warp++) sum += warps.sums[warp];
     return sum;
-}
-
-template <int N> __device__ __forceinline__ float block_max(float x, Warps<N>& warps) {
-    x = warp_max(x);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) warps.maxima[threadIdx.x / 32] = x;
-    __syncthreads();
-    x = warps.maxima[0];
-    for (int warp = 1; warp < N; warp++) x = warps.maxima[warp] > x ? warps.maxima[warp] : x;
-    return x;
 }
 
 // The greatest score, the lowest id among equals; NONE has no score.
@@ -313,8 +287,7 @@ __device__ Cut shortest(const float* logits, u32 n_vocab, float max, float tempe
     // Equal logits have equal measures: how many of them, then the last one's id.
     u64 each = BY_MASS ? 0 : 1;
     if (BY_MASS) {
-        float logit = prefix & 0x80000000u ? __int_as_float((int)(prefix ^ 0x80000000u)) : __int_as_float((int)~prefix);
-        each = mass((logit - max) / temperature);
+        each = mass((value_of_key(prefix) - max) / temperature);
     }
     u64 missing = target > above ? target - above : 1;
     u64 wanted = each == 0 ? ~0ull : (missing + each - 1) / each;
@@ -359,18 +332,11 @@ __device__ __forceinline__ Partial* partial_of(const SampleArgs& args, u32 part)
     return args.partials + (u64)blockIdx.x * args.n_parts + part;
 }
 
-// What the parts of a row have by `survey`: the maximum, and whether a logit is not finite. Every
-// warp goes over all of them.
-__device__ __forceinline__ float surveyed(const SampleArgs& args, bool& special) {
-    float max = NEG_INFINITY;
-    u32 seen = 0;
-    for (u32 part = threadIdx.x % 32; part < args.n_parts; part += 32) {
-        const Partial* of_part = partial_of(args, part);
-        max = of_part->max > max ? of_part->max : max;
-        seen |= of_part->special;
-    }
-    special = __any_sync(NONE, (int)seen);
-    return warp_max(max);
+// Whether a logit of the row is not finite. Every warp goes over all parts.
+__device__ __forceinline__ bool is_special(const SampleArgs& args) {
+    u32 special = 0;
+    for (u32 part = threadIdx.x % 32; part < args.n_parts; part += 32) special |= partial_of(args, part)->special;
+    return __any_sync(NONE, (int)special);
 }
 
 // The greatest scaled logit plus Gumbel noise among the fours first, first + step.. below `end` of
@@ -418,38 +384,6 @@ __device__ __forceinline__ void load_batch(const float* logits, u32 first, u32 e
     }
 }
 
-extern "C" __global__ void __launch_bounds__(PART_THREADS) survey(const SampleArgs args) {
-    __shared__ Warps<PART_THREADS / 32> warps;
-    follow_previous();
-    if (slot_of_row(args) == NONE) return;
-    const float* logits = args.logits + (u64)blockIdx.x * args.n_vocab;
-    Part part(args);
-    float max = NEG_INFINITY;
-    u32 special = 0;
-    u64 hash = 0;
-    for (u32 first = part.first + threadIdx.x; first < part.end; first += BATCH * PART_THREADS) {
-        float batch[BATCH];
-        load_batch(logits, first, part.end, batch);
-        #pragma unroll
-        for (u32 i = 0; i < BATCH; i++) {
-            u32 id = first + i * PART_THREADS;
-            if (id >= part.end) continue;
-            u32 bits = (u32)__float_as_int(batch[i]);
-            max = fmaxf(max, batch[i]);
-            special |= (bits & 0x7f800000u) == 0x7f800000u;
-            if (args.trace_hash) hash += mix((u64)id << 32 | bits);
-        }
-    }
-    max = block_max(max, warps);
-    special = __syncthreads_or((int)special);
-    if (args.trace_hash) hash = block_sum(hash, warps);
-    if (threadIdx.x != 0) return;
-    Partial* to = partial_of(args, blockIdx.y);
-    to->hash = hash;
-    to->max = max;
-    to->special = special;
-}
-
 extern "C" __global__ void __launch_bounds__(PART_THREADS) tally(const SampleArgs args) {
     __shared__ Warps<PART_THREADS / 32> warps;
     follow_previous();
@@ -458,10 +392,11 @@ extern "C" __global__ void __launch_bounds__(PART_THREADS) tally(const SampleArg
     const Slot* slot = args.slots + slot_index;
     const float* logits = args.logits + (u64)blockIdx.x * args.n_vocab;
     Part part(args);
-    bool special;
-    float max = surveyed(args, special);
+    float max = value_of_key(args.maxima[blockIdx.x]);
     bool greedy = !(slot->temperature > 0.0f);
     u64 total = 0;
+    // Of any sign; infinities and NaN lie above all numbers.
+    u32 magnitude = 0;
     // Greedy: the lowest id of the greatest logit.
     Best best = {0.0, NONE};
     for (u32 first = part.first + threadIdx.x; first < part.end; first += BATCH * PART_THREADS) {
@@ -471,6 +406,7 @@ extern "C" __global__ void __launch_bounds__(PART_THREADS) tally(const SampleArg
         for (u32 i = 0; i < BATCH; i++) {
             u32 id = first + i * PART_THREADS;
             if (id >= part.end) continue;
+            magnitude = umax(magnitude, (u32)__float_as_int(batch[i]) & 0x7fffffffu);
             total += mass(batch[i] - max);
             if (greedy && batch[i] == max && id < best.id) best.id = id;
         }
@@ -480,11 +416,16 @@ extern "C" __global__ void __launch_bounds__(PART_THREADS) tally(const SampleArg
     }
     total = block_sum(total, warps);
     best = block_best(best, warps);
+    u32 special = (u32)__syncthreads_or(magnitude >= 0x7f800000u);
+    u64 hash = 0;
+    if (args.trace_hash) {
+        for (u32 id = part.first + threadIdx.x; id < part.end; id += PART_THREADS) {
+            hash += mix((u64)id << 32 | (u32)__float_as_int(logits[id]));
+        }
+        hash = block_sum(hash, warps);
+    }
     if (threadIdx.x != 0) return;
-    Partial* to = partial_of(args, blockIdx.y);
-    to->total = total;
-    to->best = best.score;
-    to->best_id = best.id;
+    *partial_of(args, blockIdx.y) = {hash, total, best.score, best.id, special};
 }
 
 // The token of a row out of whose tokens some are left out first.
@@ -520,15 +461,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const SampleArgs
     follow_previous();
     Event* event = args.events + (u64)(*args.step - 1) * gridDim.x + blockIdx.x;
     u32 slot_index = slot_of_row(args);
+    float max = value_of_key(args.maxima[blockIdx.x]);
+    __syncthreads();
+    if (threadIdx.x == 0) args.maxima[blockIdx.x] = 0;
     if (slot_index == NONE) {
         if (threadIdx.x == 0) event->state = 0;
         return;
     }
     Slot* slot = args.slots + slot_index;
     const float* logits = args.logits + (u64)blockIdx.x * args.n_vocab;
-    bool special;
-    float max = surveyed(args, special);
-    if (special) {
+    if (is_special(args)) {
         if (threadIdx.x == 0) {
             event->slot = slot_index;
             event->position = slot->position + 1;

@@ -14,6 +14,7 @@ use podium::engine::cuda::device::Device;
 use podium::engine::cuda::kernels::Build;
 use podium::engine::cuda::launch::{AttentionArgs, Kernels};
 use podium::engine::cuda::nvrtc::Nvrtc;
+use podium::engine::cuda::sharing::{LiveRow, Sharing};
 use podium::quant::bf16;
 
 const HEAD_DIM: usize = 64;
@@ -74,6 +75,9 @@ fn both_kernels(device: &Arc<Device>, group: usize) -> [Kernels; 2] {
 /// Where a sequence stands before the pass, and its rows in it.
 type Segment = (usize, usize);
 
+/// Sequences that share their first pages, and how many.
+type Set = (std::ops::Range<usize>, usize);
+
 /// A pass as the host has it. Keys and values are by sequence, position, KV head and dim.
 struct Pass {
     segments: Vec<Segment>,
@@ -116,6 +120,23 @@ impl Pass {
             values,
             sinks,
         }
+    }
+
+    /// A step of one row a segment; those of a set have the first one's keys and values in the first
+    /// pages. Sets are runs of sequences, and how many pages those have in common.
+    fn sharing(random: &mut Random, starts: &[usize], sets: &[Set], n_heads: usize) -> Self {
+        let segments: Vec<Segment> = starts.iter().map(|&start| (start, 1)).collect();
+        let mut pass = Self::new(random, &segments, n_heads);
+        for (sequences, n_pages) in sets {
+            let common = n_pages * PAGE_POSITIONS * N_KV_HEADS * HEAD_DIM;
+            for of_all in [&mut pass.keys, &mut pass.values] {
+                let of_first = of_all[sequences.start][..common].to_vec();
+                for sequence in sequences.clone() {
+                    of_all[sequence][..common].copy_from_slice(&of_first);
+                }
+            }
+        }
+        pass
     }
 
     fn n_rows(&self) -> usize {
@@ -320,6 +341,68 @@ impl OnDevice {
     }
 }
 
+/// Rows that share pages, by items of them whole or cut, with the bits of rows that read them alone.
+fn check_sharing(
+    device: &Arc<Device>,
+    both: &[Kernels; 2],
+    starts: &[usize],
+    sets: &[Set],
+    group: usize,
+) {
+    let n_heads = group * N_KV_HEADS;
+    let mut random = Random(starts.iter().sum::<usize>() as u64);
+    let pass = Pass::sharing(&mut random, starts, sets, n_heads);
+    let on_device = OnDevice::new(device, &pass);
+    let alone = on_device.attend(device, &both[1], &pass, false, true);
+    let max_pages = on_device.max_pages;
+    let mut page_table = vec![0; on_device.page_table.len()];
+    on_device.page_table.download(0, &mut page_table).unwrap();
+    for (sequences, n_pages) in sets {
+        let of_first = page_table[sequences.start * max_pages..][..*n_pages].to_vec();
+        for sequence in sequences.clone() {
+            page_table[sequence * max_pages..][..*n_pages].copy_from_slice(&of_first);
+        }
+    }
+    on_device.page_table.upload(0, &page_table).unwrap();
+    let live: Vec<LiveRow<'_>> = (0..starts.len())
+        .map(|row| LiveRow {
+            row: row as u32,
+            sequence: row as u32,
+            pages: &page_table[row * max_pages..][..(starts[row] + 1) / PAGE_POSITIONS],
+        })
+        .collect();
+    for (kernels, name) in both.iter().zip(["warpgroups", "warps"]) {
+        for n_items in [1, 100] {
+            let sharing = Sharing::new(starts.len(), &live, kernels.shared_rows(), n_items);
+            assert!(!sharing.items.is_empty(), "something is shared");
+            let n_splits = starts.len() * n_heads * max_pages * (HEAD_DIM + 2);
+            let out: DeviceBuffer<u16> = device.alloc("outputs", alone.len()).unwrap();
+            let partial: DeviceBuffer<f32> = device.alloc("splits", n_splits).unwrap();
+            out.fill(0, out.len(), 0xFF).unwrap();
+            partial.fill(0, partial.len(), 0xFF).unwrap();
+            let items = upload(device, &sharing.items);
+            let n_shared = upload(device, &[sharing.items.len() as u32]);
+            let shared = upload(device, &sharing.rows);
+            let args = AttentionArgs {
+                out: out.at(0),
+                partial: partial.at(0),
+                items: items.at(0),
+                n_items: n_shared.at(0),
+                shared: shared.at(0),
+                ..on_device.args(n_heads, false)
+            };
+            kernels
+                .attention_decode(false, &args, starts.len())
+                .unwrap();
+            device.synchronize().unwrap();
+            let mut got = vec![0; out.len()];
+            out.download(0, &mut got).unwrap();
+            let what = format!("group {group}, {name}, {n_items} items, {starts:?}, {sets:?}");
+            same(&got, &alone, &pass, &what);
+        }
+    }
+}
+
 fn same(got: &[u16], expected: &[u16], pass: &Pass, what: &str) {
     let a_row = pass.n_heads * HEAD_DIM;
     let differ = (0..got.len()).filter(|&i| got[i] != expected[i]);
@@ -395,6 +478,39 @@ fn check_group(group: usize) {
         &[(0, 1500), (1000, 5), (300, 333), (7, 1)],
         group,
     );
+}
+
+fn check_sharing_group(group: usize) {
+    let device = Device::open(0).expect("a GPU with a driver");
+    let both = both_kernels(&device, group);
+    // Rows at the border of the shared pages, and far behind.
+    let starts = |n: usize, shared: usize| -> Vec<usize> {
+        let first = shared * PAGE_POSITIONS;
+        (0..n)
+            .map(|row| first + [0, 1, 63, 255, 256, 700][row % 6])
+            .collect()
+    };
+    for n_rows in [2, 8, 9, 16, 17, 40] {
+        for n_pages in [1, 2, 5] {
+            let sets = [(0..n_rows, n_pages)];
+            check_sharing(&device, &both, &starts(n_rows, n_pages), &sets, group);
+        }
+    }
+    // Sets of their own, a row alone, a set within a set, and more items than blocks.
+    let mut many = starts(30, 3);
+    many.extend([5, 300]);
+    let sets = [(0..20, 2), (20..30, 3), (3..9, 3)];
+    check_sharing(&device, &both, &many, &sets, group);
+    let sets: Vec<Set> = (0..70).map(|set| (set * 2..set * 2 + 2, 3)).collect();
+    check_sharing(&device, &both, &starts(140, 3), &sets, group);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn shared_pages_are_attended_as_by_rows_alone() {
+    for group in [8, 3, 16, 25] {
+        check_sharing_group(group);
+    }
 }
 
 #[test]

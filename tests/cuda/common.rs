@@ -79,6 +79,16 @@ pub fn same_bits(a: &[f32], b: &[f32], what: &str) {
     }
 }
 
+/// A number as `order_key` of kernels/common.cuh has it.
+pub fn order_key(x: f32) -> u32 {
+    let bits = (x + 0.0).to_bits();
+    if bits & 0x8000_0000 != 0 {
+        !bits
+    } else {
+        bits | 0x8000_0000
+    }
+}
+
 pub fn small_config(n_experts: usize) -> ModelConfig {
     routing_config(n_experts, 96, 2)
 }

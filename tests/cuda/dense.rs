@@ -11,7 +11,7 @@ use podium::engine::cuda::pack::{self, RowOrder};
 use podium::quant::bf16;
 
 use crate::common::{
-    PRODUCT, Random, assert_close, both_kernels, device, download, same_bits, upload,
+    PRODUCT, Random, assert_close, both_kernels, device, download, order_key, same_bits, upload,
 };
 
 #[test]
@@ -63,6 +63,10 @@ fn dense_products_have_one_order_of_sums() {
                     .sum();
             }
         }
+        // Greatest so far: nothing, less than all sums, more than all.
+        let so_far: Vec<u32> = (0..n_rows)
+            .map(|row| [0, order_key(-1e30), order_key(1e30)][row % 3])
+            .collect();
         let mut first: Option<Vec<f32>> = None;
         let variants = both
             .iter()
@@ -70,10 +74,12 @@ fn dense_products_have_one_order_of_sums() {
         for (kernels, variant) in variants {
             let out: DeviceBuffer<f32> = device.alloc("out", n_rows * n_out).unwrap();
             out.fill(0, out.len(), 0xFF).unwrap();
+            let maxima = upload(&device, &so_far);
             let args = MatmulArgs {
                 weights: tiles.at(0),
                 x: x_device.at(0),
                 out: out.at(0),
+                maxima: maxima.at(0),
                 n_rows: n_rows as u32,
                 n_out: n_out as u32,
                 n_k: n_k as u32,
@@ -88,6 +94,12 @@ fn dense_products_have_one_order_of_sums() {
             let what = format!("{n_out} x {n_k}, {n_rows} rows, variant {name}");
             assert_close(&got, &expected, PRODUCT, &what);
             same_bits(first.get_or_insert_with(|| got.clone()), &got, &what);
+            let greatest = got.chunks(n_out).zip(&so_far).map(|(sums, &so_far)| {
+                let greatest = sums.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                so_far.max(order_key(greatest))
+            });
+            let greatest: Vec<u32> = greatest.collect();
+            assert_eq!(download(&maxima), greatest, "{what}");
         }
     }
 }

@@ -10,7 +10,7 @@ use podium::engine::cuda::{Event, Slot};
 use podium::engine::sample::{SampleKey, Sampler, logits_hash};
 use podium::engine::{SamplingParams, SequenceId, SlotStart};
 
-use crate::common::{Random, device, download, kernels, upload};
+use crate::common::{Random, device, download, kernels, order_key, upload};
 
 #[test]
 #[ignore = "needs a GPU"]
@@ -81,8 +81,13 @@ fn draws_are_those_of_the_cpu() {
         let events: DeviceBuffer<Event> = device.alloc("events", n_rows).unwrap();
         let n_partials = memory::sample_partials_len(n_rows);
         let partials: DeviceBuffer<u64> = device.alloc("logits", n_partials).unwrap();
+        let greatest =
+            |row: &[f32]| order_key(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        let maxima: Vec<u32> = logits.chunks(n_vocab).map(greatest).collect();
+        let maxima = upload(&device, &maxima);
         let args = SampleArgs {
             logits: logits_device.at(0),
+            maxima: maxima.at(0),
             slots: slots_device.at(0),
             rows: rows_device.at(0),
             events: events.at(0),
@@ -94,6 +99,7 @@ fn draws_are_those_of_the_cpu() {
             trace_hash: 1,
         };
         kernels.sample(&args, n_rows).unwrap();
+        assert_eq!(download(&maxima), vec![0; n_rows], "left for the next step");
         for (row, event) in download(&events).into_iter().enumerate() {
             let logits = &logits[row * n_vocab..][..n_vocab];
             let expected = sampler.sample(logits, &keys[row], &settings[row]).unwrap();

@@ -17,6 +17,7 @@ pub struct MatmulArgs {
     pub rope: u64,
     pub cache: u64,
     pub page_table: u64,
+    pub maxima: u64,
     pub n_rows: u32,
     pub n_out: u32,
     pub n_k: u32,
@@ -144,6 +145,7 @@ pub struct AttentionArgs {
 #[derive(Clone, Copy, Default)]
 pub struct SampleArgs {
     pub logits: u64,
+    pub maxima: u64,
     pub slots: u64,
     pub rows: u64,
     pub events: u64,

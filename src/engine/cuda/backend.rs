@@ -597,7 +597,7 @@ impl Backend for CudaBackend {
             // The logits workspace has a row a slot.
             for first in (0..tokens.len()).step_by(step_rows) {
                 let n_rows = step_rows.min(tokens.len() - first);
-                self.pass().lm_head(first, n_rows)?;
+                self.pass().lm_head(first, n_rows, 0)?;
                 let logits = &mut logits[..n_rows * n_vocab];
                 self.work.logits.download(0, logits)?;
                 for logits in logits.chunks_exact(n_vocab) {

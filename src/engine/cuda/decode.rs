@@ -266,9 +266,10 @@ impl CudaBackend {
         let pass = self.pass();
         let n_rows = rows.n_rows();
         pass.forward(rows, Until::Normed)?;
-        pass.lm_head(0, n_rows)?;
+        pass.lm_head(0, n_rows, self.work.maxima.at(0))?;
         let args = SampleArgs {
             logits: self.work.logits.at(0),
+            maxima: self.work.maxima.at(0),
             slots: self.work.slots.at(0),
             rows: self.work.rows.at(0),
             events: self.work.events.at(0),

@@ -256,14 +256,16 @@ impl Pass<'_> {
         }
     }
 
-    /// Logits of rows `first..first + n_rows` of `t`, into the first rows of `logits`.
+    /// Logits of rows `first..first + n_rows` of `t`, into the first rows of `logits`; they raise the
+    /// keys of the rows' greatest at `maxima`, if that is not 0.
     ///
     /// # Errors
     /// The driver refuses the launch.
-    pub fn lm_head(&self, first: usize, n_rows: usize) -> Result<(), EngineError> {
+    pub fn lm_head(&self, first: usize, n_rows: usize, maxima: u64) -> Result<(), EngineError> {
         let t = self.work.t.at(first * self.model.config.hidden);
         let args = MatmulArgs {
             out: self.work.logits.at(0),
+            maxima,
             ..dense(&self.model.lm_head, t, n_rows)
         };
         Ok(self.kernels.matmul(Dense::Logits, &args)?)

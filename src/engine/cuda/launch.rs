@@ -64,7 +64,6 @@ pub struct Kernels {
     gate_up: Vec<Function>,
     down: Vec<Function>,
     ring_append: Function,
-    survey: Function,
     tally: Function,
     sample: Function,
     fill_bf16: Function,
@@ -261,7 +260,6 @@ impl Kernels {
             dense_variants,
             moe_variants,
             ring_append,
-            survey: function("sample", "survey", 0)?,
             tally: function("sample", "tally", 0)?,
             sample: function("sample", "sample", 0)?,
             fill_bf16: function("synthetic", "fill_bf16", 0)?,
@@ -730,15 +728,14 @@ impl Kernels {
     }
 
     pub fn sample(&self, args: &SampleArgs, n_rows: usize) -> Result<(), CudaError> {
-        let n_parts = (SAMPLE_BLOCKS * self.room.n_multiprocessors)
-            .div_ceil(n_rows)
-            .clamp(1, MAX_SAMPLE_PARTS);
+        // Not more blocks than run at once.
+        let n_parts =
+            (SAMPLE_BLOCKS * self.room.n_multiprocessors / n_rows).clamp(1, MAX_SAMPLE_PARTS);
         let args = SampleArgs {
             n_parts: n_parts as u32,
             ..*args
         };
         let parts = [n_rows, n_parts, 1];
-        self.follow(self.survey, parts, 256, 0, &[arg(&args)])?;
         self.follow(self.tally, parts, 256, 0, &[arg(&args)])?;
         self.follow(self.sample, [n_rows, 1, 1], 512, 0, &[arg(&args)])
     }

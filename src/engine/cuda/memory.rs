@@ -63,7 +63,7 @@ impl KvGeometry {
 /// Most parts that a row of logits is gone through by, and 64-bit words of what one comes to:
 /// `Partial` in kernels/sample.cu.
 pub const MAX_SAMPLE_PARTS: usize = 64;
-const SAMPLE_PARTIAL_LEN: usize = 5;
+const SAMPLE_PARTIAL_LEN: usize = 4;
 
 /// 64-bit words of all parts of `n_rows` rows of logits.
 pub fn sample_partials_len(n_rows: usize) -> usize {
@@ -161,8 +161,9 @@ impl Lengths {
             self.partial,
             // Rows (4 words), tokens, blocks (2 words).
             self.max_rows.saturating_mul(7),
-            // The slots' map, the number of shared items, what rows share (2 words), the step counter.
-            3 * self.step_rows + 2,
+            // The slots' map, greatest logits, the number of shared items, what rows share (2 words), the
+            // step counter.
+            4 * self.step_rows + 2,
         ];
         let two = [self.t, self.qkv, self.attended, self.act, self.y];
         let words = |lens: &[usize], width: u64| {

@@ -44,6 +44,7 @@ pub struct Workspace {
     pub listed: DeviceBuffer<u32>,
     pub y: DeviceBuffer<u16>,
     pub logits: DeviceBuffer<f32>,
+    pub maxima: DeviceBuffer<u32>,
     pub sample_partials: DeviceBuffer<u64>,
     pub rope: DeviceBuffer<f32>,
     pub page_table: DeviceBuffer<u32>,
@@ -87,6 +88,7 @@ impl Workspace {
             listed: device.alloc(what, lengths.listed)?,
             y: device.alloc(what, lengths.y)?,
             logits: device.alloc("logits", lengths.logits)?,
+            maxima: device.alloc("logits", lengths.step_rows)?,
             sample_partials: device.alloc("logits", lengths.sample_partials)?,
             rope: device.alloc("rotary table", lengths.rope)?,
             page_table: device.alloc("page table", lengths.page_table)?,
@@ -111,6 +113,8 @@ impl Workspace {
         work.attended.fill(0, lengths.attended, 0)?;
         work.y.fill(0, lengths.y, 0)?;
         work.act.fill(0, lengths.act, 0)?;
+        // Sampling leaves zeros for the next step.
+        work.maxima.fill(0, lengths.step_rows, 0)?;
         Ok(work)
     }
 
@@ -136,6 +140,7 @@ impl Workspace {
             &self.page_table,
             &self.tokens,
             &self.slot_of,
+            &self.maxima,
             &self.n_items,
             &self.step,
         ];
