@@ -8,10 +8,12 @@
 
 mod closing;
 mod parse;
+mod reply;
 mod spelled;
 
 pub use closing::closing;
-pub use parse::{Channel, Close, Reply, ReplyMessage, parse};
+pub use parse::parse;
+pub use reply::{Channel, Close, Reply, ReplyMessage};
 pub use spelled::parse_spelled;
 
 use super::{Prompt, Reasoning, Segment};

@@ -4,7 +4,8 @@
 //! A special token that a model spelled in ordinary tokens cannot be told from a real one here;
 //! it is the one thing in which the messages may not be those of the ids.
 
-use super::parse::{Reply, Vocabulary, parse_with};
+use super::Reply;
+use super::parse::{Vocabulary, parse_with};
 use crate::engine::TokenId;
 use crate::tokenizer::SpecialIds;
 
