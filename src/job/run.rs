@@ -1,46 +1,46 @@
 //! One run: a prepared data set through the engine, from the first missing row to the files.
+//!
+//! [`Run::execute`] takes the steps in order. The pieces: `identity`, hashes of what tokens and
+//! verdicts depend on; `manifest`, what the run is; `weights`, the model loaded and placed;
+//! `files`, what is made of the log.
+
+mod files;
+mod identity;
+mod manifest;
+mod weights;
+
+pub use identity::{scoring_hash, second_row_hash};
+pub use weights::{LoadedWeights, Weights};
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::JobError;
-use super::device::{AnyBackend, Engine, Held};
+use super::device::Engine;
 use super::fault::Faulty;
 use super::folder::{Opening, RunFolder};
 use super::model::OpenModel;
-use super::plan::{Wanted, host_budget, measured};
+use super::plan::{Wanted, host_budget};
 use super::prepare::Prepared;
 use super::progress::Progress;
 use super::record::{Recorder, blank_row};
 use super::settings::{Effective, Settings};
-use super::submit::{package_after, submission_format};
-use super::verdict::judge_again;
 use crate::batch::Job;
-use crate::engine::checkpoint::{ByClass, Deviation, Precision};
+use crate::engine::checkpoint::Precision;
 use crate::engine::cpu::CpuOptions;
-use crate::engine::cpu::path::CpuPath;
-use crate::engine::cuda::Staging;
 use crate::engine::generate::{GenerateOptions, Outcome as Generated, generate};
-use crate::engine::plan::{CONTEXT_BYTES, MemoryPlan, ledger_table};
+use crate::engine::plan::{CONTEXT_BYTES, MemoryPlan};
 use crate::profile::Profile;
-use crate::report::over_samples::over_samples;
-use crate::report::tally::tally;
 use crate::score::{self, Status};
-use crate::submission::environment::{Environment, redact};
-use crate::submission::identity::{GenerationIdentity, sha256_hex};
-use crate::submission::manifest::{
-    Origin, Outcome, RUN_SCHEMA, RunManifest, Session, Setting, Shard, Tally,
-};
-use crate::submission::prompts::{prompts_hash, write_prompts};
-use crate::submission::questions::write_questions;
-use crate::submission::write::{chosen_sample, write_submission};
-use crate::submission::{ResultRow, Results, vote};
+use crate::submission::Results;
+use crate::submission::manifest::{Outcome, RunManifest, Session};
+use crate::submission::prompts::write_prompts;
 use crate::telemetry::device::DeviceLoad;
-use crate::telemetry::memory::{MemoryEvent, MemoryLog, MemorySummary, SAMPLE_PERIOD};
+use crate::telemetry::memory::{MemoryLog, MemorySummary, SAMPLE_PERIOD};
 use crate::telemetry::throughput::{ThroughputLog, ThroughputTotals};
+use identity::row_hash;
 
 /// What a run is made of.
 pub struct Run<'a> {
@@ -62,17 +62,6 @@ pub struct Run<'a> {
     pub goes_on: bool,
 }
 
-/// Weights kept between the runs of one command, so that each model is loaded once.
-pub type Weights = Option<LoadedWeights>;
-
-/// Weights, how they were asked for, and what that did to their values.
-pub struct LoadedWeights {
-    precision: Precision,
-    engine: Engine,
-    held: Held,
-    deviation: ByClass<Deviation>,
-}
-
 impl Run<'_> {
     pub(super) fn n_samples(&self) -> u32 {
         u32::try_from(self.settings.samples.value).unwrap_or(u32::MAX)
@@ -81,57 +70,6 @@ impl Run<'_> {
     /// Longest reply of a second stage.
     pub fn second_budget(&self) -> usize {
         second_budget(&self.prepared.profile, &self.settings)
-    }
-
-    /// What the tokens depend on.
-    ///
-    /// # Errors
-    /// `PODIUM_CPU` names a path that this machine does not have.
-    pub fn identity(&self) -> Result<GenerationIdentity, JobError> {
-        let settings = &self.settings;
-        let budget = settings.max_new_tokens.value;
-        // `--context` is part of the identity only where it takes a row's tokens away.
-        let longest = self
-            .prepared
-            .longest_row(usize::MAX, budget, self.second_budget());
-        let whole = self.model.checkpoint.config().max_context.min(longest);
-        let mut identity = GenerationIdentity {
-            dataset: self.prepared.dataset.content_hash.clone(),
-            prompts: prompts_hash(&self.prepared.prompts),
-            model: self.model.hash.clone(),
-            tokenizer: self.model.tokenizer_hash.clone(),
-            precision: self
-                .model
-                .effective_precision(self.precision.value)
-                .name()
-                .to_owned(),
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: 0,
-            seed: 0,
-            max_new_tokens: budget,
-            context: (self.max_context < whole).then_some(self.max_context),
-            samples: self.n_samples(),
-            answer_headroom: settings.answer_headroom.value,
-            numerics: self.engine.numerics_id(
-                self.model.checkpoint.config(),
-                self.model.checkpoint.weight_format(self.precision.value),
-                self.options.exact,
-            )?,
-            second_max_new_tokens: self
-                .prepared
-                .profile
-                .second_stage
-                .as_ref()
-                .map(|_| self.second_budget()),
-        };
-        identity.set_sampling(&settings.sampling());
-        Ok(identity)
-    }
-
-    /// Hash over what turns replies into verdicts and columns.
-    pub fn scoring_hash(&self) -> String {
-        scoring_hash(&self.prepared.profile)
     }
 
     /// Whether `--limit` and `--shard` take the row with this index.
@@ -181,76 +119,6 @@ impl Run<'_> {
             &wanted,
             self.settings.gpu_memory.value,
         )
-    }
-
-    /// A new run's manifest.
-    fn manifest(&self, path: &Path, identity: &GenerationIdentity) -> RunManifest {
-        let mut environment = Environment::read(std::env::args());
-        environment.cpu_path = CpuPath::choose().ok().map(|path| path.name().to_owned());
-        environment.n_threads = Some(self.options.n_threads);
-        self.engine.describe(&mut environment);
-        let dataset_path = self.prepared.dataset.path.to_string_lossy();
-        RunManifest {
-            schema: RUN_SCHEMA.to_owned(),
-            name: path
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned(),
-            generation_hash: identity.hash(),
-            scoring_hash: self.scoring_hash(),
-            scoring: Some(self.prepared.profile.scoring.clone()),
-            generation: identity.clone(),
-            dataset_path: redact(&dataset_path),
-            model_path: redact(&self.model.name),
-            profile: self.prepared.profile.name.clone(),
-            config: self.config(),
-            submission_format: submission_format(&self.prepared.profile),
-            shard: self.shard(),
-            n_rows: self.prepared.rows.len(),
-            ledger: serde_json::Value::Null,
-            memory_plan: serde_json::Value::Null,
-            environment,
-            sessions: Vec::new(),
-            totals: ThroughputTotals::default(),
-            tally: None,
-        }
-    }
-
-    fn config(&self) -> BTreeMap<String, Setting> {
-        let mut config = self.settings.config();
-        let mut add = |name: &str, value: serde_json::Value, origin| {
-            config.insert(name.to_owned(), Setting { value, origin });
-        };
-        add(
-            "model",
-            redact(&self.model_word.value).into(),
-            self.model_word.origin,
-        );
-        let precision = self.precision.value;
-        let origin = match precision {
-            Precision::Stored => Origin::Model,
-            _ => self.precision.origin,
-        };
-        add(
-            "precision",
-            self.model.effective_precision(precision).name().into(),
-            origin,
-        );
-        let profile = match &self.profile_word {
-            Some(word) => (redact(word), Origin::Flag),
-            None => (self.prepared.profile.name.clone(), Origin::Default),
-        };
-        add("profile", profile.0.into(), profile.1);
-        config
-    }
-
-    fn shard(&self) -> Option<Shard> {
-        let shard = self.settings.shard.value?;
-        Some(Shard {
-            index: shard.index,
-            count: shard.count,
-        })
     }
 
     /// Runs the missing samples and writes the files.
@@ -485,123 +353,6 @@ impl Run<'_> {
         };
         self.missing(results).into_iter().filter_map(job).collect()
     }
-
-    /// Loads the weights where they are not loaded yet and allocates the rest.
-    fn open(
-        &self,
-        plan: &MemoryPlan,
-        weights: &mut Weights,
-        manifest: &mut RunManifest,
-        path: &Path,
-        memory: &MemoryLog,
-        quiet: bool,
-    ) -> Result<AnyBackend, JobError> {
-        let (model, deviation) = self.load(weights, plan)?;
-        memory.event(MemoryEvent::Load, None);
-        let mut ledger = plan.ledger.clone();
-        measured(&mut ledger, &deviation);
-        if ledger != plan.ledger && !quiet {
-            let table = ledger_table(&ledger);
-            crate::cli::print::tell(&format!("\nmeasured while loading\n{table}"));
-        }
-        manifest.ledger = serde_json::to_value(&ledger).unwrap_or_default();
-        manifest.write(path)?;
-        let mut backend = AnyBackend::new(model, plan.shape, self.options)?;
-        let allocated = backend.get().memory();
-        memory.event(MemoryEvent::Arena, Some(allocated));
-        if allocated != plan.memory {
-            return Err(JobError::Allocated {
-                planned: plan.memory,
-                allocated,
-            });
-        }
-        Ok(backend)
-    }
-
-    fn load(
-        &self,
-        weights: &mut Weights,
-        plan: &MemoryPlan,
-    ) -> Result<(Held, ByClass<Deviation>), JobError> {
-        let precision = self.model.effective_precision(self.precision.value);
-        if let Some(loaded) = weights
-            && loaded.precision == precision
-            && loaded.engine == self.engine
-        {
-            return Ok((loaded.held.clone(), loaded.deviation));
-        }
-        // The other precision's weights go before these come.
-        *weights = None;
-        let checkpoint = &self.model.checkpoint;
-        let host_memory = self.settings.host_memory.value;
-        let staging = Staging::within(&plan.memory, host_memory, self.options.n_threads);
-        let held = self.engine.load_within(checkpoint, precision, staging)?;
-        let deviation = match &held {
-            Held::Cpu(model) => model.deviation(),
-            Held::Cuda(_) => checkpoint.deviation(checkpoint.weight_format(precision))?,
-        };
-        *weights = Some(LoadedWeights {
-            precision,
-            engine: self.engine,
-            held: held.clone(),
-            deviation,
-        });
-        Ok((held, deviation))
-    }
-
-    /// Rebuilds submission and scores from the log's rows, and counts them.
-    pub fn write_files(
-        &self,
-        path: &Path,
-        results: &Results,
-        manifest: &mut RunManifest,
-    ) -> Result<(), JobError> {
-        let results = self.judged(results);
-        let keys = || {
-            self.prepared
-                .dataset
-                .records
-                .iter()
-                .map(|record| record.key.as_str())
-        };
-        let scoring = &self.prepared.profile.scoring;
-        let pick = vote::pick(scoring);
-        let questions: Vec<&ResultRow> = keys()
-            .filter_map(|key| chosen_sample(&results, key, &pick))
-            .collect();
-        let samples: Vec<&ResultRow> = results.in_order(keys()).collect();
-        let random = score::baseline::random(&self.prepared.dataset.records);
-        manifest.tally = Some(Tally {
-            over_samples: over_samples(manifest, &samples),
-            ..tally(&questions, &samples, random)
-        });
-        write_submission(
-            path,
-            &self.prepared.prompts,
-            &results,
-            &manifest.submission_format,
-            &pick,
-        )?;
-        if self.n_samples() > 1 {
-            write_questions(path, &self.prepared.prompts, &results, scoring)?;
-        }
-        package_after(path, manifest, &self.prepared.prompts, &results)
-    }
-
-    /// The rows with their verdicts by this run's scoring: replies are read again, never made
-    /// again, so that a changed profile or data set gold takes effect on finished rows too.
-    pub(super) fn judged(&self, results: &Results) -> Results {
-        let mut judged = Vec::with_capacity(results.len());
-        for record in &self.prepared.dataset.records {
-            for row in results.samples(&record.key) {
-                let mut row = row.clone();
-                let (profile, tokenizer) = (&self.prepared.profile, &self.model.tokenizer);
-                judge_again(&mut row, record, profile, tokenizer);
-                judged.push(row);
-            }
-        }
-        Results::new(judged)
-    }
 }
 
 /// What the engine part of a run came to.
@@ -639,37 +390,4 @@ pub fn second_budget(profile: &Profile, settings: &Settings) -> usize {
     let own = profile.second_stage.as_ref();
     own.and_then(|stage| stage.max_new_tokens)
         .map_or(settings.max_new_tokens.value, |n| n as usize)
-}
-
-/// Keys the generator: the first 8 bytes of the key's SHA-256.
-fn row_hash(key: &str) -> u64 {
-    first_8_bytes(key.as_bytes())
-}
-
-/// The same for a row's second stage, which would draw the first one's numbers again at the
-/// positions that both have. 0xFF is in no key: keys are UTF-8.
-pub fn second_row_hash(key: &str) -> u64 {
-    first_8_bytes(&[key.as_bytes(), b"\xFFstage 2"].concat())
-}
-
-fn first_8_bytes(bytes: &[u8]) -> u64 {
-    let hex = sha256_hex(bytes);
-    hex.get(..16)
-        .and_then(|hex| u64::from_str_radix(hex, 16).ok())
-        .unwrap_or_default()
-}
-
-/// Hash over what turns replies into verdicts and columns.
-pub fn scoring_hash(profile: &Profile) -> String {
-    let parts = match profile.second_stage {
-        None => serde_json::json!([profile.scoring, profile.submission]),
-        Some(_) => {
-            serde_json::json!([
-                profile.scoring,
-                profile.submission,
-                profile.second_scoring()
-            ])
-        }
-    };
-    sha256_hex(parts.to_string().as_bytes())
 }
