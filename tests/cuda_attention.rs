@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's failure is a panic")]
 
+mod support;
+
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,6 +18,7 @@ use podium::engine::cuda::launch::{AttentionArgs, Kernels};
 use podium::engine::cuda::nvrtc::Nvrtc;
 use podium::engine::cuda::sharing::{LiveRow, Sharing};
 use podium::quant::bf16;
+use support::random::Random;
 
 const HEAD_DIM: usize = 64;
 const N_KV_HEADS: usize = 2;
@@ -29,22 +32,9 @@ const ERROR: f64 = 2e-2;
 /// What no kernel may let into a sum.
 const NAN: u16 = 0xFFFF;
 
-/// Numbers that differ by position.
-struct Random(u64);
-
-impl Random {
-    fn word(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let word = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let word = (word ^ (word >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        word ^ (word >> 31)
-    }
-
-    /// Between `-most` and `most`.
-    fn bits(&mut self, most: f32) -> u16 {
-        let share = (self.word() >> 40) as f32 / 8_388_608.0 - 1.0;
-        bf16::from_f32(share * most)
-    }
+/// Between `-most` and `most`.
+fn bits(random: &mut Random, most: f32) -> u16 {
+    bf16::from_f32(random.value() * most)
 }
 
 fn upload<T: Plain>(device: &Arc<Device>, values: &[T]) -> DeviceBuffer<T> {
@@ -94,7 +84,7 @@ impl Pass {
         let mut draw = |most: f32| -> Vec<Vec<u16>> {
             let of = |&(start, n): &Segment| {
                 (0..(start + n) * a_position)
-                    .map(|_| random.bits(most))
+                    .map(|_| bits(random, most))
                     .collect()
             };
             segments.iter().map(of).collect()
@@ -105,13 +95,13 @@ impl Pass {
             for position in start..start + n {
                 // Some queries look at few keys, some at all alike.
                 let most = [0.1, 2.0, 8.0][position % 3];
-                qkv.extend((0..n_heads * HEAD_DIM).map(|_| random.bits(most)));
+                qkv.extend((0..n_heads * HEAD_DIM).map(|_| bits(random, most)));
                 let at = position * a_position..(position + 1) * a_position;
                 qkv.extend_from_slice(&keys[sequence][at.clone()]);
                 qkv.extend_from_slice(&values[sequence][at]);
             }
         }
-        let sinks = (0..n_heads).map(|_| random.bits(3.0)).collect();
+        let sinks = (0..n_heads).map(|_| bits(random, 3.0)).collect();
         Self {
             segments: segments.to_vec(),
             n_heads,

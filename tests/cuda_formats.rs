@@ -24,7 +24,7 @@ use podium::engine::cuda::{CudaBackend, CudaOptions, Loaded};
 use podium::engine::sample::logits_hash;
 use podium::engine::{Backend, EngineShape, PAGE_POSITIONS, PageId, SequenceId, Span, TokenId};
 use podium::quant::{bf16, mxint8};
-use support::raw::Random;
+use support::random::Random;
 use support::root;
 
 /// Sums of bf16 products in f32, of the sum of their magnitudes.
@@ -257,7 +257,7 @@ fn dense_products_of_copies_have_the_same_bits() {
             let matrix = Matrix::new(&mut random, of, n_out, n_k);
             let x: Vec<u16> = (0..n_rows * n_k)
                 .map(|_| {
-                    let value = (random.word() >> 40) as f32 / 8_388_608.0 - 1.0;
+                    let value = random.value();
                     bf16::from_f32(value * 2f32.powi(of.x_exponent))
                 })
                 .collect();

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::process::Command;
 
 use serde_json::{Value, json};
+use support::random::Random;
 use support::{Scratch, jsonl, root};
 
 const N_LAYERS: usize = 36;
@@ -34,26 +35,13 @@ enum Fill {
     Ones,
 }
 
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-}
-
 /// Eight bytes of a tensor.
 fn word(fill: Fill, random: &mut Random) -> u64 {
     match fill {
-        Fill::Codes => random.next(),
-        Fill::Scales => 0x7777_7777_7777_7777 | (random.next() & 0x0101_0101_0101_0101),
+        Fill::Codes => random.word(),
+        Fill::Scales => 0x7777_7777_7777_7777 | (random.word() & 0x0101_0101_0101_0101),
         // Sign and mantissa at random, exponent 2^-6.
-        Fill::Small => 0x3C80_3C80_3C80_3C80 ^ (random.next() & 0x807F_807F_807F_807F),
+        Fill::Small => 0x3C80_3C80_3C80_3C80 ^ (random.word() & 0x807F_807F_807F_807F),
         Fill::Ones => 0x3F80_3F80_3F80_3F80,
     }
 }

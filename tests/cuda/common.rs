@@ -10,43 +10,12 @@ use podium::engine::cuda::device::Device;
 use podium::engine::cuda::kernels::Build;
 use podium::engine::cuda::launch::Kernels;
 use podium::engine::cuda::nvrtc::Nvrtc;
-use podium::quant::bf16;
 
 /// Sums of bf16 products in f32, in another order than the reference's.
 pub const PRODUCT: f32 = 1e-4;
 
 pub fn device() -> Arc<Device> {
     Device::open(0).expect("a GPU with a driver")
-}
-
-/// Numbers that differ by position.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn word(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut word = self.0;
-        word = (word ^ (word >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        word = (word ^ (word >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        word ^ (word >> 31)
-    }
-
-    pub fn value(&mut self) -> f32 {
-        (self.word() >> 40) as f32 / 8_388_608.0 - 1.0
-    }
-
-    pub fn bits(&mut self, n: usize) -> Vec<u16> {
-        self.wide_bits(n, 0)
-    }
-
-    /// Values times a power of two between `-powers` and `powers`.
-    pub fn wide_bits(&mut self, n: usize, powers: i32) -> Vec<u16> {
-        let value = |_| {
-            let power = (self.word() >> 33) as i32 % (2 * powers + 1) - powers;
-            bf16::from_f32(self.value() * 2f32.powi(power))
-        };
-        (0..n).map(value).collect()
-    }
 }
 
 pub fn upload<T: Plain>(device: &Arc<Device>, values: &[T]) -> DeviceBuffer<T> {

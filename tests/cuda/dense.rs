@@ -11,8 +11,9 @@ use podium::engine::cuda::pack::{self, RowOrder};
 use podium::quant::bf16;
 
 use crate::common::{
-    PRODUCT, Random, assert_close, both_kernels, device, download, order_key, same_bits, upload,
+    PRODUCT, assert_close, both_kernels, device, download, order_key, same_bits, upload,
 };
+use crate::support::random::Random;
 
 #[test]
 #[ignore = "needs a GPU"]

@@ -8,7 +8,8 @@ use podium::engine::cuda::pack::{self, NeedsWide, RowOrder};
 use podium::engine::cuda::places;
 use podium::quant::{bf16, mxfp4, mxint8};
 
-use crate::common::{Random, assert_close, both_kernels, device, download, same_bits, upload};
+use crate::common::{assert_close, both_kernels, device, download, same_bits, upload};
+use crate::support::random::Random;
 
 /// How rows choose their two experts of five.
 type Choice = fn(usize) -> [u32; 2];

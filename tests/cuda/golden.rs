@@ -1,6 +1,6 @@
 //! The models of `tests/golden/logits` on the GPU, and how near their logits are to float32.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use podium::engine::checkpoint::{Checkpoint, Precision};
@@ -11,6 +11,8 @@ use podium::engine::{
     TokenId,
 };
 use safetensors::SafeTensors;
+
+use crate::support::root;
 
 /// How much further from float32 than another bf16 run the GPU's may be: than transformers' on the
 /// same golden, and than the CPU's.
@@ -45,13 +47,7 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = [u8; 4]> + '_ {
 }
 
 pub fn cases() -> Vec<Case> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    // Elsewhere than where it was built: the tests may be carried to the GPU.
-    let root = match std::env::var_os("PODIUM_ROOT") {
-        Some(root) => PathBuf::from(root),
-        None => root.to_owned(),
-    };
-    let mut folders: Vec<PathBuf> = std::fs::read_dir(root.join("tests/golden/logits"))
+    let mut folders: Vec<PathBuf> = std::fs::read_dir(root().join("tests/golden/logits"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .collect();

@@ -16,3 +16,5 @@ mod golden;
 mod routing;
 mod sampling;
 mod steps;
+#[path = "../support/mod.rs"]
+mod support;

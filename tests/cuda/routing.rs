@@ -12,7 +12,8 @@ use podium::engine::cuda::nvrtc::Nvrtc;
 use podium::engine::cuda::{pack, places};
 use podium::quant::bf16;
 
-use crate::common::{PRODUCT, Random, assert_close, device, download, routing_config, upload};
+use crate::common::{PRODUCT, assert_close, device, download, routing_config, upload};
+use crate::support::random::Random;
 
 #[test]
 #[ignore = "needs a GPU"]

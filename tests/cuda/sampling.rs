@@ -10,7 +10,8 @@ use podium::engine::cuda::{Event, Slot};
 use podium::engine::sample::{SampleKey, Sampler, logits_hash};
 use podium::engine::{SamplingParams, SequenceId, SlotStart};
 
-use crate::common::{Random, device, download, kernels, order_key, upload};
+use crate::common::{device, download, kernels, order_key, upload};
+use crate::support::random::Random;
 
 #[test]
 #[ignore = "needs a GPU"]

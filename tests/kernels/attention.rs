@@ -7,7 +7,8 @@ use podium::engine::cpu::kv_append;
 use podium::engine::cpu::kv_cache::{KvElement, KvGeometry};
 use podium::engine::cpu::path::CpuPath;
 
-use crate::common::{PRODUCT, Random, assert_same_bits, config, exec, on_all_paths};
+use crate::common::{PRODUCT, assert_same_bits, config, exec, on_all_paths, vector};
+use crate::support::random::Random;
 
 /// Probabilities are rounded to bf16 before they meet the values: half of 2^-8 each, averaged.
 const BF16_ATTENTION: f32 = 1e-2;
@@ -56,7 +57,7 @@ fn check_attention<E: KvElement>(exact: bool, tolerance: f32) {
     for (group, head_dim, window) in [(1, 32, 7), (8, 64, 128), (5, 16, 64), (2, 96, 65)] {
         let config = config(2 * group, 2, head_dim.max(16), window);
         let geometry = KvGeometry::new(&config, &shape);
-        let sinks = random.vector(2 * group);
+        let sinks = vector(&mut random, 2 * group);
         let most = 64 / group;
         for (first, n_rows) in [
             (0, 1),

@@ -7,6 +7,8 @@ use podium::engine::cpu::path::CpuPath;
 use podium::engine::cpu::weights::Vector;
 use podium::quant::bf16;
 
+use crate::support::random::Random;
+
 /// f32 chains of up to 416 products against f64: rounding grows with the square root of their
 /// number, of terms of about 1.
 pub const PRODUCT: f32 = 2e-5;
@@ -15,38 +17,12 @@ pub const ELEMENT: f32 = 2e-6;
 /// A result rounded to bf16 may fall to the other neighbour: 2^-8 of its size.
 pub const BF16: f32 = 4e-3;
 
-/// SplitMix64: values that differ by position.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    /// Between -1 and 1.
-    pub fn value(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
-
-    pub fn values(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.value()).collect()
-    }
-
-    pub fn vector(&mut self, n: usize) -> Vector {
-        let mut values = buffer::<u16>(n);
-        values
-            .iter_mut()
-            .for_each(|v| *v = bf16::from_f32(self.value()));
-        Vector::Bf16(values)
-    }
+pub fn vector(random: &mut Random, n: usize) -> Vector {
+    let mut values = buffer::<u16>(n);
+    values
+        .iter_mut()
+        .for_each(|v| *v = bf16::from_f32(random.value()));
+    Vector::Bf16(values)
 }
 
 pub fn buffer<T: Plain>(n: usize) -> Buffer<T> {

@@ -8,7 +8,8 @@ use podium::engine::cpu::rope::{self, RopeTable};
 use podium::engine::cpu::swiglu;
 use podium::engine::cpu::topk_routing::{self, Routing};
 
-use crate::common::{BF16, ELEMENT, Random, assert_same_bits, buffer, config, exec, on_all_paths};
+use crate::common::{BF16, ELEMENT, assert_same_bits, buffer, config, exec, on_all_paths, vector};
+use crate::support::random::Random;
 
 #[test]
 fn topk_routing() {
@@ -49,7 +50,7 @@ fn topk_routing() {
 fn rmsnorm() {
     let mut random = Random(6);
     for (n_rows, hidden) in [(1, 32), (3, 96), (20, 2880)] {
-        let scale = random.vector(hidden);
+        let scale = vector(&mut random, hidden);
         for size in [1.0, 1e-4] {
             let x: Vec<f32> = random
                 .values(n_rows * hidden)

@@ -6,3 +6,5 @@ mod attention;
 mod common;
 mod elements;
 mod products;
+#[path = "../support/mod.rs"]
+mod support;

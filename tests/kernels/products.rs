@@ -13,7 +13,8 @@ use podium::engine::cpu::weights::{
 };
 use podium::quant::{bf16, mxfp4, mxint8};
 
-use crate::common::{ELEMENT, PRODUCT, Random, assert_same_bits, buffer, exec, on_all_paths};
+use crate::common::{ELEMENT, PRODUCT, assert_same_bits, buffer, exec, on_all_paths, vector};
+use crate::support::random::Random;
 
 fn bf16_tiles(random: &mut Random, n_tiles: usize, n_k: usize) -> Matrix {
     let mut tiles = Bf16Tiles::zeroed("a test", n_tiles, n_k).expect("memory");
@@ -74,7 +75,7 @@ fn mxfp4_tiles(random: &mut Random, n_tiles: usize, n_k: usize) -> [Matrix; 3] {
         for lane in 0..LANES {
             for block in 0..n_k / mxfp4::BLOCK {
                 let scale = 122 + random.below(4) as u8;
-                let codes: [u8; 16] = std::array::from_fn(|_| random.next() as u8);
+                let codes: [u8; 16] = std::array::from_fn(|_| random.word() as u8);
                 pack_mxfp4_block(packed, lane, block, scale, &codes);
                 let (scale_8, codes_8) = mxint8::from_mxfp4(scale, &codes);
                 pack_mxint8_block(eight, lane, block, scale_8, &codes_8);
@@ -140,7 +141,7 @@ fn matmul_in_every_format() {
             let weights = Projection {
                 n_out,
                 tiles,
-                bias: (n_out != 33).then(|| random.vector(n_out)),
+                bias: (n_out != 33).then(|| vector(&mut random, n_out)),
             };
             let x = random.values(n_rows * n_k);
             let before = random.values(n_rows * n_out);
@@ -169,7 +170,7 @@ fn a_row_of_a_product_does_not_depend_on_its_mates() {
     let weights = Projection {
         n_out,
         tiles: bf16_tiles(&mut random, n_out / LANES, n_k),
-        bias: Some(random.vector(n_out)),
+        bias: Some(vector(&mut random, n_out)),
     };
     let x = random.values(n_rows * n_k);
     for path in CpuPath::available() {
@@ -220,8 +221,8 @@ fn moe_matmul() {
     };
     let gate_up = mxfp4_tiles(&mut random, n_experts * intermediate / 16, hidden);
     let down = mxfp4_tiles(&mut random, n_experts * hidden / LANES, intermediate);
-    let gate_up_bias = random.vector(n_experts * 2 * intermediate);
-    let down_bias = random.vector(n_experts * hidden);
+    let gate_up_bias = vector(&mut random, n_experts * 2 * intermediate);
+    let down_bias = vector(&mut random, n_experts * hidden);
     let mut formats = gate_up
         .into_iter()
         .zip(down)

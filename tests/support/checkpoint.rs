@@ -7,6 +7,8 @@ use std::path::Path;
 
 use safetensors::tensor::{Dtype, TensorView, serialize};
 
+use super::random::Random;
+
 const HIDDEN: usize = 96;
 const INTERMEDIATE: usize = 64;
 const N_LAYERS: usize = 4;
@@ -14,26 +16,6 @@ const N_EXPERTS: usize = 32;
 const N_HEADS: usize = 4;
 const N_KV_HEADS: usize = 2;
 const HEAD_DIM: usize = 64;
-
-/// SplitMix64, and normals from sums of its uniforms.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    fn normal(&mut self) -> f32 {
-        let sum: f64 = (0..12)
-            .map(|_| (self.next() >> 11) as f64 / (1u64 << 53) as f64)
-            .sum();
-        (sum - 6.0) as f32
-    }
-}
 
 /// Writes the checkpoint into `folder`.
 pub fn write(folder: &Path, seed: u64) {
@@ -128,9 +110,9 @@ pub fn write(folder: &Path, seed: u64) {
         ] {
             let n_blocks = N_EXPERTS * n_out * n_in / 32;
             let name = |kind: &str| format!("model.layers.{layer}.mlp.experts.{part}_{kind}");
-            let codes = (0..n_blocks * 16).map(|_| random.next() as u8).collect();
+            let codes = (0..n_blocks * 16).map(|_| random.word() as u8).collect();
             let scales = (0..n_blocks)
-                .map(|_| 121 + (random.next() % 3) as u8)
+                .map(|_| 121 + (random.word() % 3) as u8)
                 .collect();
             tensors.insert(
                 name("blocks"),

@@ -5,6 +5,7 @@
 
 pub mod checkpoint;
 pub mod hub;
+pub mod random;
 pub mod raw;
 pub mod snapshot;
 

@@ -10,18 +10,7 @@ use podium::engine::cuda::pieces::{Matrix, Source};
 use podium::engine::cuda::repack::Stored;
 use safetensors::Dtype;
 
-/// Numbers that differ by position.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn word(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut word = self.0;
-        word = (word ^ (word >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        word = (word ^ (word >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        word ^ (word >> 31)
-    }
-}
+use super::random::Random;
 
 /// What values a matrix has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
