@@ -38,6 +38,44 @@ pub struct SpecialIds {
     pub end_of_text: Option<TokenId>,
 }
 
+impl SpecialIds {
+    /// How the tokens are spelled, in the order of the fields.
+    pub const NAMES: [&str; 8] = [
+        "<|start|>",
+        "<|message|>",
+        "<|channel|>",
+        "<|constrain|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|endoftext|>",
+    ];
+
+    /// The ids that `find` has for the names.
+    pub fn of(find: impl Fn(&str) -> Option<TokenId>) -> Self {
+        let [
+            start,
+            message,
+            channel,
+            constrain,
+            end,
+            return_,
+            call,
+            end_of_text,
+        ] = Self::NAMES.map(find);
+        Self {
+            start,
+            message,
+            channel,
+            constrain,
+            end,
+            return_,
+            call,
+            end_of_text,
+        }
+    }
+}
+
 /// Why a tokenizer cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
@@ -151,16 +189,7 @@ impl Tokenizer {
             by_name.insert(token.content.clone(), token.id);
         }
         let find = |name: &str| by_name.get(name).copied();
-        let special = SpecialIds {
-            start: find("<|start|>"),
-            message: find("<|message|>"),
-            channel: find("<|channel|>"),
-            constrain: find("<|constrain|>"),
-            end: find("<|end|>"),
-            return_: find("<|return|>"),
-            call: find("<|call|>"),
-            end_of_text: find("<|endoftext|>"),
-        };
+        let special = SpecialIds::of(find);
         Ok(Self {
             ordinary,
             pieces,
@@ -347,23 +376,14 @@ pub(crate) mod tests {
         for (index, piece) in ["<|", "|>", "en"].iter().enumerate() {
             vocab.insert((*piece).into(), (256 + index).into());
         }
-        let added: Vec<Value> = [
-            "<|start|>",
-            "<|message|>",
-            "<|channel|>",
-            "<|constrain|>",
-            "<|end|>",
-            "<|return|>",
-            "<|call|>",
-            "<|endoftext|>",
-        ]
-        .iter()
-        .enumerate()
-        .map(|(index, name)| {
-            serde_json::json!({"id": 300 + index, "content": name, "special": true,
-                "single_word": false, "lstrip": false, "rstrip": false, "normalized": false})
-        })
-        .collect();
+        let added: Vec<Value> = SpecialIds::NAMES
+            .iter()
+            .enumerate()
+            .map(|(index, name)| {
+                serde_json::json!({"id": 300 + index, "content": name, "special": true,
+                    "single_word": false, "lstrip": false, "rstrip": false, "normalized": false})
+            })
+            .collect();
         serde_json::json!({
             "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
             "normalizer": null, "post_processor": null,

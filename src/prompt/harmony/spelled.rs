@@ -10,27 +10,7 @@ use crate::engine::TokenId;
 use crate::tokenizer::SpecialIds;
 
 /// The place of each is its id.
-const SPECIAL: [&str; 8] = [
-    "<|start|>",
-    "<|message|>",
-    "<|channel|>",
-    "<|constrain|>",
-    "<|end|>",
-    "<|return|>",
-    "<|call|>",
-    "<|endoftext|>",
-];
-
-const SPECIAL_IDS: SpecialIds = SpecialIds {
-    start: Some(0),
-    message: Some(1),
-    channel: Some(2),
-    constrain: Some(3),
-    end: Some(4),
-    return_: Some(5),
-    call: Some(6),
-    end_of_text: Some(7),
-};
+const SPECIAL: [&str; 8] = SpecialIds::NAMES;
 
 /// The special tokens, then the texts between them, in order.
 struct Parts<'a>(Vec<&'a str>);
@@ -67,7 +47,12 @@ pub fn parse_spelled(raw: &str) -> Reply {
         }
     }
     parts.push_text(&raw[text_from..], &mut ids);
-    parse_with(&ids, &parts, SPECIAL_IDS)
+    parse_with(&ids, &parts, SpecialIds::of(place))
+}
+
+fn place(name: &str) -> Option<TokenId> {
+    let place = SPECIAL.iter().position(|special| *special == name);
+    place.map(|place| place as TokenId)
 }
 
 impl<'a> Parts<'a> {
