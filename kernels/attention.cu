@@ -264,17 +264,14 @@ extern "C" __global__ void __launch_bounds__(128 * ATTENTION_WARPGROUPS, 2) atte
     attend_by_warpgroups<WINDOW>(args, 0, 0);
 }
 
-extern "C" __global__ void __launch_bounds__(128 * ATTENTION_WARPGROUPS, 2) attention_shared_decode(const AttentionArgs args) {
+extern "C" __global__ void __launch_bounds__(128 * ATTENTION_WARPGROUPS, 1)
+attention_shared_decode(const __grid_constant__ AttentionArgs args) {
+    if (threadIdx.x == 0) prefetch_map(&args.cache_map);
     follow_between();
-    // There, for registers are few.
-    __shared__ SharedItem item;
-    u32 fills = 0;
-    for (u32 i = blockIdx.y; i < *args.n_items; i += gridDim.y) {
-        __syncthreads();
-        if (threadIdx.x < sizeof(SharedItem) / 4) ((u32*)&item)[threadIdx.x] = ((const u32*)(args.items + i))[threadIdx.x];
-        __syncthreads();
-        attend_by_warpgroups<SHARED>(args, &item, fills);
-        fills += item.n_splits * (SPLIT_TILES / TileStages<SHARED>::STAGES);
+    u32 n_items = *args.n_items, before = 0;
+    for (u32 i = blockIdx.y; i < n_items; i += gridDim.y) {
+        attend_by_warpgroups<SHARED>(args, args.items + i, before);
+        before += args.items[i].n_splits * SPLIT_TILES;
     }
 }
 #else

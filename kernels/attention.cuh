@@ -16,6 +16,8 @@ struct SharedItem {
 };
 
 struct AttentionArgs {
+    // Shared items by warpgroups: the cache as rows of a position's key or value of a head.
+    TensorMap cache_map;
     const u16* qkv;
     u16* out;
     const Row* rows;

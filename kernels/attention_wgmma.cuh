@@ -9,12 +9,14 @@
 //
 //   shared memory   stages [STAGES][K 64 | V 64][64], what is folded so far [warp][9][lane][4] f32
 //
-// All threads fill the stages by cp.async, a tile two ahead of its use. No barrier holds the block
-// together: `full` of a stage is told by every warp that its own copies are there, `empty` that it
-// has left the stage behind, so one warpgroup is at its exponentials while the other multiplies,
-// and so are the two blocks of a multiprocessor:
+// All threads fill the stages by cp.async, a tile two ahead of its use, and zeros take the place of
+// what no query sees. Of shared items every key is seen: tensor copies fill the stages, which one thread
+// asks for, six tiles ahead. No barrier holds the block together: `full` of a stage is told by every
+// warp that its own copies are there, or counts the tensor copies' bytes, `empty` that a warp has left
+// the stage behind, so one warpgroup is at its exponentials while the other multiplies, and so are the
+// two blocks of a multiprocessor:
 //
-//   scores of tile n | tell of n + 1, ask for n + 2 | wait | exponentials | outputs of tile n | ...
+//   scores of tile n | tell of n + 1, ask for n + AHEAD | wait | exponentials | outputs of tile n | ...
 //
 // The outputs of a tile and the scores of the next are multiplied in one go. A warpgroup takes part
 // in the filling of tiles that only the other's queries see, and goes through no others.
@@ -72,8 +74,7 @@ __device__ __forceinline__ void divide(float (&x)[16], float d) {
 template <Mode MODE> struct TileStages {
     static constexpr bool SLIDING = MODE == WINDOW;
     static constexpr int THREADS = 128 * ATTENTION_WARPGROUPS, WARPS = THREADS / 32;
-    static constexpr int STAGES = 4;
-    static_assert(SPLIT_TILES % STAGES == 0, "a split fills every stage as often");
+    static constexpr int STAGES = MODE == SHARED ? 8 : 4, AHEAD = STAGES - 2;
     static constexpr int MATRIX_BYTES = TILE * 128, STAGE_BYTES = 2 * MATRIX_BYTES;
     static constexpr int BYTES = STAGES * STAGE_BYTES;
     // A thread copies the same 16-byte chunk of keys so far apart.
@@ -81,8 +82,8 @@ template <Mode MODE> struct TileStages {
 
     u32 stages, full, empty;
     u32 is_first_lane;
-    // How often the items before have filled each stage: theirs are whole splits.
-    u32 fills_before;
+    // Tiles of the items before.
+    u32 before;
     // Of the block: its first tile and how many there are, the positions that some query sees.
     int first_tile, n_tiles, lowest, last;
     // The thread's first key of a tile, where its chunk goes in a stage, and where it comes from in
@@ -93,21 +94,29 @@ template <Mode MODE> struct TileStages {
     // Full layers: the sequence's pages, bytes of a page.
     const u32* pages;
     u32 page_bytes;
+    // Shared items: the cache, heads of all layers of a page, and which this is.
+    const TensorMap* map;
+    u32 page_heads, head;
     // Sliding layers: the chunk in the keys of this pass, bytes from key to key and from key to value.
     const u8* of_pass;
     u32 row_bytes, to_value_of_pass, ring;
     int segment_position;
 
-    __device__ __forceinline__ u32 stage(int n) const { return (u32)n % STAGES; }
-    // How often the stage of tile n has been filled before.
-    __device__ __forceinline__ u32 fills(int n) const { return (u32)n / STAGES + (MODE == SHARED ? fills_before : 0); }
+    // How many tiles the stages had before tile n.
+    __device__ __forceinline__ u32 count(int n) const { return MODE == SHARED ? before + (u32)n : (u32)n; }
+    __device__ __forceinline__ u32 stage(int n) const { return count(n) % STAGES; }
 
     // Asks for a tile, if there is such.
     __device__ __forceinline__ void ask(int n) const {
+        if (MODE == SHARED) {
+            if (threadIdx.x == 0 && n < n_tiles) ask_by_map(n);
+            __syncwarp();
+            return;
+        }
         if (n < n_tiles) {
             u32 tile = first_tile + n;
             // The tile before it there has been left behind.
-            if (fills(n) > 0) barrier_wait(empty + 8 * stage(n), (fills(n) + 1) & 1);
+            if (n >= STAGES) barrier_wait(empty + 8 * stage(n), (count(n) / STAGES + 1) & 1);
             u32 at = to + stage(n) * STAGE_BYTES;
             // A tile lies in one page, and in one run of a ring.
             const u8* from = cached;
@@ -131,16 +140,27 @@ template <Mode MODE> struct TileStages {
         copy_async_commit();
     }
 
+    __device__ __forceinline__ void ask_by_map(int n) const {
+        u32 tile = first_tile + n, barrier = full + 8 * stage(n), to = stages + stage(n) * STAGE_BYTES;
+        if (count(n) >= STAGES) barrier_wait(empty + 8 * stage(n), (count(n) / STAGES + 1) & 1);
+        // 256 keys of a page, then as many values.
+        u32 row = (pages[tile / SPLIT_TILES] * page_heads + head) * (2 * 256) + tile % SPLIT_TILES * TILE;
+        barrier_expect(barrier, STAGE_BYTES);
+        copy_tensor(to, map, 0, (int)row, barrier);
+        copy_tensor(to + MATRIX_BYTES, map, 0, (int)row + 256, barrier);
+    }
+
     // Waits until at most `PENDING` tiles are under way, and tells that the warp's copies of tile n,
     // the latest other one, are there.
     template <int PENDING> __device__ __forceinline__ void tell(int n) const {
+        if (MODE == SHARED) return;
         copy_async_wait<PENDING>();
         fence_matrix_units();
         __syncwarp();
         barrier_arrive_if(full + 8 * stage(n), is_first_lane && n < n_tiles);
     }
 
-    __device__ __forceinline__ void wait(int n) const { barrier_wait(full + 8 * stage(n), fills(n) & 1); }
+    __device__ __forceinline__ void wait(int n) const { barrier_wait(full + 8 * stage(n), count(n) / STAGES & 1); }
 
     // Tells that the warp has left a tile behind.
     __device__ __forceinline__ void leave(int n) const {
@@ -149,8 +169,9 @@ template <Mode MODE> struct TileStages {
 
     // A tile that no query of the warpgroup sees.
     __device__ __forceinline__ void pass(int n) const {
+        if (MODE == SHARED) wait(n);
         tell<0>(n + 1);
-        ask(n + 2);
+        ask(n + AHEAD);
         leave(n - 1);
     }
 
@@ -162,10 +183,9 @@ template <Mode MODE> struct TileStages {
     __device__ __forceinline__ u64 values(int n) const { return keys(n) + MATRIX_BYTES / 16; }
 };
 
-// FULL and WINDOW: all keys of a block of rows. SHARED: an item, behind others that have filled each
-// stage so many times.
+// FULL and WINDOW: all keys of a block of rows. SHARED: an item, behind others of so many tiles.
 template <Mode MODE>
-__device__ __forceinline__ void attend_by_warpgroups(const AttentionArgs& args, const SharedItem* item, u32 fills_before) {
+__device__ __forceinline__ void attend_by_warpgroups(const AttentionArgs& args, const SharedItem* item, u32 before) {
     typedef TileStages<MODE> Tiles;
     constexpr bool SLIDING = MODE == WINDOW;
     constexpr int STAGES = Tiles::STAGES;
@@ -191,7 +211,7 @@ __device__ __forceinline__ void attend_by_warpgroups(const AttentionArgs& args, 
     tiles.full = shared_address(barriers);
     tiles.empty = tiles.full + 8 * STAGES;
     tiles.is_first_lane = lane == 0;
-    tiles.fills_before = fills_before;
+    tiles.before = before;
     tiles.last = position0 + n_rows - 1;
     auto lowest_of = [&](int position) { return SLIDING && position - (int)args.window + 1 > 0 ? position - (int)args.window + 1 : 0; };
     tiles.lowest = lowest_of(position0);
@@ -211,18 +231,24 @@ __device__ __forceinline__ void attend_by_warpgroups(const AttentionArgs& args, 
     // A sum that is kept, not made again for every tile.
     asm("" : "+l"(tiles.cached));
     tiles.pages = args.page_table + (u64)first.sequence * args.max_pages;
+    tiles.map = &args.cache_map;
+    tiles.page_heads = args.n_layers * args.n_kv_heads;
+    tiles.head = args.layer * args.n_kv_heads + kv_head;
     tiles.ring = args.ring;
     // From the segment's first row on keys are in qkv, too.
     tiles.segment_position = position0 - (int)(row0 - first.segment_row);
     tiles.row_bytes = width * 2;
     tiles.of_pass = (const u8*)(args.qkv + (u64)first.segment_row * width + (args.n_heads + kv_head) * HEAD_DIM) + chunk * 16;
     tiles.to_value_of_pass = args.n_kv_heads * 128;
-    tiles.ask(0);
-    tiles.ask(1);
-    if (thread == 0 && fills_before == 0) {
-        for (int stage = 0; stage < 2 * STAGES; stage++) barrier_init(tiles.full + 8 * stage, Tiles::WARPS);
+    if (thread == 0 && before == 0) {
+        for (int stage = 0; stage < STAGES; stage++) {
+            barrier_init(tiles.full + 8 * stage, MODE == SHARED ? 1 : Tiles::WARPS);
+            barrier_init(tiles.empty + 8 * stage, Tiles::WARPS);
+        }
         fence_matrix_units();
     }
+    #pragma unroll
+    for (int n = 0; n < Tiles::AHEAD; n++) tiles.ask(n);
 
     // The warpgroup's rows, and the tiles that they see.
     int warpgroup_row = warp / 4 * WARPGROUP_ROWS;
@@ -285,7 +311,7 @@ __device__ __forceinline__ void attend_by_warpgroups(const AttentionArgs& args, 
             for (int step = 0; step < HEAD_DIM / 16; step++) wgmma_bf16(s, q[step], tiles.keys(n) + step * 2, step > 0);
             wgmma_commit();
             tiles.template tell<0>(n + 1);
-            tiles.ask(n + 2);
+            tiles.ask(n + Tiles::AHEAD);
             wgmma_wait<0>();
             settle(s);
             settle(o);

@@ -60,6 +60,9 @@ __device__ __forceinline__ TokenTile load_token_tile(const TokenTile* tile) {
     return {v.x, v.y, v.z, v.w};
 }
 
+// A matrix of rows in memory, as the tensor copies know it: CUtensorMap of the driver.
+struct __align__(64) TensorMap { u64 opaque[16]; };
+
 // A slot as it decodes; the same layout as `Slot` in src/engine/cuda/decode.rs.
 struct Slot {
     u64 seed;

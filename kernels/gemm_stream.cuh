@@ -14,9 +14,6 @@
 //
 // The same chains of sums, so the same bits.
 
-// A matrix of rows in memory, as the tensor copies know it: CUtensorMap of the driver.
-struct __align__(64) TensorMap { u64 opaque[16]; };
-
 // Tokens that are rows `first`.. of x: 64 k of NT octets of them, swizzled by the copy. What lies
 // behind the matrix's rows or k is zeros.
 template <int NT> struct RowTokens {

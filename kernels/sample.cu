@@ -497,7 +497,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const SampleArgs
     if (args.trace_hash) hash = mix(hash ^ args.n_vocab);
     u32 best_id = best.id == NONE ? 0 : best.id;
     double ln_total = ln((double)total) - (double)MASS_BITS * 0.69314718055994530942;
-    float logprob = (float)(((double)logits[best_id] - (double)max) - ln_total);
+    // As the key of the greatest, a zero has no sign.
+    float logprob = (float)(((double)(logits[best_id] + 0.0f) - (double)max) - ln_total);
     u32 position = slot->position + 1;
     u32 n_generated = slot->n_generated + 1;
     u32 state = 1;

@@ -374,6 +374,7 @@ fn check_sharing(
             let n_shared = upload(device, &[sharing.items.len() as u32]);
             let shared = upload(device, &sharing.rows);
             let args = AttentionArgs {
+                cache_map: kernels.cache_map(&on_device.pages).unwrap(),
                 out: out.at(0),
                 partial: partial.at(0),
                 items: items.at(0),

@@ -118,6 +118,8 @@ pub struct RouteArgs {
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct AttentionArgs {
+    /// Of the pages, where rows share some.
+    pub cache_map: TensorMap,
     pub qkv: u64,
     pub out: u64,
     pub rows: u64,

@@ -6,6 +6,7 @@ use super::launch::{AttentionArgs, Dense, ExpertBuffers, Kernels, MatmulArgs, Mo
 use super::memory::KvGeometry;
 use super::model::{CudaModel, Experts, LayerWeights, Projection};
 use super::pack;
+use super::tensor_map::TensorMap;
 use super::workspace::Workspace;
 use crate::engine::EngineError;
 use crate::engine::config::LayerKind;
@@ -152,6 +153,7 @@ impl Pass<'_> {
         kernels.matmul(Dense::Qkv, &qkv)?;
         if !cached_only {
             let mut args = AttentionArgs {
+                cache_map: TensorMap::default(),
                 qkv: work.qkv.at(0),
                 out: work.attended.at(0),
                 rows: work.rows.at(0),
@@ -176,6 +178,7 @@ impl Pass<'_> {
             match rows {
                 Rows::Step { n_rows, shares } => {
                     if shares {
+                        args.cache_map = kernels.cache_map(&work.pages)?;
                         args.items = work.items.at(0);
                         args.n_items = work.n_items.at(0);
                         args.shared = work.shared.at(0);

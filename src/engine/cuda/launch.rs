@@ -13,6 +13,7 @@ use cudarc::driver::sys;
 pub use super::arguments::{
     AttentionArgs, Dense, ExpertBuffers, GatherArgs, MatmulArgs, MoeArgs, RouteArgs, SampleArgs,
 };
+use super::buffer::DeviceBuffer;
 use super::counts::{Calls, add};
 use super::decode::Slot;
 use super::device::{Device, Function, Module, check};
@@ -26,6 +27,7 @@ use super::places;
 use super::sharing;
 use super::tensor_map::TensorMap;
 use super::variants::{self, Room, Variant};
+use crate::engine::TILE_KEYS;
 use crate::engine::checkpoint::MatrixFormat;
 use crate::engine::config::ModelConfig;
 
@@ -85,6 +87,8 @@ struct AttentionBlock {
     rows: usize,
     threads: usize,
     shared: usize,
+    /// It reads pages by tensor copies.
+    copies_tensors: bool,
 }
 
 /// Rows from which the experts' products may start early.
@@ -671,6 +675,18 @@ impl Kernels {
         self.follow(function, grid, threads, shared, &[arg(args)])
     }
 
+    /// What `attention_shared_decode` is told of the pages, where it reads them by tensor copies.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    pub fn cache_map(&self, pages: &DeviceBuffer<u16>) -> Result<TensorMap, CudaError> {
+        if !self.shared_decode.copies_tensors {
+            return Ok(TensorMap::default());
+        }
+        let n_rows = pages.len() / self.head_dim;
+        TensorMap::of_rows(pages.at(0), n_rows, self.head_dim, TILE_KEYS)
+    }
+
     /// Items of one KV head from which a prefix need not be cut to keep the GPU busy.
     pub fn whole_items(&self, n_kv_heads: usize) -> usize {
         (self.room.n_multiprocessors / 2).div_ceil(n_kv_heads)
@@ -697,8 +713,7 @@ impl Kernels {
             );
         }
         if args.items != 0 {
-            // Every head's first items first, so that a few whole ones have multiprocessors of their own.
-            let blocks = (2 * self.room.n_multiprocessors).div_ceil(n_kv_heads);
+            let blocks = (self.room.n_multiprocessors / n_kv_heads).max(1);
             let grid = [n_kv_heads, blocks, 1];
             let AttentionBlock {
                 threads, shared, ..
@@ -706,8 +721,8 @@ impl Kernels {
             let function = self.attention_shared_decode;
             self.follow(function, grid, threads, shared, &[arg(args)])?;
         }
-        // About six blocks a multiprocessor; a block goes through every so many splits.
-        let wanted = 6 * self.device.n_multiprocessors as usize;
+        // A block goes through every so many splits: so many blocks that the last to run are few.
+        let wanted = 24 * self.room.n_multiprocessors;
         let splits = wanted
             .div_ceil(n_rows * n_kv_heads)
             .clamp(1, args.max_splits.max(1) as usize);
@@ -894,10 +909,10 @@ fn room(device: &Device, build: &Build) -> Room {
 }
 
 impl AttentionBlock {
-    /// As kernels/attention_wgmma.cuh, where that is used.
-    fn of_warpgroups(config: &ModelConfig, room: Room) -> Option<Self> {
-        // Four stages of 64 keys and values, what splits are folded to, alignment.
-        const STAGES: usize = 4 * 2 * 64 * 128;
+    /// As kernels/attention_wgmma.cuh with so many stages, where that is used.
+    fn of_warpgroups(config: &ModelConfig, room: Room, stages: usize) -> Option<Self> {
+        // 64 keys and values; what splits are folded to; and alignment.
+        const STAGE: usize = 2 * 64 * 128;
         const FOLDED: usize = 9 * 32 * 16;
         const WARPS: usize = 8;
         let group = config.group();
@@ -905,28 +920,34 @@ impl AttentionBlock {
         is_used.then(|| Self {
             rows: 2 * (64 / group),
             threads: 32 * WARPS,
-            shared: STAGES + WARPS * FOLDED + 1024,
+            shared: stages * STAGE + WARPS * FOLDED + 1024,
+            copies_tensors: false,
         })
     }
 
     /// Of `attention_full` and `attention_sliding`: consecutive rows of a sequence.
     fn of_prefill(config: &ModelConfig, room: Room) -> Self {
-        Self::of_warpgroups(config, room).unwrap_or_else(|| {
+        Self::of_warpgroups(config, room, 4).unwrap_or_else(|| {
             let group = config.group();
             let warps = group.div_ceil(16).max(4);
             Self {
                 rows: warps * 16 / group,
                 threads: 32 * warps,
                 shared: attention_shared(config.head_dim),
+                copies_tensors: false,
             }
         })
     }
 
     /// Of `attention_shared_decode`: rows of an item.
     fn of_shared(config: &ModelConfig, room: Room) -> Self {
-        if let Some(block) = Self::of_warpgroups(config, room) {
+        if let Some(block) = Self::of_warpgroups(config, room, 8) {
             let rows = block.rows.min(sharing::MAX_ROWS);
-            return Self { rows, ..block };
+            return Self {
+                rows,
+                copies_tensors: true,
+                ..block
+            };
         }
         // As `SHARED_ROWS` in kernels/attention.cu.
         let group = config.group();
@@ -939,6 +960,7 @@ impl AttentionBlock {
             rows,
             threads: 32 * (rows * group).div_ceil(16),
             shared: attention_shared(config.head_dim),
+            copies_tensors: false,
         }
     }
 }
