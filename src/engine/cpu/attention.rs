@@ -1,11 +1,16 @@
-//! Grouped-query attention with sinks and a sliding window, for any number of consecutive rows
-//! of one sequence and one KV head.
+//! Grouped-query attention with sinks and a sliding window, for any rows under one KV head.
 //!
 //! A row's arithmetic depends on absolute positions alone: tiles of 64 keys in order with online
 //! softmax; on full layers a split of 256 keys begins from zero and finished splits are folded in
 //! position order; on sliding layers all tiles are one split. The sink joins maximum and
 //! denominator last, unscaled. A masked key is never multiplied: its score is not looked at and
 //! its V is skipped, so the cache may hold anything there.
+//!
+//! Neighbours whose split lies in the same memory, be they rows of one sequence or of several that
+//! share a page, go through it together: it is read and unpacked once for all of them. A query is
+//! a chain of its own throughout, so its company changes no bit.
+
+use std::ops::Range;
 
 use super::gemm::{AttentionScratch, MAX_QUERIES};
 use super::kv_cache::{KvElement, KvGeometry, PAGE_TILES};
@@ -15,15 +20,24 @@ use super::weights::Vector;
 use crate::engine::TILE_KEYS;
 use crate::quant::bf16;
 
-/// Consecutive rows of one sequence that one task attends, under one KV head.
+/// A row that is attended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Its place among the queries and the outputs.
+    pub index: usize,
+    pub sequence: usize,
+    pub position: usize,
+}
+
+/// The queries of some rows that one task attends, under one KV head.
 #[derive(Clone, Copy)]
-pub struct Rows<'a> {
-    /// Position of the first row.
-    pub first: usize,
-    pub n_rows: usize,
-    /// Query heads that share the KV head; `n_rows * group` is at most [`MAX_QUERIES`].
+pub struct Queries<'a> {
+    /// Those that share pages next to each other; on sliding layers rows of one sequence, by
+    /// position.
+    pub rows: &'a [Row],
+    /// Query heads that share the KV head; `rows.len() * group` is at most [`MAX_QUERIES`].
     pub group: usize,
-    /// The query of (row, head `g`) is `q[row * q_stride + g * head_dim..][..head_dim]`.
+    /// The query of (row, head `g`) is `q[row.index * q_stride + g * head_dim..][..head_dim]`.
     pub q: &'a [f32],
     pub q_stride: usize,
     /// The window on sliding layers.
@@ -34,10 +48,10 @@ pub struct Rows<'a> {
     pub exact: bool,
 }
 
-impl Rows<'_> {
+impl Queries<'_> {
     /// First position that a row sees.
-    fn low(&self, row: usize) -> usize {
-        let end = self.first + row + 1;
+    fn low(&self, row: &Row) -> usize {
+        let end = row.position + 1;
         self.window.map_or(0, |window| end.saturating_sub(window))
     }
 }
@@ -54,131 +68,180 @@ const EMPTY: State = State {
     sum: 0.0,
 };
 
-/// Attends; `tile_of(t)` is the tile of positions `64 t..`, and `write(row, g)` is where the
-/// output `[head_dim]` of a query goes.
+/// Where each query's values and probabilities begin.
+struct Starts {
+    q: [usize; MAX_QUERIES],
+    p: [usize; MAX_QUERIES],
+}
+
+/// Attends; `tile_of(sequence, t)` is the tile of positions `64 t..`, and `write(index, g)` is
+/// where the output `[head_dim]` of a row's query goes.
 pub fn attend<'t, 'o, E: KvElement>(
     path: CpuPath,
     geometry: &KvGeometry,
     scratch: &mut AttentionScratch,
-    rows: &Rows,
-    tile_of: impl Fn(usize) -> &'t [E],
+    queries: &Queries,
+    tile_of: impl Fn(usize, usize) -> &'t [E],
     mut write: impl FnMut(usize, usize) -> &'o mut [f32],
 ) {
-    let (head_dim, padded, group) = (geometry.head_dim, geometry.padded_head_dim, rows.group);
-    let n_queries = rows.n_rows * group;
+    let (head_dim, padded) = (geometry.head_dim, geometry.padded_head_dim);
+    let (rows, group) = (queries.rows, queries.group);
+    let n_queries = rows.len() * group;
     assert!(n_queries <= MAX_QUERIES, "the caller cuts rows into blocks");
-    let scale = 1.0 / (head_dim as f32).sqrt();
-    let mut q_starts = [0; MAX_QUERIES];
-    let mut p_starts = [0; MAX_QUERIES];
+    let mut starts = Starts {
+        q: [0; MAX_QUERIES],
+        p: [0; MAX_QUERIES],
+    };
     for query in 0..n_queries {
-        q_starts[query] = query / group * rows.q_stride + query % group * head_dim;
-        p_starts[query] = query * TILE_KEYS;
+        let row = &rows[query / group];
+        starts.q[query] = row.index * queries.q_stride + query % group * head_dim;
+        starts.p[query] = query * TILE_KEYS;
     }
     let mut split = [EMPTY; MAX_QUERIES];
     let mut folded = [EMPTY; MAX_QUERIES];
     for block in 0..padded / LANES {
         lanes_of(&mut scratch.folded, block)[..n_queries].fill([0.0; LANES]);
     }
-    let n_positions = rows.first + rows.n_rows;
-    let end_tile = n_positions.div_ceil(TILE_KEYS);
-    let mut tile = rows.low(0) / TILE_KEYS;
+    let lows = rows.iter().map(|row| queries.low(row) / TILE_KEYS);
+    let ends = rows.iter().map(|row| row.position / TILE_KEYS + 1);
+    let (mut tile, end_tile) = (lows.min().unwrap_or(0), ends.max().unwrap_or(0));
     while tile < end_tile {
-        // A split's first query: rows before it do not see any of its keys.
-        let split_start = (tile * TILE_KEYS).saturating_sub(rows.first) * group;
-        let split_end = match rows.window {
+        let split_end = match queries.window {
             Some(_) => end_tile,
-            None => (tile / PAGE_TILES * PAGE_TILES + PAGE_TILES).min(end_tile),
+            None => tile + PAGE_TILES,
         };
-        split[..n_queries].fill(EMPTY);
-        for block in 0..padded / LANES {
-            lanes_of(&mut scratch.split, block)[..n_queries].fill([0.0; LANES]);
-        }
-        while tile < split_end {
-            let start = tile * TILE_KEYS;
-            // The rows that see some key of the tile.
-            let from = start.saturating_sub(rows.first);
-            let to = match rows.window {
-                Some(window) => (start + TILE_KEYS + window - 1)
-                    .saturating_sub(rows.first)
-                    .min(rows.n_rows),
-                None => rows.n_rows,
-            };
-            if from < to {
-                let (keys, values) = tile_of(tile).split_at(TILE_KEYS * head_dim);
-                let keys = unpack(path, keys, &mut scratch.keys);
-                // Values of keys that no row sees are left alone.
-                let first_key = rows.low(from).max(start) - start;
-                let end_key = (rows.first + to).min(start + TILE_KEYS) - start;
-                let values = &values[first_key * padded..end_key * padded];
-                let values = unpack(path, values, &mut scratch.values);
-                let queries = from * group..to * group;
-                for half in first_key / LANES..end_key.div_ceil(LANES) {
-                    let scores = &mut lanes_of(&mut scratch.scores, half)[queries.clone()];
-                    scores.fill([0.0; LANES]);
-                    let starts = &q_starts[queries.clone()];
-                    let keys = &keys[half * LANES..];
-                    fma_chain(path, scores, keys, TILE_KEYS, rows.q, starts, head_dim);
-                }
-                // Rows that see the same keys go on together.
-                let seen = |row: usize| {
-                    let low = rows.low(row).max(start) - start;
-                    (low, (rows.first + row + 1).min(start + TILE_KEYS) - start)
-                };
-                let mut row = from;
-                while row < to {
-                    let (low, high) = seen(row);
-                    let mut next = row + 1;
-                    while next < to && seen(next) == (low, high) {
-                        next += 1;
-                    }
-                    let queries = row * group..next * group;
-                    row = next;
-                    let mut decay = [0.0; MAX_QUERIES];
-                    let (scores_low, scores_high) = scratch.scores.split_at(MAX_QUERIES * LANES);
-                    softmax_tile(
-                        path,
-                        &scores_low.as_chunks::<LANES>().0[queries.clone()],
-                        &scores_high.as_chunks::<LANES>().0[queries.clone()],
-                        (low, high),
-                        scale,
-                        rows.exact,
-                        &mut split[queries.clone()],
-                        &mut decay[queries.clone()],
-                        &mut scratch.probabilities.as_chunks_mut::<TILE_KEYS>().0[queries.clone()],
-                    );
-                    for block in 0..padded / LANES {
-                        let out = &mut lanes_of(&mut scratch.split, block)[queries.clone()];
-                        decay_all(path, &decay[queries.clone()], out);
-                        let values = &values[(low - first_key) * padded + block * LANES..];
-                        let starts = &p_starts[queries.clone()];
-                        let p = &scratch.probabilities[low..];
-                        fma_chain(path, out, values, padded, p, starts, high - low);
-                    }
-                }
+        // How far a row sees into the split, if it sees any of it.
+        let end = |row: &Row| (row.position + 1).min(split_end * TILE_KEYS);
+        let sees = |row: &Row| end(row) > tile * TILE_KEYS;
+        // Each sees what its predecessor sees, and of the same memory.
+        let together = |a: &Row, b: &Row| {
+            let same = || std::ptr::eq(tile_of(a.sequence, tile), tile_of(b.sequence, tile));
+            sees(a) && end(a) <= end(b) && same()
+        };
+        let mut first = 0;
+        for run in rows.chunk_by(together) {
+            let run = first..first + run.len();
+            first = run.end;
+            if !sees(&rows[run.start]) {
+                continue;
             }
-            tile += 1;
+            let of_run = run.start * group..run.end * group;
+            split[of_run.clone()].fill(EMPTY);
+            for block in 0..padded / LANES {
+                lanes_of(&mut scratch.split, block)[of_run.clone()].fill([0.0; LANES]);
+            }
+            for tile in tile..split_end.min(rows[run.end - 1].position / TILE_KEYS + 1) {
+                let keys_values = tile_of(rows[run.start].sequence, tile);
+                attend_tile(
+                    path,
+                    geometry,
+                    scratch,
+                    queries,
+                    run.clone(),
+                    &starts,
+                    tile * TILE_KEYS,
+                    keys_values,
+                    &mut split,
+                );
+            }
+            let mut factors = [(0.0, 0.0); MAX_QUERIES];
+            for query in of_run.clone() {
+                factors[query] = fold(path, &mut folded[query], split[query]);
+            }
+            for block in 0..padded / LANES {
+                let from = &lanes_of(&mut scratch.split, block)[of_run.clone()];
+                let to = &mut lanes_of(&mut scratch.folded, block)[of_run.clone()];
+                fold_all(path, &factors[of_run.clone()], from, to);
+            }
         }
-        let queries = split_start.min(n_queries)..n_queries;
-        let mut factors = [(0.0, 0.0); MAX_QUERIES];
-        for query in queries.clone() {
-            factors[query] = fold(path, &mut folded[query], split[query]);
-        }
-        for block in 0..padded / LANES {
-            let from = &lanes_of(&mut scratch.split, block)[queries.clone()];
-            let to = &mut lanes_of(&mut scratch.folded, block)[queries.clone()];
-            fold_all(path, &factors[queries.clone()], from, to);
-        }
+        tile = split_end;
     }
     for (query, state) in folded[..n_queries].iter_mut().enumerate() {
         let sink = State {
-            max: rows.sinks.get(rows.first_sink + query % group),
+            max: queries.sinks.get(queries.first_sink + query % group),
             sum: 1.0,
         };
         let (decay, _) = fold(path, state, sink);
-        let out = write(query / group, query % group);
+        let out = write(rows[query / group].index, query % group);
         for (block, out) in out.chunks_mut(LANES).enumerate() {
             let from = &lanes_of(&mut scratch.folded, block)[query];
-            finish(path, decay, state.sum, rows.exact, from, out);
+            finish(path, decay, state.sum, queries.exact, from, out);
+        }
+    }
+}
+
+/// Continues the split of the rows `run` by the tile of positions `start..`. What a row sees of it
+/// begins and ends no earlier than what its predecessor does.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "a kernel takes its shapes one by one"
+)]
+fn attend_tile<E: KvElement>(
+    path: CpuPath,
+    geometry: &KvGeometry,
+    scratch: &mut AttentionScratch,
+    queries: &Queries,
+    run: Range<usize>,
+    starts: &Starts,
+    start: usize,
+    tile: &[E],
+    split: &mut [State; MAX_QUERIES],
+) {
+    let (head_dim, padded, group) = (geometry.head_dim, geometry.padded_head_dim, queries.group);
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    // The keys that a row sees.
+    let seen = |row: &Row| {
+        let end = (row.position + 1).clamp(start, start + TILE_KEYS);
+        (queries.low(row).max(start) - start, end - start)
+    };
+    // The rows that see some key.
+    let rows = &queries.rows[run.clone()];
+    let from = run.start + rows.partition_point(|row| row.position < start);
+    let to = run.start + rows.partition_point(|row| queries.low(row) < start + TILE_KEYS);
+    if from >= to {
+        return;
+    }
+    let rows = &queries.rows[from..to];
+    let (keys, values) = tile.split_at(TILE_KEYS * head_dim);
+    let keys = unpack(path, keys, &mut scratch.keys);
+    // Values of keys that no row sees are left alone.
+    let (first_key, end_key) = (seen(&rows[0]).0, seen(&rows[rows.len() - 1]).1);
+    let values = &values[first_key * padded..end_key * padded];
+    let values = unpack(path, values, &mut scratch.values);
+    let all = from * group..to * group;
+    for half in first_key / LANES..end_key.div_ceil(LANES) {
+        let scores = &mut lanes_of(&mut scratch.scores, half)[all.clone()];
+        scores.fill([0.0; LANES]);
+        let starts = &starts.q[all.clone()];
+        let keys = &keys[half * LANES..];
+        fma_chain(path, scores, keys, TILE_KEYS, queries.q, starts, head_dim);
+    }
+    // Rows that see the same keys go on together.
+    let mut first = all.start;
+    for rows in rows.chunk_by(|a, b| seen(a) == seen(b)) {
+        let (low, high) = seen(&rows[0]);
+        let some = first..first + rows.len() * group;
+        first = some.end;
+        let mut decay = [0.0; MAX_QUERIES];
+        let (scores_low, scores_high) = scratch.scores.split_at(MAX_QUERIES * LANES);
+        softmax_tile(
+            path,
+            &scores_low.as_chunks::<LANES>().0[some.clone()],
+            &scores_high.as_chunks::<LANES>().0[some.clone()],
+            (low, high),
+            scale,
+            queries.exact,
+            &mut split[some.clone()],
+            &mut decay[some.clone()],
+            &mut scratch.probabilities.as_chunks_mut::<TILE_KEYS>().0[some.clone()],
+        );
+        for block in 0..padded / LANES {
+            let out = &mut lanes_of(&mut scratch.split, block)[some.clone()];
+            decay_all(path, &decay[some.clone()], out);
+            let values = &values[(low - first_key) * padded + block * LANES..];
+            let starts = &starts.p[some.clone()];
+            let p = &scratch.probabilities[low..];
+            fma_chain(path, out, values, padded, p, starts, high - low);
         }
     }
 }
@@ -339,8 +402,8 @@ pub fn reference<'t, 'o, E: KvElement>(
     _path: CpuPath,
     geometry: &KvGeometry,
     _scratch: &mut AttentionScratch,
-    rows: &Rows,
-    tile_of: impl Fn(usize) -> &'t [E],
+    queries: &Queries,
+    tile_of: impl Fn(usize, usize) -> &'t [E],
     mut write: impl FnMut(usize, usize) -> &'o mut [f32],
 ) {
     let (head_dim, padded) = (geometry.head_dim, geometry.padded_head_dim);
@@ -348,10 +411,11 @@ pub fn reference<'t, 'o, E: KvElement>(
         let mut scratch = [0.0];
         f64::from(E::as_f32(&[x], &mut scratch)[0])
     };
-    for row in 0..rows.n_rows {
-        let keys = rows.low(row)..rows.first + row + 1;
-        for g in 0..rows.group {
-            let q = &rows.q[row * rows.q_stride + g * head_dim..][..head_dim];
+    for row in queries.rows {
+        let keys = queries.low(row)..row.position + 1;
+        let tile_of = |tile: usize| tile_of(row.sequence, tile);
+        for g in 0..queries.group {
+            let q = &queries.q[row.index * queries.q_stride + g * head_dim..][..head_dim];
             let score = |key: usize| {
                 let tile = tile_of(key / TILE_KEYS);
                 let k = |dim: usize| value(tile[dim * TILE_KEYS + key % TILE_KEYS]);
@@ -359,10 +423,10 @@ pub fn reference<'t, 'o, E: KvElement>(
                 sum / (head_dim as f64).sqrt()
             };
             let scores: Vec<f64> = keys.clone().map(score).collect();
-            let sink = f64::from(rows.sinks.get(rows.first_sink + g));
+            let sink = f64::from(queries.sinks.get(queries.first_sink + g));
             let max = scores.iter().copied().fold(sink, f64::max);
             let sum = (sink - max).exp() + scores.iter().map(|s| (s - max).exp()).sum::<f64>();
-            for (dim, out) in write(row, g).iter_mut().enumerate() {
+            for (dim, out) in write(row.index, g).iter_mut().enumerate() {
                 let mut total = 0.0;
                 for (key, score) in keys.clone().zip(&scores) {
                     let tile = tile_of(key / TILE_KEYS);
@@ -370,7 +434,7 @@ pub fn reference<'t, 'o, E: KvElement>(
                     total += (score - max).exp() / sum * value(tile[at]);
                 }
                 let total = total as f32;
-                *out = if rows.exact {
+                *out = if queries.exact {
                     total
                 } else {
                     bf16::round(total)

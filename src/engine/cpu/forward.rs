@@ -3,13 +3,16 @@
 //! Prefill and decode are this function with different row counts and give equal bits: no
 //! operation's arithmetic for a row looks at another row of the pass.
 
-use super::attention::{Rows, attend};
+use std::cmp::Reverse;
+use std::ops::Range;
+
+use super::attention::{Queries, Row, attend};
 use super::buffer::{Buffer, Disjoint};
 use super::embed::embed;
 use super::gemm::{Exec, MAX_QUERIES};
 use super::kv_append::kv_append;
 use super::kv_cache::{KvCache, KvElement};
-use super::lanes::for_each;
+use super::lanes::{for_each, for_each_in_turn};
 use super::matmul::{Epilogue, matmul};
 use super::model::{CpuModel, LayerWeights};
 use super::moe_combine::moe_combine;
@@ -32,22 +35,17 @@ pub struct Segment {
     pub n_rows: usize,
 }
 
-/// Rows of a segment that one attention task takes.
-#[derive(Clone, Copy, Debug)]
-struct Block {
-    segment: Segment,
-    /// Rows of the segment before the block.
-    skip: usize,
-    n_rows: usize,
-}
-
 /// The rows of a pass.
 #[derive(Default)]
 pub struct Batch {
     pub segments: Vec<Segment>,
     pub tokens: Vec<TokenId>,
     pub positions: Vec<u32>,
-    blocks: Vec<Block>,
+    rows: Vec<Row>,
+    /// The rows once more, those that share pages next to each other.
+    by_pages: Vec<Row>,
+    /// Which of `by_pages` an attention task takes; the largest task first.
+    blocks: Vec<Range<usize>>,
 }
 
 impl Batch {
@@ -57,6 +55,8 @@ impl Batch {
             segments: Vec::with_capacity(max_rows),
             tokens: Vec::with_capacity(max_rows),
             positions: Vec::with_capacity(max_rows),
+            rows: Vec::with_capacity(max_rows),
+            by_pages: Vec::with_capacity(max_rows),
             blocks: Vec::with_capacity(max_rows),
         }
     }
@@ -69,35 +69,75 @@ impl Batch {
         self.segments.clear();
         self.tokens.clear();
         self.positions.clear();
+        self.rows.clear();
+        self.by_pages.clear();
         self.blocks.clear();
     }
 
     /// Adds consecutive tokens of a sequence that is not in the pass yet.
-    pub fn push(&mut self, group: usize, sequence: usize, first: usize, tokens: &[TokenId]) {
-        let n_rows = tokens.len();
-        let segment = Segment {
+    pub fn push(&mut self, sequence: usize, first: usize, tokens: &[TokenId]) {
+        let (row, n_rows) = (self.n_rows(), tokens.len());
+        self.segments.push(Segment {
             sequence,
             first,
-            row: self.n_rows(),
+            row,
             n_rows,
-        };
-        self.segments.push(segment);
+        });
         self.tokens.extend_from_slice(tokens);
+        let positions = first..first + n_rows;
         self.positions
-            .extend((first..first + n_rows).map(|position| position as u32));
-        let a_block = rows_a_block(group);
-        self.blocks
-            .extend((0..n_rows).step_by(a_block).map(|skip| Block {
-                segment,
-                skip,
-                n_rows: a_block.min(n_rows - skip),
+            .extend(positions.clone().map(|position| position as u32));
+        self.rows
+            .extend(positions.enumerate().map(|(i, position)| Row {
+                index: row + i,
+                sequence,
+                position,
             }));
+    }
+
+    /// Divides the rows into the blocks of full layers' attention: of rows that share their first
+    /// page at least, about equal numbers, up to `most`. In the order of their pages those that
+    /// share the most are neighbours, be it through a prefix or a prefix of that.
+    pub fn divide(&mut self, page_table: &[u32], max_pages: usize, most: usize) {
+        let pages = |row: &Row| {
+            let table = &page_table[row.sequence * max_pages..][..max_pages];
+            &table[..=row.position / PAGE_POSITIONS]
+        };
+        self.by_pages.clear();
+        self.by_pages.extend_from_slice(&self.rows);
+        self.by_pages.sort_unstable_by(|a, b| {
+            let by_position = a.position.cmp(&b.position);
+            pages(a).cmp(pages(b)).then(by_position)
+        });
+        self.blocks.clear();
+        let mut first = 0;
+        for rows in self.by_pages.chunk_by(|a, b| pages(a)[0] == pages(b)[0]) {
+            let n = rows.len().div_ceil(rows.len().div_ceil(most));
+            let end = first + rows.len();
+            let blocks = (first..end).step_by(n);
+            self.blocks
+                .extend(blocks.map(|first| first..end.min(first + n)));
+            first = end;
+        }
+        let by_pages = &self.by_pages;
+        let n_keys = |rows: &[Row]| rows.iter().map(|row| row.position + 1).sum::<usize>();
+        self.blocks
+            .sort_unstable_by_key(|block| Reverse(n_keys(&by_pages[block.clone()])));
     }
 }
 
 /// Rows of which one attention task carries all query heads of a KV head.
 fn rows_a_block(group: usize) -> usize {
     (MAX_QUERIES / group).max(1)
+}
+
+/// The same in a pass of `n_rows`: fewer where threads would go without a task. What a page is read
+/// more often for it costs less than threads that wait.
+pub fn rows_a_task(config: &ModelConfig, n_rows: usize, n_threads: usize) -> usize {
+    /// A thread waits for the others' last task: about a fourth of its time at most.
+    const TASKS_A_THREAD: usize = 4;
+    let most = n_rows * config.n_kv_heads / (TASKS_A_THREAD * n_threads);
+    most.clamp(1, rows_a_block(config.group()))
 }
 
 /// How far a pass goes.
@@ -285,30 +325,23 @@ fn attend_full<E: KvElement>(
     let n_heads = geometry.n_kv_heads;
     let attended = Disjoint::new(&mut work.attended);
     let (qkv, table, max_pages) = (&work.qkv, &work.page_table, work.max_pages);
-    for_each(batch.blocks.len() * n_heads, 1, |task| {
-        let (block, head) = (batch.blocks[task / n_heads], task % n_heads);
-        let segment = block.segment;
-        let row = segment.row + block.skip;
-        let rows = Rows {
-            first: segment.first + block.skip,
-            n_rows: block.n_rows,
-            window: None,
-            ..queries(exec, config, layer, qkv, row, head)
-        };
-        let tile_of = |tile: usize| {
-            let page = page_of(table, max_pages, segment.sequence, tile);
+    for_each_in_turn(batch.blocks.len() * n_heads, |task| {
+        let (block, head) = (&batch.blocks[task / n_heads], task % n_heads);
+        let rows = &batch.by_pages[block.clone()];
+        let queries = queries(exec, config, layer, qkv, rows, head);
+        let tile_of = |sequence: usize, tile: usize| {
+            let page = page_of(table, max_pages, sequence, tile);
             let start = geometry.page_tile(page, layer.kind_index, head, tile);
             &kv.pages[start..][..geometry.tile_len()]
         };
         exec.with_scratch(|scratch| {
-            let write = |i, g| output(config, &attended, row + i, head, g);
             attend(
                 exec.path,
                 &geometry,
                 &mut scratch.attention,
-                &rows,
+                &queries,
                 tile_of,
-                write,
+                |row, g| output(config, &attended, row, head, g),
             );
         });
     });
@@ -352,23 +385,21 @@ fn attend_sliding<E: KvElement>(
             }
             let ring = &*ring;
             for skip in (step..step_end).step_by(a_block) {
-                let row = segment.row + skip;
-                let rows = Rows {
-                    first: segment.first + skip,
-                    n_rows: a_block.min(step_end - skip),
+                let n_rows = a_block.min(step_end - skip);
+                let rows = &batch.rows[segment.row + skip..][..n_rows];
+                let queries = Queries {
                     window: Some(geometry.window),
-                    ..queries(exec, config, layer, qkv, row, head)
+                    ..queries(exec, config, layer, qkv, rows, head)
                 };
-                let tile_of = |tile: usize| &ring[tile_start(tile)..][..geometry.tile_len()];
+                let tile_of = |_, tile: usize| &ring[tile_start(tile)..][..geometry.tile_len()];
                 exec.with_scratch(|scratch| {
-                    let write = |i, g| output(config, &attended, row + i, head, g);
                     attend(
                         exec.path,
                         &geometry,
                         &mut scratch.attention,
-                        &rows,
+                        &queries,
                         tile_of,
-                        write,
+                        |row, g| output(config, &attended, row, head, g),
                     );
                 });
             }
@@ -376,22 +407,20 @@ fn attend_sliding<E: KvElement>(
     });
 }
 
-/// The queries of one KV head's group from row `row` of the pass on; first position and window
-/// are the caller's.
+/// The queries of one KV head's group; on sliding layers the window is the caller's.
 fn queries<'a>(
     exec: &Exec,
     config: &ModelConfig,
     layer: &'a LayerWeights,
     qkv: &'a [f32],
-    row: usize,
+    rows: &'a [Row],
     head: usize,
-) -> Rows<'a> {
+) -> Queries<'a> {
     let group = config.group();
-    Rows {
-        first: 0,
-        n_rows: 0,
+    Queries {
+        rows,
         group,
-        q: &qkv[row * config.qkv_width() + head * group * config.head_dim..],
+        q: &qkv[head * group * config.head_dim..],
         q_stride: config.qkv_width(),
         window: None,
         sinks: &layer.sinks,
@@ -414,5 +443,108 @@ fn output<'a>(
     #[allow(unsafe_code, reason = "rows and heads are disjoint")]
     unsafe {
         attended.slice_mut(start, config.head_dim)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAX_PAGES: usize = 5;
+
+    /// The sequences of each block, in order, of a row a sequence at `positions`.
+    fn divided(
+        page_table: &[[u32; MAX_PAGES]],
+        positions: &[usize],
+        most: usize,
+    ) -> Vec<Vec<usize>> {
+        let mut batch = Batch::with_capacity(positions.len());
+        for (sequence, &position) in positions.iter().enumerate() {
+            batch.push(sequence, position, &[0]);
+        }
+        batch.divide(page_table.as_flattened(), MAX_PAGES, most);
+        let sequences = |block: &Range<usize>| {
+            let rows = batch.by_pages[block.clone()].iter();
+            rows.map(|row| row.sequence).collect()
+        };
+        let blocks: Vec<Vec<usize>> = batch.blocks.iter().map(sequences).collect();
+        let mut all = blocks.concat();
+        all.sort_unstable();
+        assert!(all.into_iter().eq(0..positions.len()), "each row once");
+        let n_keys =
+            |block: &Vec<usize>| block.iter().map(|&row| positions[row] + 1).sum::<usize>();
+        assert!(blocks.is_sorted_by_key(|block| Reverse(n_keys(block))));
+        blocks
+    }
+
+    #[test]
+    fn rows_of_a_shared_page_are_divided_evenly() {
+        for (n_rows, expected) in [
+            (1, &[1][..]),
+            (2, &[2]),
+            (8, &[8]),
+            (9, &[5, 4]),
+            (17, &[6, 6, 5]),
+        ] {
+            let table: Vec<_> = (0..n_rows).map(|row| [7, 100 + row, 0, 0, 0]).collect();
+            let blocks = divided(&table, &vec![300; n_rows as usize], 8);
+            let sizes: Vec<usize> = blocks.iter().map(Vec::len).collect();
+            assert_eq!(sizes, expected);
+        }
+    }
+
+    #[test]
+    fn rows_of_their_own_are_blocks_of_their_own_the_longest_first() {
+        let table = [[1, 0, 0, 0, 0], [2, 5, 0, 0, 0], [3, 5, 6, 0, 0]];
+        let blocks = divided(&table, &[10, 300, 600], 8);
+        assert_eq!(blocks, [[2], [1], [0]]);
+    }
+
+    #[test]
+    fn those_that_share_most_are_neighbours() {
+        let x = u32::MAX;
+        let table = [
+            [1, 2, 9, 4, x],
+            [1, 3, 11, x, x],
+            [1, 2, 9, 5, x],
+            [1, x, x, x, x],
+            [1, 3, 12, x, x],
+            [8, 2, 9, 6, x],
+        ];
+        let positions = [900, 600, 901, 200, 700, 800];
+        assert_eq!(
+            divided(&table, &positions, 8),
+            [vec![3, 0, 2, 1, 4], vec![5]]
+        );
+        // Pages that a row has and does not reach yet do not count.
+        assert_eq!(
+            divided(&table, &[300, 600, 400, 200, 700, 100], 3),
+            [vec![1, 4], vec![3, 0, 2], vec![5]]
+        );
+    }
+
+    #[test]
+    fn no_thread_is_without_tasks_for_the_sake_of_sharing() {
+        let config = crate::engine::shapes::named("gpt-oss-20b").expect("a shape");
+        for (n_rows, n_threads, expected) in [
+            (1, 2, 1),
+            (4, 2, 4),
+            (8, 2, 8),
+            (8, 64, 1),
+            (64, 64, 2),
+            (512, 64, 8),
+        ] {
+            assert_eq!(rows_a_task(&config, n_rows, n_threads), expected);
+        }
+    }
+
+    #[test]
+    fn a_prompt_is_cut_into_blocks_in_order() {
+        let mut batch = Batch::with_capacity(40);
+        batch.push(0, 250, &[0; 40]);
+        batch.divide(&[3, 1, 0, 0, 0], MAX_PAGES, 8);
+        let firsts: Vec<usize> = batch.blocks.iter().map(|block| block.start).collect();
+        assert_eq!(firsts, [32, 24, 16, 8, 0], "the last has the most keys");
+        assert!(batch.by_pages.iter().map(|row| row.position).eq(250..290));
     }
 }

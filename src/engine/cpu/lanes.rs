@@ -7,6 +7,8 @@
 //! pairs have an order of their own ([`super::amx`]). Lanes are output rows, keys, or value dims, never
 //! parts of a sum, so an output is one chain whatever the path and however many `t` run together.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use super::path::{CpuPath, Kind, on_each_path};
 
 /// Lanes of a weight tile.
@@ -343,6 +345,26 @@ pub fn for_each(n: usize, min: usize, task: impl Fn(usize) + Send + Sync) {
     }
 }
 
+/// Runs `task` on `0..n` in parallel: a thread that is free takes the next one. For tasks of unequal
+/// size, the largest first.
+pub fn for_each_in_turn(n: usize, task: impl Fn(usize) + Send + Sync) {
+    use rayon::prelude::*;
+    let next = AtomicUsize::new(0);
+    let n_threads = rayon::current_num_threads().min(n);
+    (0..n_threads)
+        .into_par_iter()
+        .with_max_len(1)
+        .for_each(|_| {
+            loop {
+                let turn = next.fetch_add(1, Ordering::Relaxed);
+                if turn >= n {
+                    break;
+                }
+                task(turn);
+            }
+        });
+}
+
 on_each_path! {
     /// `exp` of each value, in place.
     pub fn exp_all(values: &mut [f32]) = exp_all_body
@@ -382,6 +404,21 @@ mod tests {
         }
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn every_turn_is_taken_once() {
+        for n_threads in [1, 3] {
+            let pool = crate::engine::cpu::thread_pool(n_threads).expect("threads");
+            for n in [0, 1, 2, 100] {
+                let turns: Vec<AtomicUsize> = (0..n).map(|_| AtomicUsize::new(0)).collect();
+                let take = |turn: usize| {
+                    turns[turn].fetch_add(1, Ordering::Relaxed);
+                };
+                pool.install(|| for_each_in_turn(n, take));
+                assert!(turns.iter().all(|turn| turn.load(Ordering::Relaxed) == 1));
+            }
+        }
     }
 
     #[test]

@@ -298,8 +298,7 @@ impl CpuBackend {
                 "a page of positions {first}..{end} of sequence {sequence} is not mapped"
             );
         }
-        self.batch
-            .push(self.model.config.group(), sequence, first, tokens);
+        self.batch.push(sequence, first, tokens);
         self.sequences[sequence].length = end;
     }
 
@@ -312,8 +311,11 @@ impl CpuBackend {
             kv,
             work,
             batch,
+            options,
             ..
         } = self;
+        let most = forward::rows_a_task(&model.config, batch.n_rows(), options.n_threads);
+        batch.divide(&work.page_table, work.max_pages, most);
         pool.install(|| {
             with_kv!(kv, kv => forward::forward(exec, model, kv, work, batch, until));
         });

@@ -14,7 +14,7 @@ use super::*;
 use crate::engine::cpu::buffer::Buffer;
 use crate::quant::bf16;
 
-/// As in `tests/kernels.rs`: of chains of some hundred products of about 1.
+/// As in `tests/kernels/common.rs`: of chains of some hundred products of about 1.
 const PRODUCT: f32 = 2e-5;
 
 const LIMIT: f32 = 1.5;
