@@ -126,7 +126,7 @@ template <Mode MODE> struct TileStages {
             for (int i = 0; i < TILE / APART; i++) {
                 int position = (int)tile * TILE + key + i * APART;
                 // What no query of the block sees is zeros, whatever the cache holds there.
-                bool seen = MODE == SHARED || position <= last && (!SLIDING || position >= lowest);
+                bool seen = position <= last && (!SLIDING || position >= lowest);
                 const u8* from_key = from + i * APART * 128;
                 u32 to_value = (SLIDING ? ring : 256) * 128;
                 if (SLIDING && position >= segment_position) {
