@@ -356,6 +356,29 @@ fn commands_that_cannot_run() {
 }
 
 #[test]
+fn numbers_out_of_range_are_refused() {
+    let good = GOOD.as_bytes();
+    cannot_run(
+        "samples-too-many",
+        &[("a.jsonl", good)],
+        &["eval", "a.jsonl", "--samples", "18446744073709551615"],
+    );
+    cannot_run(
+        "threads-too-many",
+        &[
+            ("c.toml", b"threads = 9223372036854775807\n"),
+            ("a.jsonl", good),
+        ],
+        &["eval", "a.jsonl", "--config", "c.toml"],
+    );
+    cannot_run(
+        "plan-batch-too-large",
+        &[],
+        &["plan", "--batch", "18446744073709551615"],
+    );
+}
+
+#[test]
 fn a_folder_of_another_run_is_refused() {
     let scratch = Scratch::new("mismatch");
     scratch.write("rows.jsonl", GOOD);
