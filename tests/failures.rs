@@ -376,6 +376,13 @@ fn numbers_out_of_range_are_refused() {
         &[],
         &["plan", "--batch", "18446744073709551615"],
     );
+    let profile = b"name = \"p\"\ntemplate = \"{{ question }}\"\n[scoring]\nscorer = \"exact\"\n\
+        rules = [\"whole\"]\n[defaults]\ntemperature = nan\n";
+    cannot_run(
+        "profile-out-of-range",
+        &[("a.jsonl", good), ("p.toml", profile)],
+        &["eval", "a.jsonl", "--profile", "p.toml"],
+    );
 }
 
 #[test]
