@@ -376,6 +376,12 @@ fn numbers_out_of_range_are_refused() {
         &[],
         &["plan", "--batch", "18446744073709551615"],
     );
+    let endless = br#"{"prompt": "p", "tokens": [1], "n_greedy": 18446744073709551615}"#;
+    cannot_run(
+        "logits-too-long",
+        &[("in.jsonl", endless)],
+        &["logits", "nano", "in.jsonl"],
+    );
     let profile = b"name = \"p\"\ntemplate = \"{{ question }}\"\n[scoring]\nscorer = \"exact\"\n\
         rules = [\"whole\"]\n[defaults]\ntemperature = nan\n";
     cannot_run(
