@@ -391,6 +391,50 @@ fn numbers_out_of_range_are_refused() {
     );
 }
 
+/// A run whose file was edited: the command names the field and leaves the folder alone.
+fn damaged_run(name: &str, file: &str, edit: impl Fn(&str) -> String, args: &[&str]) {
+    let scratch = Scratch::new(name);
+    let row =
+        r#"{"id": "c-1", "question": "Which is even?", "options": ["1", "2"], "answer": "B"}"#;
+    scratch.write("rows.jsonl", row);
+    let eval = ["eval", "rows.jsonl", "--out", "run", "--quiet"];
+    support::run_ok(scratch.path(), &eval);
+    let path = scratch.join("run").join(file);
+    let whole = std::fs::read_to_string(&path).unwrap();
+    let damaged = edit(&whole);
+    assert_ne!(damaged, whole);
+    std::fs::write(&path, &damaged).unwrap();
+    let output = run(scratch.path(), args);
+    snapshot::check_output(name, scratch.path(), args, &output);
+    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), damaged);
+}
+
+#[test]
+fn numbers_that_no_run_writes_are_refused() {
+    const MAX: &str = "18446744073709551615";
+    let gold = |text: &str| {
+        let old = r#""gold":{"kind":"option","value":1}"#;
+        text.replace(old, &old.replace('1', MAX))
+    };
+    damaged_run("damaged-gold", "results.jsonl", gold, &["report", "run"]);
+    let sample = |text: &str| text.replace("\"sample\":0", "\"sample\":4294967295");
+    let merge = ["merge", "run", "--out", "all"];
+    damaged_run("damaged-sample", "results.jsonl", sample, &merge);
+    let bytes = |text: &str| text.replace("\"loaded_bytes\": ", "\"loaded_bytes\": 999999999999");
+    let compare = ["compare", "run", "run"];
+    damaged_run("damaged-ledger", "run.json", bytes, &compare);
+    let steps = |text: &str| {
+        text.replace(
+            "\"live_row_steps\": ",
+            "\"live_row_steps\": 999999999999999",
+        )
+    };
+    damaged_run("damaged-totals", "run.json", steps, &["score", "run"]);
+    let samples = |text: &str| text.replace("\"samples\": 1,", "\"samples\": 4294967295,");
+    damaged_run("damaged-samples", "run.json", samples, &compare);
+}
+
 #[test]
 fn a_folder_of_another_run_is_refused() {
     let scratch = Scratch::new("mismatch");
