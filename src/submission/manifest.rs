@@ -266,6 +266,12 @@ impl RunManifest {
                 "`generation.samples` is {n_samples}, expected at most {MAX_SAMPLES}"
             )));
         }
+        // Another's folder must not name a file of ours to be replaced.
+        if let Some(package) = &manifest.submission_format.package {
+            package
+                .check()
+                .map_err(|reason| invalid(format!("`submission_format.package`: {reason}")))?;
+        }
         Ok(manifest)
     }
 

@@ -175,3 +175,22 @@ fn a_killed_session_takes_no_sums_that_cannot_be() {
     manifest.begin_session(dir.path(), session);
     assert_eq!(manifest.totals.live_row_steps, 0);
 }
+
+#[test]
+fn a_package_that_would_replace_another_file_is_refused() {
+    let dir = TestDir::new("package");
+    let mut manifest = manifest();
+    for zip in ["results.jsonl", "../elsewhere.zip", "/tmp/elsewhere.zip"] {
+        let package = serde_json::json!({"zip": zip});
+        manifest.submission_format.package =
+            Some(serde_json::from_value(package).expect("the other keys have defaults"));
+        manifest
+            .write(dir.path())
+            .expect("the test folder is writable");
+        let error = RunManifest::read(dir.path()).expect_err(zip).to_string();
+        assert!(
+            error.contains("`submission_format.package`: `zip"),
+            "{error}"
+        );
+    }
+}
