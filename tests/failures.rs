@@ -436,6 +436,25 @@ fn numbers_that_no_run_writes_are_refused() {
 }
 
 #[test]
+fn a_file_name_need_not_be_utf8() {
+    use std::os::unix::ffi::OsStrExt;
+    let scratch = Scratch::new("name-not-utf8");
+    let name = std::ffi::OsStr::from_bytes(b"rows-\xff.jsonl");
+    std::fs::write(scratch.path().join(name), GOOD).unwrap();
+    let eval = || {
+        let mut command = support::podium(scratch.path());
+        command.arg("eval").arg(name).args(["--out", "run", "-q"]);
+        let output = command.output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{message}");
+    };
+    eval();
+    let manifest = std::fs::read_to_string(scratch.join("run/run.json")).unwrap();
+    assert!(manifest.contains("rows-\u{fffd}.jsonl"), "{manifest}");
+    eval();
+}
+
+#[test]
 fn a_folder_of_another_run_is_refused() {
     let scratch = Scratch::new("mismatch");
     scratch.write("rows.jsonl", GOOD);
