@@ -137,6 +137,18 @@ impl Tokenizer {
         for key in ["truncation", "padding", "post_processor", "decoder"] {
             root.insert(key.into(), Value::Null);
         }
+        let model = root.get("model");
+        for key in NOT_BYTE_LEVEL {
+            let value = model.and_then(|model| model.get(key));
+            let is_unset = |value: &Value| {
+                value.is_null() || value.as_str() == Some("") || value.as_f64() == Some(0.0)
+            };
+            if let Some(value) = value.filter(|value| !is_unset(value)) {
+                return Err(TokenizerError::Invalid {
+                    reason: format!("`model.{key}` is {value}, expected null"),
+                });
+            }
+        }
         if let Some(vocab) = root
             .get_mut("model")
             .and_then(|model| model.get_mut("vocab"))
@@ -285,6 +297,10 @@ impl Tokenizer {
         }
     }
 }
+
+/// What a byte-level BPE model has not. With a prefix the crate cuts each merge short by it, and
+/// panics where one is shorter; with dropout a text's tokens are drawn anew each time.
+const NOT_BYTE_LEVEL: [&str; 3] = ["continuing_subword_prefix", "end_of_word_suffix", "dropout"];
 
 /// Ids above this are refused: the tables would be as large as a hostile file likes.
 const MAX_IDS: usize = 1 << 22;
@@ -443,6 +459,22 @@ pub(crate) mod tests {
             Tokenizer::from_bytes(no_bytes.as_bytes()),
             Err(TokenizerError::NotByteLevel { byte: b'A' })
         ));
+        for (key, value) in [
+            ("continuing_subword_prefix", "\"long\""),
+            ("end_of_word_suffix", "\"</w>\""),
+            ("dropout", "0.5"),
+        ] {
+            let with = |value| {
+                let model = format!("\"model\":{{\"{key}\":{value},");
+                Tokenizer::from_bytes(tiny_json().replace("\"model\":{", &model).as_bytes())
+            };
+            let error = with(value).err().expect(key).to_string();
+            assert!(
+                error.contains(&format!("`model.{key}` is {value}")),
+                "{error}"
+            );
+            assert!(with("null").is_ok(), "{key}");
+        }
     }
 
     proptest! {

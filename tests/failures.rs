@@ -356,6 +356,105 @@ fn commands_that_cannot_run() {
 }
 
 #[test]
+fn numbers_out_of_range_are_refused() {
+    let good = GOOD.as_bytes();
+    cannot_run(
+        "samples-too-many",
+        &[("a.jsonl", good)],
+        &["eval", "a.jsonl", "--samples", "18446744073709551615"],
+    );
+    cannot_run(
+        "threads-too-many",
+        &[
+            ("c.toml", b"threads = 9223372036854775807\n"),
+            ("a.jsonl", good),
+        ],
+        &["eval", "a.jsonl", "--config", "c.toml"],
+    );
+    cannot_run(
+        "plan-batch-too-large",
+        &[],
+        &["plan", "--batch", "18446744073709551615"],
+    );
+    let endless = br#"{"prompt": "p", "tokens": [1], "n_greedy": 18446744073709551615}"#;
+    cannot_run(
+        "logits-too-long",
+        &[("in.jsonl", endless)],
+        &["logits", "nano", "in.jsonl"],
+    );
+    let profile = b"name = \"p\"\ntemplate = \"{{ question }}\"\n[scoring]\nscorer = \"exact\"\n\
+        rules = [\"whole\"]\n[defaults]\ntemperature = nan\n";
+    cannot_run(
+        "profile-out-of-range",
+        &[("a.jsonl", good), ("p.toml", profile)],
+        &["eval", "a.jsonl", "--profile", "p.toml"],
+    );
+}
+
+/// A run whose file was edited: the command names the field and leaves the folder alone.
+fn damaged_run(name: &str, file: &str, edit: impl Fn(&str) -> String, args: &[&str]) {
+    let scratch = Scratch::new(name);
+    let row =
+        r#"{"id": "c-1", "question": "Which is even?", "options": ["1", "2"], "answer": "B"}"#;
+    scratch.write("rows.jsonl", row);
+    let eval = ["eval", "rows.jsonl", "--out", "run", "--quiet"];
+    support::run_ok(scratch.path(), &eval);
+    let path = scratch.join("run").join(file);
+    let whole = std::fs::read_to_string(&path).unwrap();
+    let damaged = edit(&whole);
+    assert_ne!(damaged, whole);
+    std::fs::write(&path, &damaged).unwrap();
+    let output = run(scratch.path(), args);
+    snapshot::check_output(name, scratch.path(), args, &output);
+    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), damaged);
+}
+
+#[test]
+fn numbers_that_no_run_writes_are_refused() {
+    const MAX: &str = "18446744073709551615";
+    let gold = |text: &str| {
+        let old = r#""gold":{"kind":"option","value":1}"#;
+        text.replace(old, &old.replace('1', MAX))
+    };
+    damaged_run("damaged-gold", "results.jsonl", gold, &["report", "run"]);
+    let sample = |text: &str| text.replace("\"sample\":0", "\"sample\":4294967295");
+    let merge = ["merge", "run", "--out", "all"];
+    damaged_run("damaged-sample", "results.jsonl", sample, &merge);
+    let bytes = |text: &str| text.replace("\"loaded_bytes\": ", "\"loaded_bytes\": 999999999999");
+    let compare = ["compare", "run", "run"];
+    damaged_run("damaged-ledger", "run.json", bytes, &compare);
+    let steps = |text: &str| {
+        text.replace(
+            "\"live_row_steps\": ",
+            "\"live_row_steps\": 999999999999999",
+        )
+    };
+    damaged_run("damaged-totals", "run.json", steps, &["score", "run"]);
+    let samples = |text: &str| text.replace("\"samples\": 1,", "\"samples\": 4294967295,");
+    damaged_run("damaged-samples", "run.json", samples, &compare);
+}
+
+#[test]
+fn a_file_name_need_not_be_utf8() {
+    use std::os::unix::ffi::OsStrExt;
+    let scratch = Scratch::new("name-not-utf8");
+    let name = std::ffi::OsStr::from_bytes(b"rows-\xff.jsonl");
+    std::fs::write(scratch.path().join(name), GOOD).unwrap();
+    let eval = || {
+        let mut command = support::podium(scratch.path());
+        command.arg("eval").arg(name).args(["--out", "run", "-q"]);
+        let output = command.output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{message}");
+    };
+    eval();
+    let manifest = std::fs::read_to_string(scratch.join("run/run.json")).unwrap();
+    assert!(manifest.contains("rows-\u{fffd}.jsonl"), "{manifest}");
+    eval();
+}
+
+#[test]
 fn a_folder_of_another_run_is_refused() {
     let scratch = Scratch::new("mismatch");
     scratch.write("rows.jsonl", GOOD);

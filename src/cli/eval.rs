@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::values::{self, AutoOr, Bytes, Device, Seconds, Shard};
 use crate::prompt::Reasoning;
+use crate::submission::identity::MAX_SAMPLES;
 
 /// Arguments of `podium eval`.
 #[derive(Debug, clap::Args)]
@@ -136,7 +137,7 @@ pub struct NumericsArgs {
     #[arg(long)]
     pub exact: bool,
     /// Worker threads [default: one a core]
-    #[arg(long, value_name = "N", value_parser = values::positive)]
+    #[arg(long, value_name = "N", value_parser = values::threads)]
     pub threads: Option<usize>,
 }
 
@@ -258,7 +259,7 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpu_memory: Option<Bytes>,
     /// Worker threads [default: one a core]
-    #[arg(long, value_name = "N", value_parser = values::positive, help_heading = "Machine")]
+    #[arg(long, value_name = "N", value_parser = values::threads, help_heading = "Machine")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
     /// Stop after this time with what is done, such as 20m or 4h; the rest is `not_run`
@@ -292,8 +293,23 @@ impl Options {
              gpu_memory threads time_limit no_refill no_prefix_reuse trace_hash)
     }
 
-    /// Whether sampling flags are in range; the message names the flag and the range.
+    /// Whether numbers are in range, also those that a file gives, which clap has not seen; the
+    /// message names the flag and the range.
     pub fn check(&self) -> Result<(), String> {
+        for (flag, value, most) in [
+            ("limit", self.limit, usize::MAX),
+            ("max-new-tokens", self.max_new_tokens, usize::MAX),
+            ("samples", self.samples, MAX_SAMPLES as usize),
+            ("threads", self.threads, values::MAX_THREADS),
+        ] {
+            let Some(n) = value else { continue };
+            if n == 0 {
+                return Err(format!("`--{flag} 0` is not at least 1"));
+            }
+            if n > most {
+                return Err(format!("`--{flag} {n}` is more than {most}"));
+            }
+        }
         if let Some(t) = self.temperature
             && !(0.0..=100.0).contains(&t)
         {
@@ -392,5 +408,42 @@ pub fn unredacted(path: &str) -> PathBuf {
     match (path.strip_prefix("~/"), std::env::var_os("HOME")) {
         (Some(rest), Some(home)) => PathBuf::from(home).join(rest),
         _ => PathBuf::from(path),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_of_a_file_has_the_range_of_its_flag() {
+        let check = |text: &str| {
+            let options: Options = toml::from_str(text).expect("it is TOML");
+            options.check()
+        };
+        for good in ["samples = 1000000", "threads = 4096", "limit = 1"] {
+            assert_eq!(check(good), Ok(()), "{good}");
+        }
+        for (bad, message) in [
+            ("samples = 0", "`--samples 0` is not at least 1"),
+            (
+                "samples = 1000001",
+                "`--samples 1000001` is more than 1000000",
+            ),
+            ("threads = 0", "`--threads 0` is not at least 1"),
+            ("threads = 4097", "`--threads 4097` is more than 4096"),
+            ("limit = 0", "`--limit 0` is not at least 1"),
+            (
+                "max-new-tokens = 0",
+                "`--max-new-tokens 0` is not at least 1",
+            ),
+            (
+                "temperature = nan",
+                "`--temperature NaN` is not between 0 and 100",
+            ),
+            ("top-p = inf", "`--top-p inf` is not above 0 and at most 1"),
+        ] {
+            assert_eq!(check(bad), Err(message.to_owned()), "{bad}");
+        }
     }
 }

@@ -286,7 +286,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", value_parser = values::positive)]
     pub prefill_rows: Option<usize>,
     /// CPU threads [default: all the process may use]
-    #[arg(long, value_name = "N", value_parser = values::positive)]
+    #[arg(long, value_name = "N", value_parser = values::threads)]
     pub threads: Option<usize>,
     /// f32 activations and KV cache; the CPU alone
     #[arg(long)]

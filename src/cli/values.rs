@@ -11,7 +11,21 @@ pub fn positive(text: &str) -> Result<usize, String> {
     }
 }
 
-/// `auto`, or a count of at least 1.
+/// The most worker threads: each has its own part of the workspace.
+pub const MAX_THREADS: usize = 4096;
+
+/// A count of worker threads.
+pub fn threads(text: &str) -> Result<usize, String> {
+    match positive(text) {
+        Ok(n) if n <= MAX_THREADS => Ok(n),
+        _ => Err(format!("expected a whole number from 1 to {MAX_THREADS}")),
+    }
+}
+
+/// The most slots or positions: the engine holds no more of either.
+const MAX_AUTO_OR: usize = 1 << 24;
+
+/// `auto`, or a count from 1 to [`MAX_AUTO_OR`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum AutoOr {
     #[default]
@@ -35,9 +49,12 @@ impl FromStr for AutoOr {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "auto" => Ok(AutoOr::Auto),
-            _ => positive(text)
-                .map(AutoOr::Exactly)
-                .map_err(|_| "expected `auto` or a whole number of at least 1".to_owned()),
+            _ => match positive(text) {
+                Ok(n) if n <= MAX_AUTO_OR => Ok(AutoOr::Exactly(n)),
+                _ => Err(format!(
+                    "expected `auto` or a whole number from 1 to {MAX_AUTO_OR}"
+                )),
+            },
         }
     }
 }
@@ -266,6 +283,14 @@ mod tests {
         }
         assert_eq!("cuda:1".parse(), Ok(Device::Cuda(Some(1))));
         assert!("tpu".parse::<Device>().is_err());
+        assert_eq!("16777216".parse(), Ok(AutoOr::Exactly(1 << 24)));
+        for bad in ["0", "-1", "16777217", "18446744073709551615"] {
+            assert!(bad.parse::<AutoOr>().is_err(), "{bad}");
+        }
+        assert_eq!(threads("4096"), Ok(4096));
+        for bad in ["0", "4097", "18446744073709551615"] {
+            assert!(threads(bad).is_err(), "{bad}");
+        }
         assert!(date("2026-13-01").is_err());
         assert_eq!(date("2026-01-31"), Ok("2026-01-31".to_owned()));
     }

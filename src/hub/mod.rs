@@ -33,6 +33,8 @@ const ENDPOINT: &str = "https://huggingface.co";
 const MAIN: &str = "main";
 /// Longest silence of a server, where `HF_HUB_DOWNLOAD_TIMEOUT` gives no other.
 const TIMEOUT: Duration = Duration::from_secs(30);
+/// The longest that one can be, a year: a clock cannot be set to a time too far ahead.
+const MAX_TIMEOUT: Duration = Duration::from_secs(365 * 86_400);
 
 /// A repository, and the revision that was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,7 +111,9 @@ impl Hub {
             offline: text("HF_HUB_OFFLINE").is_some_and(|text| {
                 ["1", "on", "yes", "true"].contains(&text.to_ascii_lowercase().as_str())
             }),
-            timeout: seconds.map_or(TIMEOUT, Duration::from_secs),
+            timeout: seconds
+                .map_or(TIMEOUT, Duration::from_secs)
+                .min(MAX_TIMEOUT),
             certificates: path("SSL_CERT_FILE"),
         }
     }
@@ -214,5 +218,9 @@ mod tests {
             assert_eq!(hub(&[("HF_HUB_OFFLINE", word)]).offline, offline);
         }
         assert_eq!(hub(&[("HF_TOKEN", " t\n")]).token.as_deref(), Some("t"));
+        let timeout = |seconds| hub(&[("HF_HUB_DOWNLOAD_TIMEOUT", seconds)]).timeout;
+        assert_eq!(timeout("5"), Duration::from_secs(5));
+        assert_eq!(timeout("18446744073709551615"), MAX_TIMEOUT);
+        assert_eq!(timeout("soon"), TIMEOUT);
     }
 }

@@ -279,7 +279,7 @@ fn measure<B: Probed>(
     options.steps_per_call = settings.steps_per_call;
     let n_output = workload.n_output();
     let mut measurement = Measurement::default();
-    for repeat in 0..=settings.repeats as u32 {
+    for repeat in 0..=u32::try_from(settings.repeats).unwrap_or(u32::MAX) {
         let mut jobs = workload.jobs(n_vocab, repeat);
         let mut hidden = None;
         if settings.hide_lengths {

@@ -153,14 +153,31 @@ fn glob(pattern: &Path) -> Result<Vec<PathBuf>, FindError> {
         .collect())
 }
 
+/// Goes back to the last star alone: an earlier one has nothing to gain from taking more, and
+/// trying each would take a time exponential in the number of stars.
 fn matches(pattern: &[char], name: &[char]) -> bool {
-    match (pattern.split_first(), name.split_first()) {
-        (None, None) => true,
-        (Some(('*', rest)), _) => (0..=name.len()).any(|n| matches(rest, &name[n..])),
-        (Some(('?', rest)), Some((_, tail))) => matches(rest, tail),
-        (Some((p, rest)), Some((c, tail))) => p == c && matches(rest, tail),
-        _ => false,
+    let (mut at, mut n_read) = (0, 0);
+    // Where the last star stands, and up to where it has taken the name.
+    let mut star: Option<(usize, usize)> = None;
+    while let Some(c) = name.get(n_read) {
+        match (pattern.get(at), star) {
+            (Some('*'), _) => {
+                star = Some((at, n_read));
+                at += 1;
+            }
+            (Some(p), _) if *p == '?' || p == c => {
+                at += 1;
+                n_read += 1;
+            }
+            (_, Some((star_at, taken))) => {
+                star = Some((star_at, taken + 1));
+                at = star_at + 1;
+                n_read = taken + 1;
+            }
+            (_, None) => return false,
+        }
     }
+    pattern.iter().skip(at).all(|p| *p == '*')
 }
 
 #[cfg(test)]
@@ -177,6 +194,14 @@ mod tests {
         assert!(is("a*?.csv", "abc.csv"));
         assert!(!is("*.jsonl", "a.csv"));
         assert!(!is("?", ""));
+        assert!(is("a*b*c", "a-b-b-c"));
+        assert!(is("**", ""));
+        assert!(is("*a?c", "abc-abc"));
+        assert!(!is("a*b*c", "a-c-b"));
+        // In no time, however many stars.
+        let name = "a".repeat(100);
+        assert!(!is(&("*a".repeat(50) + "b"), &name));
+        assert!(!is(&("*".repeat(100) + "b"), &name));
     }
 
     #[test]

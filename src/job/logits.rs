@@ -189,7 +189,7 @@ fn read(path: &Path, max_context: usize) -> Result<Vec<Input>, JobError> {
             reason,
         };
         let input: Input = serde_json::from_str(&line).map_err(|e| bad(e.to_string()))?;
-        let length = input.tokens.len() + input.n_greedy;
+        let length = input.tokens.len().saturating_add(input.n_greedy);
         if input.tokens.is_empty() {
             return Err(bad("`tokens` is empty".to_owned()));
         }

@@ -31,6 +31,7 @@ pub use submission::{Column, Quote, Source, Submission};
 use crate::dataset::{Dataset, Message, Pins, Record};
 use crate::prompt::{Prompt, Reasoning};
 use crate::score::{Scorer, Scoring};
+use crate::submission::identity::MAX_SAMPLES;
 use template::Template;
 
 /// A profile, read and checked.
@@ -195,6 +196,11 @@ impl Profile {
         })?;
         profile.folder = path.parent().unwrap_or(Path::new("")).to_owned();
         profile.check_templates(path, text)?;
+        if let Some((key, expected)) = profile.out_of_range() {
+            let name = key.rsplit('.').next().unwrap_or(key);
+            let reason = format!("`{name}` must be {expected}");
+            return Err(invalid(place::line_of(text, key), &reason));
+        }
         let few_shot = profile.few_shot.as_ref();
         if let Some((key, reason)) = few_shot.and_then(FewShot::problem) {
             return Err(invalid(place::line_of(text, key), reason));
@@ -208,6 +214,59 @@ impl Profile {
             return Err(invalid(line, reason));
         }
         Ok(profile)
+    }
+
+    /// The key of a number that is out of its range, and the range.
+    fn out_of_range(&self) -> Option<(&'static str, &'static str)> {
+        let Defaults {
+            max_new_tokens,
+            temperature,
+            top_p,
+            samples,
+            ..
+        } = self.defaults;
+        let second = self.second_stage.as_ref();
+        let second_scoring = second.and_then(|stage| stage.scoring.as_ref());
+        let is_tolerance = |scoring: &Scoring| (0.0..=1.0).contains(&scoring.tolerance);
+        [
+            (
+                max_new_tokens != Some(0),
+                "defaults.max_new_tokens",
+                "at least 1",
+            ),
+            (
+                temperature.is_none_or(|t| (0.0..=100.0).contains(&t)),
+                "defaults.temperature",
+                "between 0 and 100",
+            ),
+            (
+                top_p.is_none_or(|p| p > 0.0 && p <= 1.0),
+                "defaults.top_p",
+                "above 0 and at most 1",
+            ),
+            (
+                samples.is_none_or(|n| (1..=MAX_SAMPLES as usize).contains(&n)),
+                "defaults.samples",
+                "between 1 and 1000000",
+            ),
+            (
+                is_tolerance(&self.scoring),
+                "scoring.tolerance",
+                "between 0 and 1",
+            ),
+            (
+                second.is_none_or(|stage| stage.max_new_tokens != Some(0)),
+                "second_stage.max_new_tokens",
+                "at least 1",
+            ),
+            (
+                second_scoring.is_none_or(is_tolerance),
+                "second_stage.scoring.tolerance",
+                "between 0 and 1",
+            ),
+        ]
+        .into_iter()
+        .find_map(|(is_in, key, range)| (!is_in).then_some((key, range)))
     }
 
     fn check_templates(&self, path: &Path, text: &str) -> Result<(), ProfileError> {

@@ -142,6 +142,41 @@ fn what_does_not_go_together_is_named_with_its_line() {
 }
 
 #[test]
+fn a_number_out_of_range_is_named_with_its_line() {
+    let head = "name = \"p\"\ntemplate = \"q\"\n";
+    let scoring = "scorer = \"exact\"\nrules = [\"whole\"]\n";
+    let second = "[second_stage]\ntemplate = \"q\"\n";
+    for (table, key, bad) in [
+        ("[defaults]\n", "max_new_tokens", "0"),
+        ("[defaults]\n", "temperature", "-1.0"),
+        ("[defaults]\n", "temperature", "nan"),
+        ("[defaults]\n", "temperature", "1e9"),
+        ("[defaults]\n", "top_p", "0.0"),
+        ("[defaults]\n", "top_p", "nan"),
+        ("[defaults]\n", "top_p", "1.5"),
+        ("[defaults]\n", "samples", "0"),
+        ("[defaults]\n", "samples", "9223372036854775807"),
+        ("", "tolerance", "nan"),
+        ("", "tolerance", "-0.1"),
+        ("", "tolerance", "inf"),
+        (second, "max_new_tokens", "0"),
+        (
+            "[second_stage]\ntemplate = \"q\"\n[second_stage.scoring]\nscorer = \"exact\"\n\
+             rules = [\"whole\"]\n",
+            "tolerance",
+            "nan",
+        ),
+    ] {
+        let text = format!("{head}[scoring]\n{scoring}{table}{key} = {bad}\n");
+        let line = text.lines().count();
+        let error = Profile::from_toml(Path::new("p.toml"), &text).expect_err(key);
+        let message = error.to_string();
+        let expected = format!("profile `p.toml`, line {line}: `{key}` must be ");
+        assert!(message.starts_with(&expected), "{bad}: {message}");
+    }
+}
+
+#[test]
 fn the_built_in_profiles_are_the_folders() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("datasets/profiles");
     let mut files: Vec<String> = std::fs::read_dir(folder)

@@ -62,9 +62,11 @@ impl Table {
                 if !line.is_empty() {
                     line.push_str("  ");
                 }
+                // Not by a width of `format!`, which takes no more than 65,535.
+                let pad = " ".repeat(width.saturating_sub(cell.chars().count()));
                 match align {
-                    Align::Left => line.push_str(&format!("{cell:<width$}")),
-                    Align::Right => line.push_str(&format!("{cell:>width$}")),
+                    Align::Left => line.extend([cell.as_str(), pad.as_str()]),
+                    Align::Right => line.extend([pad.as_str(), cell.as_str()]),
                 }
             }
             let line = line.trim_end();
@@ -179,6 +181,18 @@ mod tests {
                 .render(true)
                 .starts_with("\u{1b}[1mgroup      n\u{1b}[0m\n")
         );
+    }
+
+    #[test]
+    fn a_cell_may_have_any_length() {
+        let long = "x".repeat(70_000);
+        for align in [Align::Left, Align::Right] {
+            let mut table = Table::new(&[Align::Left, align]);
+            table.push(vec!["profile".to_owned(), long.clone()]);
+            table.push(vec!["model".to_owned(), "y".to_owned()]);
+            let text = table.render(false);
+            assert!(text.starts_with(&format!("profile  {long}\n")));
+        }
     }
 
     #[test]

@@ -8,6 +8,9 @@ use sha2::{Digest, Sha256};
 
 use crate::engine::SamplingParams;
 
+/// The most samples a row: all (row, sample) pairs of a run are listed before it starts.
+pub const MAX_SAMPLES: u32 = 1_000_000;
+
 /// The parts of a generation's identity. Hashes are SHA-256 in hex.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct GenerationIdentity {

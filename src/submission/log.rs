@@ -12,7 +12,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::identity::MAX_SAMPLES;
 use super::{RESULT_SCHEMA, ResultRow};
+use crate::dataset::Gold;
 
 pub const RESULTS_FILE: &str = "results.jsonl";
 
@@ -205,6 +207,9 @@ struct Scan {
     whole_bytes: u64,
 }
 
+/// More options than a row can have: an index past them is damage.
+const MAX_OPTIONS: usize = 1 << 32;
+
 /// Reads all lines. Only the very last one may be torn: cut off in the middle, so that it is not
 /// JSON. A last line that is JSON but no result is no tear, and an error like any other.
 fn scan(path: &Path, file: &File) -> Result<Scan, LogError> {
@@ -271,14 +276,25 @@ fn parse(text: &[u8]) -> Result<ResultRow, Problem> {
         is_json: serde_json::from_slice::<serde::de::IgnoredAny>(text).is_ok(),
         reason: error.to_string(),
     })?;
-    if row.schema == RESULT_SCHEMA {
-        Ok(row)
-    } else {
-        Err(Problem {
-            is_json: true,
-            reason: format!("schema `{}`, expected `{RESULT_SCHEMA}`", row.schema),
-        })
-    }
+    let reason = match &row {
+        row if row.schema != RESULT_SCHEMA => {
+            format!("schema `{}`, expected `{RESULT_SCHEMA}`", row.schema)
+        }
+        row if row.sample >= MAX_SAMPLES => {
+            format!("`sample` is {}, expected below {MAX_SAMPLES}", row.sample)
+        }
+        ResultRow {
+            gold: Some(Gold::Option(index)),
+            ..
+        } if *index >= MAX_OPTIONS => {
+            format!("`gold` is option {index}, expected below {MAX_OPTIONS}")
+        }
+        _ => return Ok(row),
+    };
+    Err(Problem {
+        is_json: true,
+        reason,
+    })
 }
 
 /// Syncs the file on a thread of its own, so that a slow disk never holds up the engine.

@@ -11,21 +11,24 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Number, Value};
 
 pub use over_samples::{Estimate, OverSamples, PassAt};
 
 use super::environment::Environment;
-use super::identity::{Difference, GenerationIdentity};
+use super::identity::{Difference, GenerationIdentity, MAX_SAMPLES};
 use super::write::{SubmissionFormat, WriteError, replace};
 use crate::score::Scoring;
 use crate::telemetry::device::DeviceLoad;
 use crate::telemetry::memory::MemorySummary;
-use crate::telemetry::throughput::{ThroughputTotals, read_totals};
+use crate::telemetry::throughput::{MAX_COUNT, ThroughputTotals, read_totals};
 use crate::telemetry::utc_now;
 
 pub const RUN_SCHEMA: &str = "podium.run/1";
 pub const RUN_FILE: &str = "run.json";
+
+/// The parts of the document whose counts are added up.
+const SUMMED: [&str; 4] = ["ledger", "sessions", "totals", "tally"];
 
 /// Where an effective value came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -247,7 +250,29 @@ impl RunManifest {
                 )));
             }
         }
-        serde_json::from_slice(&bytes).map_err(|error| invalid(error.to_string()))
+        for part in SUMMED {
+            let found = document.get(part).and_then(|value| too_large(value, part));
+            if let Some((field, n)) = found {
+                return Err(invalid(format!(
+                    "`{field}` is {n}, expected at most {MAX_COUNT}"
+                )));
+            }
+        }
+        let manifest: Self =
+            serde_json::from_slice(&bytes).map_err(|error| invalid(error.to_string()))?;
+        let n_samples = manifest.generation.samples;
+        if n_samples > MAX_SAMPLES {
+            return Err(invalid(format!(
+                "`generation.samples` is {n_samples}, expected at most {MAX_SAMPLES}"
+            )));
+        }
+        // Another's folder must not name a file of ours to be replaced.
+        if let Some(package) = &manifest.submission_format.package {
+            package
+                .check()
+                .map_err(|reason| invalid(format!("`submission_format.package`: {reason}")))?;
+        }
+        Ok(manifest)
     }
 
     /// Replaces the folder's manifest.
@@ -330,6 +355,25 @@ impl RunManifest {
             .map(|session| session.start.as_str())
             .max()
             .unwrap_or_default()
+    }
+}
+
+/// The first count above [`MAX_COUNT`], with the path of its field.
+fn too_large<'a>(value: &'a Value, path: &str) -> Option<(String, &'a Number)> {
+    match value {
+        // What is past 64 bits is read as a float.
+        Value::Number(number) => {
+            let is_too_large = number.as_f64().is_some_and(|n| n > MAX_COUNT as f64);
+            is_too_large.then(|| (path.to_owned(), number))
+        }
+        Value::Array(items) => items
+            .iter()
+            .enumerate()
+            .find_map(|(i, item)| too_large(item, &format!("{path}[{i}]"))),
+        Value::Object(fields) => fields
+            .iter()
+            .find_map(|(name, value)| too_large(value, &format!("{path}.{name}"))),
+        _ => None,
     }
 }
 

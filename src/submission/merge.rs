@@ -4,7 +4,7 @@
 //! must be there without the data set. Lines of the logs are copied byte for byte: a figure that
 //! went through a parser need not come out the same.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -163,7 +163,7 @@ fn check_fits(
 }
 
 /// Where the line of a (key, sample) stands: part and line.
-type Places = HashMap<(String, u32), (usize, usize)>;
+type Places = BTreeMap<(String, u32), (usize, usize)>;
 
 fn join(parts: &[Part]) -> Result<Places, MergeError> {
     let mut places = Places::new();
@@ -274,18 +274,10 @@ fn write_merged(
         });
     }
     write_prompts(out, prompts)?;
-    // Samples of a key in a run are few; looking each number up keeps them in order.
-    let n_samples = places
-        .keys()
-        .map(|(_, sample)| sample + 1)
-        .max()
-        .unwrap_or(0);
     replace(&out.join(RESULTS_FILE), |file| {
         for prompt in prompts {
-            for sample in 0..n_samples {
-                let Some(&(part, line)) = places.get(&(prompt.key.clone(), sample)) else {
-                    continue;
-                };
+            let samples = (prompt.key.clone(), 0)..=(prompt.key.clone(), u32::MAX);
+            for &(part, line) in places.range(samples).map(|(_, place)| place) {
                 let Some(part) = parts.get(part) else {
                     continue;
                 };

@@ -73,6 +73,12 @@ impl PackageFormat {
                 return Err(format!("`{key} = \"{name}\"` is not the name of a file"));
             }
         }
+        if !self.zip.ends_with(".zip") {
+            return Err(format!(
+                "`zip = \"{}\"` does not end in `.zip`; it could be another file of the run",
+                self.zip
+            ));
+        }
         if self.csv == self.meta {
             return Err(format!("`csv` and `meta` are both `{}`", self.csv));
         }
@@ -225,6 +231,16 @@ mod tests {
         refused(named("a/b.csv", "m.json"), "csv");
         refused(named("..", "m.json"), "csv");
         refused(named("a", "a"), "both");
+        for zip in ["results.jsonl", "run.json", "../a.zip", "/a.zip"] {
+            let zip = zip.to_owned();
+            refused(
+                PackageFormat {
+                    zip,
+                    ..package(&[])
+                },
+                "zip",
+            );
+        }
     }
 
     #[test]

@@ -15,6 +15,10 @@ use super::{JsonLines, TelemetryError};
 pub const THROUGHPUT_SCHEMA: &str = "podium.throughput/1";
 pub const THROUGHPUT_FILE: &str = "throughput.jsonl";
 
+/// More bytes, tokens or rows than any run has: a greater count in a file is damage, and sums of
+/// such would overflow.
+pub const MAX_COUNT: u64 = 1 << 48;
+
 /// What the engine did between two refills, as it counted it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct BatchTiming {
@@ -76,6 +80,20 @@ impl ThroughputTotals {
         self.padded_row_steps += other.padded_row_steps;
         self.decode_seconds += other.decode_seconds;
         self.wall_seconds += other.wall_seconds;
+    }
+
+    /// Whether a run can have counted so far: a damaged log may hold any number.
+    pub fn is_possible(&self) -> bool {
+        [
+            self.rows_finished,
+            self.prefill_tokens,
+            self.reused_prefix_tokens,
+            self.decode_steps,
+            self.live_row_steps,
+            self.padded_row_steps,
+        ]
+        .into_iter()
+        .all(|n| n <= MAX_COUNT)
     }
 
     pub fn prefill_tokens_per_s(&self) -> Option<f64> {
@@ -236,6 +254,7 @@ pub fn read_totals(run_dir: &Path, session: usize) -> Option<ThroughputTotals> {
         .filter(|line| line.session == session)
         .last()
         .map(|line| line.totals)
+        .filter(ThroughputTotals::is_possible)
 }
 
 #[cfg(test)]

@@ -15,7 +15,10 @@ use crate::telemetry::throughput::ThroughputTotals;
 impl Run<'_> {
     /// A new run's manifest.
     pub(super) fn manifest(&self, path: &Path, identity: &GenerationIdentity) -> RunManifest {
-        let mut environment = Environment::read(std::env::args());
+        // A file's name need not be UTF-8.
+        let arguments = std::env::args_os();
+        let arguments = arguments.map(|argument| argument.to_string_lossy().into_owned());
+        let mut environment = Environment::read(arguments);
         environment.cpu_path = CpuPath::choose().ok().map(|path| path.name().to_owned());
         environment.n_threads = Some(self.options.n_threads);
         self.engine.describe(&mut environment);

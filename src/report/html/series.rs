@@ -85,10 +85,15 @@ impl MemorySeries {
     }
 }
 
-/// Reads `throughput.jsonl`. Neighbouring batches become one point where there are too many; a
+/// Reads `throughput.jsonl`; a line of impossible counts is passed over. Neighbouring batches become one point where there are too many; a
 /// point's rate is its tokens over its seconds.
 pub fn speed(run_dir: &Path) -> SpeedSeries {
-    let lines: Vec<ThroughputLine> = read(&run_dir.join(THROUGHPUT_FILE));
+    let mut lines: Vec<ThroughputLine> = read(&run_dir.join(THROUGHPUT_FILE));
+    lines.retain(|line| {
+        let mut alone = ThroughputTotals::default();
+        alone.add_batch(&timing(line));
+        alone.is_possible()
+    });
     let mut series = SpeedSeries {
         n_batches: lines.len(),
         ..SpeedSeries::default()
@@ -235,5 +240,22 @@ mod tests {
         );
         assert!(speed.prefill_tokens_per_s.iter().all(Option::is_none));
         assert_eq!(self::memory(dir.path()), MemorySeries::default(), "no file");
+    }
+    #[test]
+    fn a_line_of_impossible_counts_is_passed_over() {
+        let dir = TestDir::new("series-damaged");
+        for live_row_steps in [10, u64::MAX - 5, 10] {
+            // A log of its own for each, whose sums then hold.
+            let mut log = ThroughputLog::open(dir.path(), 0);
+            log.record(&BatchTiming {
+                live_row_steps,
+                padded_row_steps: 5,
+                decode_seconds: 0.5,
+                ..BatchTiming::default()
+            });
+            log.finish().1.expect("the folder is writable");
+        }
+        let speed = speed(dir.path());
+        assert_eq!(speed.decode_tokens_per_s, [Some(20.0), Some(20.0)]);
     }
 }

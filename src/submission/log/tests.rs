@@ -126,6 +126,25 @@ fn a_last_line_of_another_schema_is_not_cut_off() {
     assert_eq!(log_bytes(&dir), line(&newer));
 }
 
+#[test]
+fn a_number_that_no_run_writes_is_an_error_with_its_field() {
+    let dir = TestDir::new("numbers");
+    let sample = row("q-1", u32::MAX);
+    let gold = ResultRow {
+        gold: Some(Gold::Option(usize::MAX)),
+        ..row("q-1", 0)
+    };
+    for (bad, field) in [
+        (sample, "`sample` is 4294967295"),
+        (gold, "`gold` is option"),
+    ] {
+        write_log(&dir, &[line(&row("q-0", 0)), line(&bad)].concat());
+        let error = read(dir.path()).expect_err(field);
+        assert!(matches!(error, LogError::InvalidLine { line: 2, .. }));
+        assert!(error.to_string().contains(field), "{error}");
+    }
+}
+
 /// A disk of `room` bytes that takes at most `chunk` bytes a write.
 struct SmallDisk {
     bytes: Mutex<Vec<u8>>,

@@ -122,3 +122,75 @@ fn a_missing_a_broken_and_a_newer_manifest_are_told_apart() {
         ));
     }
 }
+
+#[test]
+fn a_count_that_no_run_has_is_named_by_its_field() {
+    let dir = TestDir::new("counts");
+    let mut whole = manifest();
+    whole.begin_session(dir.path(), Session::start("cpu", "cpu/avx512", 8));
+    whole.ledger = serde_json::json!([{"class": "experts", "loaded_bytes": 1}]);
+    let document = serde_json::to_value(&whole).expect("it has only text keys");
+    for (pointer, field) in [
+        ("/ledger/0/loaded_bytes", "ledger[0].loaded_bytes"),
+        (
+            "/sessions/0/throughput/live_row_steps",
+            "sessions[0].throughput.live_row_steps",
+        ),
+        ("/sessions/0/n_slots", "sessions[0].n_slots"),
+        ("/totals/padded_row_steps", "totals.padded_row_steps"),
+    ] {
+        let mut document = document.clone();
+        *document.pointer_mut(pointer).expect(pointer) = Value::from(u64::MAX);
+        let text = document.to_string();
+        std::fs::write(dir.path().join(RUN_FILE), text).expect("the test folder is writable");
+        let error = RunManifest::read(dir.path()).expect_err(field).to_string();
+        let expected = format!("`{field}` is 18446744073709551615, expected at most");
+        assert!(error.contains(&expected), "{error}");
+    }
+
+    whole.generation.samples = u32::MAX;
+    whole
+        .write(dir.path())
+        .expect("the test folder is writable");
+    let error = RunManifest::read(dir.path()).expect_err("4294967295 samples");
+    assert!(
+        error.to_string().contains("`generation.samples`"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_killed_session_takes_no_sums_that_cannot_be() {
+    let dir = TestDir::new("killed-damaged");
+    let mut manifest = manifest();
+    let session = Session::start("cpu", "cpu/avx512", 8);
+    for _ in 0..2 {
+        let index = manifest.begin_session(dir.path(), session.clone());
+        let mut log = ThroughputLog::open(dir.path(), index);
+        log.record(&BatchTiming {
+            live_row_steps: u64::MAX,
+            ..BatchTiming::default()
+        });
+    }
+    manifest.begin_session(dir.path(), session);
+    assert_eq!(manifest.totals.live_row_steps, 0);
+}
+
+#[test]
+fn a_package_that_would_replace_another_file_is_refused() {
+    let dir = TestDir::new("package");
+    let mut manifest = manifest();
+    for zip in ["results.jsonl", "../elsewhere.zip", "/tmp/elsewhere.zip"] {
+        let package = serde_json::json!({"zip": zip});
+        manifest.submission_format.package =
+            Some(serde_json::from_value(package).expect("the other keys have defaults"));
+        manifest
+            .write(dir.path())
+            .expect("the test folder is writable");
+        let error = RunManifest::read(dir.path()).expect_err(zip).to_string();
+        assert!(
+            error.contains("`submission_format.package`: `zip"),
+            "{error}"
+        );
+    }
+}
