@@ -25,7 +25,7 @@ pub fn threads(text: &str) -> Result<usize, String> {
 /// The most slots or positions: the engine holds no more of either.
 const MAX_AUTO_OR: usize = 1 << 24;
 
-/// `auto`, or a count from 1 to [`MAX_AUTO_OR`].
+/// `auto`, or a count from 1 to 2^24.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum AutoOr {
     #[default]

@@ -85,8 +85,8 @@ impl MemorySeries {
     }
 }
 
-/// Reads `throughput.jsonl`; a line of impossible counts is passed over. Neighbouring batches become one point where there are too many; a
-/// point's rate is its tokens over its seconds.
+/// Reads `throughput.jsonl`; a line of impossible counts is passed over. Neighbouring batches become one
+/// point where there are too many; a point's rate is its tokens over its seconds.
 pub fn speed(run_dir: &Path) -> SpeedSeries {
     let mut lines: Vec<ThroughputLine> = read(&run_dir.join(THROUGHPUT_FILE));
     lines.retain(|line| {
