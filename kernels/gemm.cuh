@@ -21,6 +21,9 @@
 //          +---------+---------+
 //
 // So an output's bits do not depend on the variant that computes it, nor on the other tokens.
+//
+// Split k: an output of some products is the sum of SPLITS such chains, each of a run of groups,
+// added in order. Which warp or block has a run is the variant's affair.
 
 #define TILE_M 16
 #define GROUP_K 64
@@ -37,6 +40,34 @@
 #endif
 
 enum Format { BF16, MXINT8, MXFP4 };
+
+// First group of run `split`; of few groups some runs have none. src/engine/cuda/variants.rs
+// computes the same.
+template <int SPLITS> __device__ __forceinline__ int first_group(int split, int n_groups) {
+    return n_groups * split / SPLITS;
+}
+// Whether a run ends with `group`.
+template <int SPLITS> __device__ __forceinline__ bool ends_run(int group, int n_groups) {
+    return ((group + 1) * SPLITS - 1) / n_groups != ((group + 2) * SPLITS - 1) / n_groups;
+}
+
+// The sums of a run join those before it, which begin as zeros.
+template <int M, int N> __device__ __forceinline__ void join_run(float (&total)[M][N][4], const float (&sums)[M][N][4]) {
+    #pragma unroll
+    for (int m = 0; m < M; m++)
+        #pragma unroll
+        for (int n = 0; n < N; n++)
+            #pragma unroll
+            for (int i = 0; i < 4; i++) total[m][n][i] += sums[m][n][i];
+}
+template <int M, int N> __device__ __forceinline__ void clear(float (&sums)[M][N][4]) {
+    #pragma unroll
+    for (int m = 0; m < M; m++)
+        #pragma unroll
+        for (int n = 0; n < N; n++)
+            #pragma unroll
+            for (int i = 0; i < 4; i++) sums[m][n][i] = 0.0f;
+}
 
 // Words with codes' bits at 15, 8, 7, 6 of both halves: sign, exponent and mantissa of a bf16
 // that is 2^126 too small.
@@ -144,7 +175,7 @@ template <> struct Tile<BF16> {
     }
 };
 
-template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm {
+template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES, int SPLITS = 1> struct Gemm {
     static constexpr int THREADS = 32 * WM * WN, WORKERS = THREADS;
     static constexpr int M_TILES = MT, N_TILES = NT;
     static constexpr int TILES = WM * MT;
@@ -156,6 +187,7 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
 
     // Which of the block's tiles accumulators [m] are, and which tokens [n].
     __device__ static __forceinline__ void sync_workers() { __syncthreads(); }
+    __device__ static __forceinline__ bool keeps(int n) { return true; }
     __device__ static __forceinline__ int tile(int m) { return (int)threadIdx.x / 32 % WM * MT + m; }
     __device__ static __forceinline__ int column(int n) { return ((int)threadIdx.x / 32 / WM * NT + n) * 8; }
 
@@ -272,13 +304,9 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
         u8* shared, const u8* matrix, int first_tile, int n_tiles, int n_groups,
         const u16* x, u32 x_stride, int n_k, const int* columns, Prepare prepare, Outputs outputs
     ) {
-        float acc[MT][NT][4];
-        #pragma unroll
-        for (int m = 0; m < MT; m++)
-            #pragma unroll
-            for (int n = 0; n < NT; n++)
-                #pragma unroll
-                for (int i = 0; i < 4; i++) acc[m][n][i] = 0.0f;
+        float acc[MT][NT][4], total[MT][NT][4];
+        clear(acc);
+        clear(total);
         Copies copies(shared_address(shared), first_tile, n_tiles, n_groups);
         // Weights are there before the kernel that writes x is done.
         for (int stage = 0; stage < STAGES - 1; stage++) {
@@ -303,10 +331,14 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES> struct Gemm
             }
             copy_async_commit();
             multiply(acc, shared + from * STAGE_BYTES);
+            if (SPLITS > 1 && ends_run<SPLITS>(group, n_groups)) {
+                join_run(total, acc);
+                clear(acc);
+            }
             from = from + 1 == STAGES ? 0 : from + 1;
             to = to + 1 == STAGES ? 0 : to + 1;
         }
         copy_async_wait<0>();
-        outputs(acc);
+        outputs(SPLITS > 1 ? total : acc);
     }
 };

@@ -6,7 +6,9 @@
 //   tokens   all of K in shared memory, rows of n_k and 16 bytes, so that the eight rows of a
 //            matrix lie in different banks; those that do not exist are not read
 //
-// The same chain of sums as Gemm, so the same bits.
+// With split k each run of a tile has a warp; the first of them adds all.
+//
+// The same chains of sums as Gemm, so the same bits.
 
 // 16 bytes that are read once.
 __device__ __forceinline__ uint4 load_once(const u8* global) {
@@ -54,8 +56,8 @@ template <> struct Fetched<BF16> {
     }
 };
 
-template <Format FORMAT, int WARPS, int NT, int DEPTH> struct DirectGemm {
-    static constexpr int THREADS = 32 * WARPS, WORKERS = THREADS;
+template <Format FORMAT, int WARPS, int NT, int DEPTH, int SPLITS = 1> struct DirectGemm {
+    static constexpr int THREADS = 32 * WARPS * SPLITS, WORKERS = THREADS;
     static constexpr int M_TILES = 1, N_TILES = NT;
     static constexpr bool STREAMS = false;
     static constexpr int TILES = WARPS;
@@ -64,7 +66,8 @@ template <Format FORMAT, int WARPS, int NT, int DEPTH> struct DirectGemm {
 
     // Which of the block's tiles accumulators [0] are, and which tokens [n].
     __device__ static __forceinline__ void sync_workers() { __syncthreads(); }
-    __device__ static __forceinline__ int tile(int m) { return (int)threadIdx.x / 32; }
+    __device__ static __forceinline__ bool keeps(int n) { return true; }
+    __device__ static __forceinline__ int tile(int m) { return (int)threadIdx.x / 32 % WARPS; }
     __device__ static __forceinline__ int column(int n) { return n * 8; }
 
     // Where a warp's weights begin; for a tile behind the matrix's n_tiles the last is read.
@@ -95,15 +98,18 @@ template <Format FORMAT, int WARPS, int NT, int DEPTH> struct DirectGemm {
         int lane = threadIdx.x % 32;
         u32 shared = shared_address(dynamic);
         int row_bytes = n_groups * (GROUP_K * 2) + 16;
-        const u8* weights = weights_of_warp(matrix, first_tile, n_tiles, n_groups);
+        int split = (int)threadIdx.x / 32 / WARPS;
+        int begin = first_group<SPLITS>(split, n_groups), end = first_group<SPLITS>(split + 1, n_groups);
+        const u8* weights = weights_of_warp(matrix, first_tile, n_tiles, n_groups) + begin * (BLOCK_TILES * TILE_BYTES);
         Fetched<FORMAT> ahead[DEPTH];
         #pragma unroll
         for (int i = 0; i < DEPTH; i++) {
-            if (i < n_groups) ahead[i].fetch(weights + i * BLOCK_TILES * TILE_BYTES, lane);
+            if (begin + i < end) ahead[i].fetch(weights + i * BLOCK_TILES * TILE_BYTES, lane);
         }
         prepare();
         __syncthreads();
-        int n_first = DEPTH < n_groups ? DEPTH : n_groups;
+        // Where all of K is not one warp's, all tokens are waited for at once.
+        int n_first = SPLITS == 1 && DEPTH < n_groups ? DEPTH : n_groups;
         copy_tokens(shared, row_bytes, x, x_stride, n_k, columns, 0, n_first);
         copy_tokens(shared, row_bytes, x, x_stride, n_k, columns, n_first, n_groups);
         // The lane's rows of the matrices: a token that does not exist reads as the first.
@@ -116,22 +122,23 @@ template <Format FORMAT, int WARPS, int NT, int DEPTH> struct DirectGemm {
             rows[pair] = shared + c * row_bytes + (NT == 1 ? lane / 8 : lane / 8 % 2) * 16;
         }
         float acc[1][NT][4];
-        #pragma unroll
-        for (int n = 0; n < NT; n++)
-            #pragma unroll
-            for (int i = 0; i < 4; i++) acc[0][n][i] = 0.0f;
-        for (int first = 0; first < n_groups; first += DEPTH) {
-            if (first == 0) {
+        clear(acc);
+        if (SPLITS > 1) {
+            copy_async_wait<0>();
+            __syncthreads();
+        }
+        for (int first = begin; first < end; first += DEPTH) {
+            if (SPLITS == 1 && first == 0) {
                 copy_async_wait<1>();
                 __syncthreads();
-            } else if (first == DEPTH) {
+            } else if (SPLITS == 1 && first == DEPTH) {
                 copy_async_wait<0>();
                 __syncthreads();
             }
             #pragma unroll
             for (int i = 0; i < DEPTH; i++) {
                 int group = first + i;
-                if (group >= n_groups) break;
+                if (group >= end) break;
                 u32 q[4];
                 #pragma unroll
                 for (int step = 0; step < 4; step++) {
@@ -152,9 +159,39 @@ template <Format FORMAT, int WARPS, int NT, int DEPTH> struct DirectGemm {
                     }
                 }
                 int next = group + DEPTH;
-                if (next < n_groups) ahead[i].fetch(weights + next * (BLOCK_TILES * TILE_BYTES), lane);
+                if (next < end) ahead[i].fetch(weights + (next - begin) * (BLOCK_TILES * TILE_BYTES), lane);
             }
         }
-        outputs(acc);
+        if constexpr (SPLITS > 1) {
+            // All have left the tokens behind: their place is the sums'.
+            __syncthreads();
+            float4* sums = (float4*)dynamic + tile(0) * NT * 32 + lane;
+            if (split > 0) {
+                #pragma unroll
+                for (int n = 0; n < NT; n++) {
+                    const float* c = acc[0][n];
+                    sums[((split - 1) * WARPS * NT + n) * 32] = make_float4(c[0], c[1], c[2], c[3]);
+                }
+            }
+            __syncthreads();
+            if (split > 0) return;
+            float total[1][NT][4];
+            clear(total);
+            join_run(total, acc);
+            #pragma unroll
+            for (int n = 0; n < NT; n++) {
+                #pragma unroll
+                for (int other = 0; other < SPLITS - 1; other++) {
+                    float4 c = sums[(other * WARPS * NT + n) * 32];
+                    total[0][n][0] += c.x;
+                    total[0][n][1] += c.y;
+                    total[0][n][2] += c.z;
+                    total[0][n][3] += c.w;
+                }
+            }
+            outputs(total);
+        } else {
+            outputs(acc);
+        }
     }
 };

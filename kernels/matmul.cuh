@@ -8,9 +8,14 @@
 //   add      x_out[n_rows, n_out] f32 += product + bias
 //   logits   out[n_rows, n_out] f32 = product
 //
-// Grid (tiles / (WM MT), rows / (WN NT 8)); block 32 WM WN; dynamic shared memory
+// `add` is split along k (gemm.cuh): its few outputs would not keep all multiprocessors busy.
+//
+// Grid (tiles / (WM MT), rows / (WN NT 8)), or where tokens stream (items, 1[, splits]); block 32 WM WN; dynamic shared memory
 // STAGES * STAGE_BYTES, or for few rows all of K of the tokens (gemm_direct.cuh). Expected error:
 // f32 sums of bf16 products, about 1e-6 relative.
+
+// src/engine/cuda/variants.rs has the same numbers.
+#define ADD_SPLITS 4
 
 struct MatmulArgs {
     // x for the tensor copies, where the variant streams its tokens.
@@ -28,6 +33,8 @@ struct MatmulArgs {
     const u32* page_table;
     // Logits: keys of the rows' greatest so far (order_key), which the product's raise; or NULL.
     u32* maxima;
+    // Where blocks of a cluster leave sums for each other: exchange_len of src/engine/cuda/variants.rs.
+    float4* exchange;
     u32 n_rows;
     u32 n_out;
     u32 n_k;
@@ -203,7 +210,7 @@ template <class G, template <int> class Store> struct DenseOutputs {
 
     template <int M> __device__ __forceinline__ void operator()(float (&acc)[M][G::N_TILES][4]) const {
         constexpr u32 UNIT = Store<4>::UNIT;
-        if constexpr (G::N_TILES >= 16 && UNIT != 0 && G::TILES * TILE_M % (UNIT + (UNIT == 0)) == 0) by_rows(acc);
+        if constexpr (G::N_TILES > 8 && UNIT != 0 && G::TILES * TILE_M % (UNIT + (UNIT == 0)) == 0) by_rows(acc);
         else from_registers(acc);
         if constexpr (Store<1>::HAS_MAXIMA) raise_maxima(acc);
     }
@@ -225,6 +232,7 @@ template <class G, template <int> class Store> struct DenseOutputs {
             Floats<1> joined[G::N_TILES][2][2];
             #pragma unroll
             for (int n = 0; n < G::N_TILES; n++) {
+                if (!G::keeps(n)) continue;
                 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     u32 column = inside(G::column(n) + lane % 4 * 2 + i);
@@ -233,6 +241,7 @@ template <class G, template <int> class Store> struct DenseOutputs {
             }
             #pragma unroll
             for (int n = 0; n < G::N_TILES; n++) {
+                if (!G::keeps(n)) continue;
                 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     u32 column = G::column(n) + lane % 4 * 2 + i;
@@ -246,9 +255,19 @@ template <class G, template <int> class Store> struct DenseOutputs {
     // The eight lanes that have a token's features join theirs: each step halves the tokens of a lane.
     template <int M> __device__ __forceinline__ void raise_maxima(const float (&acc)[M][G::N_TILES][4]) const {
         if (args.maxima == 0) return;
-        constexpr int N = 2 * G::N_TILES;
+        // A few octets at a time, for their greatest are held beside all sums.
+        constexpr int OCTETS = G::N_TILES < 8 ? G::N_TILES : 8;
+        #pragma unroll
+        for (int octet = 0; octet < G::N_TILES; octet += OCTETS) raise_maxima<OCTETS>(acc, octet);
+        G::sync_workers();
+        for (u32 column = threadIdx.x; column < G::COLUMNS && first_row + column < args.n_rows; column += G::WORKERS) {
+            atomicMax(&args.maxima[first_row + column], maxima[column]);
+        }
+    }
+    template <int OCTETS, int M> __device__ __forceinline__ void raise_maxima(const float (&acc)[M][G::N_TILES][4], int octet) const {
+        constexpr int N = 2 * OCTETS;
         int lane = threadIdx.x % 32;
-        // Token G::column(i / 2) + lane % 4 * 2 + i % 2.
+        // Token G::column(octet + i / 2) + lane % 4 * 2 + i % 2.
         float greatest[N];
         #pragma unroll
         for (int i = 0; i < N; i++) greatest[i] = NEG_INFINITY;
@@ -260,7 +279,7 @@ template <class G, template <int> class Store> struct DenseOutputs {
             for (int run = 0; run < 2; run++) {
                 if (tile >= n_tiles || feature + run * Store<1>::APART >= args.n_out) continue;
                 #pragma unroll
-                for (int i = 0; i < N; i++) greatest[i] = fmaxf(greatest[i], acc[m][i / 2][run * 2 + i % 2]);
+                for (int i = 0; i < N; i++) greatest[i] = fmaxf(greatest[i], acc[m][octet + i / 2][run * 2 + i % 2]);
             }
         }
         int first = 0, n = N;
@@ -282,11 +301,7 @@ template <class G, template <int> class Store> struct DenseOutputs {
         #pragma unroll
         for (int i = 0; i < n; i++) {
             int at = first + i;
-            atomicMax(&maxima[G::column(at / 2) + lane % 4 * 2 + at % 2], order_key(greatest[i]));
-        }
-        G::sync_workers();
-        for (u32 column = threadIdx.x; column < G::COLUMNS && first_row + column < args.n_rows; column += G::WORKERS) {
-            atomicMax(&args.maxima[first_row + column], maxima[column]);
+            atomicMax(&maxima[G::column(octet + at / 2) + lane % 4 * 2 + at % 2], order_key(greatest[i]));
         }
     }
 
@@ -306,6 +321,7 @@ template <class G, template <int> class Store> struct DenseOutputs {
             float* of_tile = all + From::first(G::tile(m)) + lane / 4;
             #pragma unroll
             for (int n = 0; n < G::N_TILES; n++) {
+                if (!G::keeps(n)) continue;
                 float* to = of_tile + (G::column(n) + lane % 4 * 2) * PITCH;
                 to[0] = acc[m][n][0];
                 to[PITCH] = acc[m][n][1];
@@ -316,21 +332,23 @@ template <class G, template <int> class Store> struct DenseOutputs {
         G::sync_workers();
         constexpr u32 THREADS_A_TOKEN = G::TILES * TILE_M / 8, STEP = G::WORKERS / THREADS_A_TOKEN;
         // Tokens of a thread at a time.
-        constexpr u32 MANY = 8;
+        constexpr u32 ALL = (G::MOST_COLUMNS + STEP - 1) / STEP, MANY = ALL < 8 ? ALL : 8;
         u32 i = threadIdx.x % THREADS_A_TOKEN, of_run = To::APART / 4;
         u32 feature = i / of_run * 2 * To::APART + i % of_run * 4;
         const To to(args, first_tile * TILE_M + feature);
+        u32 begin = G::first_column(), end = G::end_column();
         #pragma unroll 1
-        for (u32 first = threadIdx.x / THREADS_A_TOKEN; first < G::COLUMNS; first += MANY * STEP) {
+        for (u32 first = begin + threadIdx.x / THREADS_A_TOKEN; first < end; first += MANY * STEP) {
             Floats<4> joined[MANY][2];
             #pragma unroll
             for (u32 n = 0; n < MANY; n++) {
-                u32 column = inside(first + n * STEP);
+                u32 column = inside(first + n * STEP < end ? first + n * STEP : end - 1);
                 to.load(args, first_row + column, place(column), joined[n]);
             }
             #pragma unroll
             for (u32 n = 0; n < MANY; n++) {
                 u32 column = first + n * STEP;
+                if (column >= end) continue;
                 const float* from = all + column * PITCH + feature;
                 const Floats<4> sums[2] = {*(const Floats<4>*)from, *(const Floats<4>*)(from + To::APART)};
                 if (first_row + column < args.n_rows) to.store(args, first_row + column, place(column), sums, joined[n]);
@@ -339,60 +357,132 @@ template <class G, template <int> class Store> struct DenseOutputs {
     }
 };
 
-template <class G, template <int> class Store> __device__ __forceinline__ void matmul(const MatmulArgs& args) {
-    extern __shared__ __align__(16) u8 shared[];
-    __shared__ int columns[G::STREAMS ? 1 : G::COLUMNS];
-    __shared__ Row rows[Store<1>::AT_ROWS ? G::COLUMNS : 1];
-    __shared__ u32 maxima[Store<1>::HAS_MAXIMA ? G::COLUMNS : 1];
-    // Few token tiles: they follow each other, so that a weight tile is read once from memory.
-    u32 m_block = args.rows_first ? blockIdx.y : blockIdx.x, row_block = args.rows_first ? blockIdx.x : blockIdx.y;
-    u32 first_row = row_block * G::COLUMNS;
-    int first_tile = (int)(args.first_tile + m_block * G::TILES), n_tiles = (int)args.n_tiles;
-    int n_groups = (int)(args.n_k + GROUP_K - 1) / GROUP_K;
-    auto prepare = [&] {
-        follow_previous();
-        for (u32 c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
-            bool has = first_row + c < args.n_rows;
-            if (!G::STREAMS) columns[c] = has ? (int)(first_row + c) : -1;
-            if (Store<1>::AT_ROWS && has) rows[c] = args.rows[first_row + c];
+#ifdef WARPGROUPS
+// The items of a product whose tokens stream.
+template <class G, template <int> class Store> struct DenseWork {
+    typedef StreamItem<RowTokens<G::N_TILES>> Item;
+    struct Prepared {};
+    // Outputs that go by way of the stages leave none to be filled meanwhile.
+    static constexpr bool MANY = Store<1>::UNIT == 0;
+    struct Told { int first_tile, first_row; };
+
+    const MatmulArgs& args;
+    Row* rows;
+    u32* maxima;
+    Told* items;
+
+    __device__ __forceinline__ Item find(u32 i) const {
+        u32 n_feature_blocks = (args.n_tiles - args.first_tile + G::TILES - 1) / G::TILES;
+        u32 n_row_blocks = (args.n_rows + G::COLUMNS - 1) / G::COLUMNS;
+        u32 feature_block = args.rows_first ? i / n_row_blocks : i % n_feature_blocks;
+        u32 row_block = args.rows_first ? i % n_row_blocks : i / n_feature_blocks;
+        bool exists = i < n_feature_blocks * n_row_blocks;
+        return {
+            args.weights, (int)(args.first_tile + feature_block * G::TILES), {&args.x_map, (int)(row_block * G::COLUMNS)}, exists
+        };
+    }
+    __device__ __forceinline__ void tell(u32 n, const Item& item) const {
+        items[n % TOLD_ITEMS] = {item.exists ? item.first_tile : -1, item.tokens.first};
+    }
+    __device__ __forceinline__ Item told(u32 n) const {
+        const Told& item = items[n % TOLD_ITEMS];
+        return {args.weights, item.first_tile, {&args.x_map, item.first_row}, item.first_tile >= 0};
+    }
+    __device__ __forceinline__ void wait_for_tokens() const { wait_for_previous(); }
+    __device__ __forceinline__ void begin() const { follow_previous(); }
+    __device__ __forceinline__ Prepared prepare(const Item& item) const {
+        if (!Store<1>::AT_ROWS && !Store<1>::HAS_MAXIMA) return {};
+        // Those of the item before are no longer read.
+        if (MANY) G::sync_workers();
+        for (u32 c = threadIdx.x; c < G::COLUMNS; c += G::WORKERS) {
+            u32 row = item.tokens.first + c;
+            if (Store<1>::AT_ROWS && row < args.n_rows) rows[c] = args.rows[row];
             if (Store<1>::HAS_MAXIMA) maxima[c] = 0;
         }
-    };
-    const DenseOutputs<G, Store> outputs = {args, rows, first_row, first_tile, n_tiles, shared, maxima};
+        return {};
+    }
+    template <int M, int N> __device__ __forceinline__ void store(
+        const Item& item, const Prepared& prepared, u8* shared, float (&acc)[M][N][4]
+    ) const {
+        if (Store<1>::AT_ROWS || Store<1>::HAS_MAXIMA) G::sync_workers();
+        const DenseOutputs<G, Store> outputs = {
+            args, rows, (u32)item.tokens.first, item.first_tile, (int)args.n_tiles, shared, maxima
+        };
+        outputs(acc);
+    }
+};
+#endif
+
+template <class G, template <int> class Store> __device__ __forceinline__ void matmul(const MatmulArgs& args) {
+    extern __shared__ __align__(16) u8 shared[];
+    __shared__ Row rows[Store<1>::AT_ROWS ? G::COLUMNS : 1];
+    __shared__ u32 maxima[Store<1>::HAS_MAXIMA ? G::COLUMNS : 1];
+    int n_groups = (int)(args.n_k + GROUP_K - 1) / GROUP_K;
+#ifdef WARPGROUPS
     if constexpr (G::STREAMS) {
-        const RowTokens<G::N_TILES> tokens = {&args.x_map, (int)first_row};
-        if (threadIdx.x == G::FILLING) prefetch_map(tokens.x);
-        G::run(shared, args.weights, first_tile, n_tiles, n_groups, tokens, prepare, outputs);
-    } else {
+        typedef DenseWork<G, Store> Work;
+        __shared__ typename Work::Told items[Work::MANY ? TOLD_ITEMS : 1];
+        if (threadIdx.x == G::WORKERS) prefetch_map(&args.x_map);
+        const Work work = {args, rows, maxima, items};
+        if constexpr (Work::MANY) G::run_all(shared, (int)args.n_tiles, n_groups, work);
+        else G::run(shared, (int)args.n_tiles, n_groups, work);
+    }
+#endif
+    if constexpr (!G::STREAMS) {
+        __shared__ int columns[G::COLUMNS];
+        // Few token tiles: they follow each other, so that a weight tile is read once from memory.
+        u32 m_block = args.rows_first ? blockIdx.y : blockIdx.x, row_block = args.rows_first ? blockIdx.x : blockIdx.y;
+        u32 first_row = row_block * G::COLUMNS;
+        int first_tile = (int)(args.first_tile + m_block * G::TILES), n_tiles = (int)args.n_tiles;
+        auto prepare = [&] {
+            follow_previous();
+            for (u32 c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
+                bool has = first_row + c < args.n_rows;
+                columns[c] = has ? (int)(first_row + c) : -1;
+                if (Store<1>::AT_ROWS && has) rows[c] = args.rows[first_row + c];
+                if (Store<1>::HAS_MAXIMA) maxima[c] = 0;
+            }
+        };
+        const DenseOutputs<G, Store> outputs = {args, rows, first_row, first_tile, n_tiles, shared, maxima};
         G::run(shared, args.weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns, prepare, outputs);
     }
 }
 
-// Variants by how many rows there are; src/engine/cuda/variants.rs has the same numbers.
-#define VARIANT(NAME, STORE, THREADS, BLOCKS, ...) \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ MatmulArgs args) { matmul<__VA_ARGS__, STORE>(args); }
-#define SMALL_VARIANTS(FORMAT, NAME, STORE) \
-    VARIANT(NAME##_d8, STORE, 32, 1, DirectGemm<FORMAT, 1, 1, 12>) \
-    VARIANT(NAME##_d16, STORE, 192, 1, DirectGemm<FORMAT, 6, 2, 8>)
+// Variants by how many rows there are; src/engine/cuda/variants.rs has the same numbers. Those named w
+// have all runs of k in a block; CLUSTER tells of the blocks of the other streamed ones.
+#define VARIANT(NAME, STORE, CLUSTER, THREADS, BLOCKS, ...) \
+    extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ MatmulArgs args) { matmul<__VA_ARGS__, STORE>(args); }
+// WARPS a block with few rows.
+#define SMALL_VARIANTS(FORMAT, NAME, STORE, SPLITS, WARPS) \
+    VARIANT(NAME##_d8, STORE, , 32 * SPLITS, 1, DirectGemm<FORMAT, 1, 1, 12, SPLITS>) \
+    VARIANT(NAME##_d16, STORE, , 32 * WARPS * SPLITS, 1, DirectGemm<FORMAT, WARPS, 2, 8, SPLITS>)
 #ifdef WARPGROUPS
-#define VARIANTS(FORMAT, NAME, STORE) SMALL_VARIANTS(FORMAT, NAME, STORE) \
-    VARIANT(NAME##_s16, STORE, 160, 3, StreamGemm<FORMAT, 1, 1, 2, 3, 1>) \
-    VARIANT(NAME##_s32, STORE, 160, 2, StreamGemm<FORMAT, 1, 1, 4, 2, 1>) \
-    VARIANT(NAME##_s64, STORE, 160, 2, StreamGemm<FORMAT, 1, 1, 8, 2, 1>) \
-    VARIANT(NAME##_s128x128, STORE, 288, 1, StreamGemm<FORMAT, 2, 1, 16, 1, 1>) \
-    VARIANT(NAME##_s256x128, STORE, 384, 1, StreamGemm<FORMAT, 2, 2, 16, 1, 4>)
+#define VARIANTS(FORMAT, NAME, STORE, SPLITS, WARPS, CLUSTER) SMALL_VARIANTS(FORMAT, NAME, STORE, SPLITS, WARPS) \
+    VARIANT(NAME##_s32, STORE, CLUSTER, 160, 2, StreamGemm<FORMAT, 1, 1, 4, 2, 1, 4, SPLITS>) \
+    VARIANT(NAME##_s64, STORE, CLUSTER, 160, 2, StreamGemm<FORMAT, 1, 1, 8, 2, 1, 8, SPLITS>) \
+    VARIANT(NAME##_s128x128, STORE, CLUSTER, 288, 1, StreamGemm<FORMAT, 2, 1, 16, 1, 1, 16, SPLITS>)
+#define QKV_VARIANTS(FORMAT, NAME, STORE) VARIANTS(FORMAT, NAME, STORE, 1, 6, ) UNSPLIT_VARIANTS(FORMAT, NAME, STORE) \
+    VARIANT(NAME##_s128x88, STORE, , 288, 1, StreamGemm<FORMAT, 2, 1, 11, 1, 1>)
+#define UNSPLIT_VARIANTS(FORMAT, NAME, STORE) \
+    VARIANT(NAME##_s16, STORE, , 160, 3, StreamGemm<FORMAT, 1, 1, 2, 3, 1>) \
+    VARIANT(NAME##_s256x128, STORE, , 384, 1, StreamGemm<FORMAT, 2, 2, 16, 1, 4>)
+#define ADD_VARIANTS(FORMAT, NAME, STORE) VARIANTS(FORMAT, NAME, STORE, ADD_SPLITS, 2, __cluster_dims__(1, 1, ADD_SPLITS)) \
+    VARIANT(NAME##_s192x128, STORE, __cluster_dims__(1, 1, ADD_SPLITS), 416, 1, StreamGemm<FORMAT, 3, 1, 16, 1, 1, 16, ADD_SPLITS>) \
+    VARIANT(NAME##_w128x128, STORE, , 384, 1, StreamGemm<FORMAT, 2, 1, 16, 1, 4, 16, ADD_SPLITS, false>)
+#define LOGITS_VARIANTS(FORMAT, NAME, STORE) VARIANTS(FORMAT, NAME, STORE, 1, 6, ) UNSPLIT_VARIANTS(FORMAT, NAME, STORE)
 #else
-#define VARIANTS(FORMAT, NAME, STORE) SMALL_VARIANTS(FORMAT, NAME, STORE) \
-    VARIANT(NAME##_16, STORE, 64, 1, Gemm<FORMAT, 2, 1, 1, 2, 10>) \
-    VARIANT(NAME##_32, STORE, 64, 1, Gemm<FORMAT, 2, 1, 1, 4, 8>) \
-    VARIANT(NAME##_64, STORE, 128, 1, Gemm<FORMAT, 4, 1, 1, 8, 4>) \
-    VARIANT(NAME##_128, STORE, 256, 1, Gemm<FORMAT, 4, 2, 2, 8, BIG_STAGES>)
+#define VARIANTS(FORMAT, NAME, STORE, SPLITS, WARPS) SMALL_VARIANTS(FORMAT, NAME, STORE, SPLITS, WARPS) \
+    VARIANT(NAME##_16, STORE, , 64, 1, Gemm<FORMAT, 2, 1, 1, 2, 10, SPLITS>) \
+    VARIANT(NAME##_32, STORE, , 64, 1, Gemm<FORMAT, 2, 1, 1, 4, 8, SPLITS>) \
+    VARIANT(NAME##_64, STORE, , 128, 1, Gemm<FORMAT, 4, 1, 1, 8, 4, SPLITS>) \
+    VARIANT(NAME##_128, STORE, , 256, 1, Gemm<FORMAT, 4, 2, 2, 8, BIG_STAGES, SPLITS>)
+#define QKV_VARIANTS(FORMAT, NAME, STORE) VARIANTS(FORMAT, NAME, STORE, 1, 6)
+#define ADD_VARIANTS(FORMAT, NAME, STORE) VARIANTS(FORMAT, NAME, STORE, ADD_SPLITS, 2)
+#define LOGITS_VARIANTS(FORMAT, NAME, STORE) VARIANTS(FORMAT, NAME, STORE, 1, 6)
 #endif
 
 #define MATMULS(FORMAT) \
-    VARIANTS(FORMAT, matmul_qkv, Qkv) \
-    VARIANTS(FORMAT, matmul_add, Add) \
-    VARIANTS(FORMAT, matmul_logits, Logits)
+    QKV_VARIANTS(FORMAT, matmul_qkv, Qkv) ADD_VARIANTS(FORMAT, matmul_add, Add) LOGITS_VARIANTS(FORMAT, matmul_logits, Logits)
 
 // Copies the newest keys and values of each segment to its sequence's ring, after the layer's
 // attention has read the older ones. Grid (n_rows), block 128.

@@ -18,7 +18,9 @@
 //
 //   x, act   tiles (common.cuh) of n_octets octets of places
 //   entries  u32 [n_octets * 8]: the entry of each place, NONE where it has none
-//   listed   the token tiles of the grid's y
+//   listed   the token tiles
+//
+// There the grid is (feature blocks of a token tile, then of the next).
 //
 // So gate_up stores act as down reads it. What a place without an entry holds comes to nothing: a
 // token's sums are of its own values alone. `down` knows its token tile from `gather`, not from
@@ -226,7 +228,7 @@ struct GateUpTiles : GateUp {
         is_feature = tile < args.n_tiles;
         to = (u8*)args.act + chunk_at((u64)(tile / 8) * args.n_octets + token_tile.first, lane / 4, tile % 8) + lane % 4 * 4;
     }
-    __device__ __forceinline__ void store(int octet, const u32* entries, const float (&c)[4]) const {
+    __device__ __forceinline__ void store(int octet, u32 entry, const float (&c)[4]) const {
         u32 of_row = is_feature ? f32x2_to_bf16x2(value(c[0], c[2]), value(c[1], c[3])) : 0;
         *(u32*)(to + octet * OCTET_BYTES) = turn_matrix(of_row);
     }
@@ -234,18 +236,15 @@ struct GateUpTiles : GateUp {
 };
 
 struct DownRows : Down {
-    u32 token;
-
     __device__ static __forceinline__ u32 end_tile(const MoeArgs& args) { return args.n_tiles; }
     __device__ __forceinline__ DownRows(const MoeArgs& args, const TokenTile& token_tile, u32 tile, int lane)
         : Down(args, token_tile.expert, tile, lane / 4) {
-        token = lane / 4;
         out = args.y + tile * TILE_M + lane % 4 * 2;
     }
-    __device__ __forceinline__ void store(int octet, const u32* entries, const float (&c)[4]) const {
+    // `entry` is that of token lane / 4.
+    __device__ __forceinline__ void store(int octet, u32 entry, const float (&c)[4]) const {
         u32 low = turn_matrix(f32x2_to_bf16x2(c[0] + low_bias, c[1] + low_bias));
         u32 high = turn_matrix(f32x2_to_bf16x2(c[2] + high_bias, c[3] + high_bias));
-        u32 entry = entries[octet * 8 + token];
         if (entry != NONE) {
             u16* y = out + (u64)entry * n_out;
             *(u32*)y = low;
@@ -255,21 +254,64 @@ struct DownRows : Down {
     static constexpr bool OF_ACT = true;
 };
 
-template <class G, class Store> struct StreamOutputs {
-    const MoeArgs& args;
-    const TokenTile& token_tile;
-    const u32* entries;
-    u32 first_tile, n_octets;
+// The items of a product whose tokens stream: feature blocks of a listed token tile, then of the next.
+template <class G, class Store> struct ExpertWork {
+    struct Item : StreamItem<TileTokens> { TokenTile token_tile; };
+    // Entries of the tokens lane / 4 of octets lane % 4, lane % 4 + 4, ..
+    struct Prepared { u32 entries[(G::N_TILES + 3) / 4]; };
 
-    template <int M, int N> __device__ __forceinline__ void operator()(float (&acc)[M][N][4]) const {
+    const MoeArgs& args;
+    u32 n_feature_blocks;
+    u64 expert_bytes;
+
+    __device__ __forceinline__ ExpertWork(const MoeArgs& args, int n_groups) : args(args) {
+        n_feature_blocks = (args.n_tiles + G::TILES - 1) / G::TILES;
+        expert_bytes = (u64)((args.n_tiles + BLOCK_TILES - 1) / BLOCK_TILES) * n_groups * BLOCK_TILES * G::TILE_BYTES;
+    }
+
+    __device__ __forceinline__ Item find(u32 i) const {
+        const TokenTile token_tile = load_token_tile(args.listed + i / n_feature_blocks);
+        Item item;
+        u32 left = token_tile.end - token_tile.first;
+        item.token_tile = token_tile;
+        item.exists = token_tile.expert != NONE;
+        item.first_tile = (int)(i % n_feature_blocks * G::TILES);
+        item.weights = args.weights + token_tile.expert * expert_bytes;
+        item.tokens = {
+            (const u8*)args.x + (u64)token_tile.first * OCTET_BYTES, (u64)args.n_octets * OCTET_BYTES,
+            left < G::N_TILES ? left : G::N_TILES
+        };
+        return item;
+    }
+    // gate_up has waited for all before, to find its item.
+    __device__ __forceinline__ void begin() const {
+        if (Store::OF_ACT) follow_previous();
+    }
+    __device__ __forceinline__ Prepared prepare(const Item& item) const {
+        Prepared prepared = {};
+        if constexpr (Store::OF_ACT) {
+            u32 lane = threadIdx.x % 32;
+            #pragma unroll
+            for (int n = 0; n < G::N_TILES; n += 4) {
+                u32 octet = n + lane % 4, place = (item.token_tile.first + octet) * 8 + lane / 4;
+                prepared.entries[n / 4] = octet < item.tokens.n_octets ? load_l2(args.entries + place) : NONE;
+            }
+        }
+        return prepared;
+    }
+    template <int M, int N> __device__ __forceinline__ void store(
+        const Item& item, const Prepared& prepared, u8* shared, float (&acc)[M][N][4]
+    ) const {
         #pragma unroll
         for (int m = 0; m < M; m++) {
-            u32 tile = first_tile + G::tile(m);
+            u32 tile = item.first_tile + G::tile(m);
             if (tile >= Store::end_tile(args)) continue;
-            const Store to(args, token_tile, tile, threadIdx.x % 32);
+            u32 lane = threadIdx.x % 32;
+            const Store to(args, item.token_tile, tile, lane);
             #pragma unroll
             for (int n = 0; n < N; n++) {
-                if (n < n_octets) to.store(n, entries, acc[m][n]);
+                u32 entry = Store::OF_ACT ? __shfl_sync(NONE, prepared.entries[n / 4], lane / 4 * 4 + n % 4) : NONE;
+                if (n < item.tokens.n_octets) to.store(n, entry, acc[m][n]);
             }
         }
     }
@@ -279,32 +321,9 @@ template <class G, class Store> struct StreamOutputs {
 template <class G, class Store> __device__ __forceinline__ void moe_stream(const MoeArgs& args) {
     static_assert(G::TILES % 8 == 0, "a block has whole groups of 64 features of act");
     extern __shared__ __align__(16) u8 shared[];
-    __shared__ u32 entries[Store::OF_ACT ? G::COLUMNS : 1];
     if (!Store::OF_ACT) follow_previous();
-    const TokenTile token_tile = load_token_tile(args.listed + blockIdx.y);
-    if (token_tile.expert == NONE) {
-        // Or kernels behind would think that all before has been waited for.
-        if (Store::OF_ACT) follow_previous();
-        return;
-    }
-    u32 left = token_tile.end - token_tile.first, n_octets = left < G::N_TILES ? left : G::N_TILES;
     int n_groups = (int)(args.n_k + GROUP_K - 1) / GROUP_K;
-    u64 blocks = (args.n_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
-    const u8* weights = args.weights + token_tile.expert * blocks * n_groups * BLOCK_TILES * G::TILE_BYTES;
-    auto prepare = [&] {
-        if constexpr (Store::OF_ACT) {
-            for (u32 c = threadIdx.x; c < n_octets * 8; c += G::THREADS) {
-                entries[c] = load_l2(args.entries + token_tile.first * 8 + c);
-            }
-            follow_previous();
-        }
-    };
-    const TileTokens tokens = {
-        (const u8*)args.x + (u64)token_tile.first * OCTET_BYTES, (u64)args.n_octets * OCTET_BYTES, n_octets
-    };
-    u32 first_tile = blockIdx.x * G::TILES;
-    const StreamOutputs<G, Store> outputs = {args, token_tile, entries, first_tile, n_octets};
-    G::run(shared, weights, (int)first_tile, (int)args.n_tiles, n_groups, tokens, prepare, outputs);
+    G::run(shared, (int)args.n_tiles, n_groups, ExpertWork<G, Store>(args, n_groups));
 }
 #endif
 

@@ -77,6 +77,12 @@ __device__ __forceinline__ uint4 load_l2(const uint4* global) {
     return v;
 }
 
+__device__ __forceinline__ float4 load_l2(const float4* global) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(global));
+    return v;
+}
+
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8
 // and gets elements (l / 4, 2 (l % 4)) and the next of each.
 __device__ __forceinline__ void load_matrix_x4(u32 (&r)[4], u32 row) {

@@ -7,6 +7,7 @@
 #define R16 R8 ", " R4(8, 9, 10, 11) ", " R4(12, 13, 14, 15)
 #define R24 R16 ", " R4(16, 17, 18, 19) ", " R4(20, 21, 22, 23)
 #define R32 R24 ", " R4(24, 25, 26, 27) ", " R4(28, 29, 30, 31)
+#define R44 R32 ", " R4(32, 33, 34, 35) ", " R4(36, 37, 38, 39) ", " R4(40, 41, 42, 43)
 #define R48 R32 ", " R4(32, 33, 34, 35) ", " R4(36, 37, 38, 39) ", " R4(40, 41, 42, 43) ", " R4(44, 45, 46, 47)
 #define R64 R48 ", " R4(48, 49, 50, 51) ", " R4(52, 53, 54, 55) ", " R4(56, 57, 58, 59) ", " R4(60, 61, 62, 63)
 #define C1(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
@@ -26,6 +27,7 @@ template <int NT> __device__ __forceinline__ void wgmma_bf16(float (&c)[NT][4], 
     else if constexpr (NT == 4) WGMMA(32, R16, R4(16, 17, 18, 19), 20, 21, C4(0));
     else if constexpr (NT == 6) WGMMA(48, R24, R4(24, 25, 26, 27), 28, 29, C4(0), C2(4));
     else if constexpr (NT == 8) WGMMA(64, R32, R4(32, 33, 34, 35), 36, 37, C8(0));
+    else if constexpr (NT == 11) WGMMA(88, R44, R4(44, 45, 46, 47), 48, 49, C8(0), C2(8), C1(10));
     else if constexpr (NT == 16) WGMMA(128, R64, R4(64, 65, 66, 67), 68, 69, C8(0), C8(8));
     else static_assert(NT == 1, "no such token tile");
 }
@@ -74,6 +76,12 @@ __device__ __forceinline__ void copy_tensor(u32 shared, const void* map, int k, 
 }
 __device__ __forceinline__ void prefetch_map(const void* map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
+}
+
+// All threads of the cluster's blocks come here before one goes on, and see what the others wrote.
+__device__ __forceinline__ void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release;\n"
+                 "barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // Registers of a warpgroup's threads from here on; all its warps say the same.

@@ -20,6 +20,7 @@ use podium::engine::cuda::kernels::Build;
 use podium::engine::cuda::launch::{Dense, Kernels, MatmulArgs};
 use podium::engine::cuda::nvrtc::Nvrtc;
 use podium::engine::cuda::pack::{self, NeedsWide, RowOrder};
+use podium::engine::cuda::variants;
 use podium::engine::cuda::{CudaBackend, CudaOptions, Loaded};
 use podium::engine::sample::logits_hash;
 use podium::engine::{Backend, EngineShape, PAGE_POSITIONS, PageId, SequenceId, Span, TokenId};
@@ -214,6 +215,9 @@ fn product(
     let rows = upload(device, &rows);
     let (cos, sin) = ([1.0f32; HEAD_DIM / 2], [0.0f32; HEAD_DIM / 2]);
     let rope = upload(device, &[cos, sin].concat());
+    let n_exchanged = variants::exchange_len(n_out, n_rows);
+    let exchange: DeviceBuffer<f32> = device.alloc("sums", n_exchanged).unwrap();
+    exchange.fill(0, n_exchanged, 0xFF).unwrap();
     let n_heads = n_out / HEAD_DIM;
     let args = MatmulArgs {
         weights: tiles.at(0),
@@ -223,6 +227,7 @@ fn product(
         qkv: qkv.at(0),
         rows: rows.at(0),
         rope: rope.at(0),
+        exchange: exchange.at(0),
         n_rows: n_rows as u32,
         n_out: n_out as u32,
         n_k: n_k as u32,
@@ -289,8 +294,8 @@ fn dense_products_of_copies_have_the_same_bits() {
                     };
                     let tiles = upload(&device, &tiles);
                     for kernels in &kernels[usize::from(of.wide)] {
-                        for variant in 0..kernels.n_dense() {
-                            let name = kernels.dense_name(variant);
+                        for variant in 0..kernels.n_dense(which) {
+                            let name = kernels.dense_name(which, variant);
                             let what = format!(
                                 "{which:?} of {n_out} x {n_k}, {n_rows} rows, {of:?} in {}, \
                                  variant {name}",

@@ -12,6 +12,7 @@ use crate::engine::cuda::launch::{Dense, ExpertBuffers, MatmulArgs, MoeArgs};
 use crate::engine::cuda::model::{Experts, Projection};
 use crate::engine::cuda::pack;
 use crate::engine::cuda::places;
+use crate::engine::cuda::variants;
 use crate::engine::cuda::{CudaError, Loaded};
 use crate::engine::sample::philox4x32;
 
@@ -44,6 +45,7 @@ struct Bench<'a> {
     entries: DeviceBuffer<u32>,
     places: DeviceBuffer<u32>,
     listed: DeviceBuffer<u32>,
+    exchange: DeviceBuffer<f32>,
     x_tiles: DeviceBuffer<u16>,
     act_tiles: DeviceBuffer<u16>,
 }
@@ -73,6 +75,7 @@ impl<'a> Bench<'a> {
             entries: device.alloc("entries", most * k)?,
             places: device.alloc("places", n_octets * places::OCTET)?,
             listed: device.alloc("token tiles", n_octets * places::LISTED_WORDS)?,
+            exchange: device.alloc("sums", variants::exchange_len(config.hidden, most))?,
             x_tiles: tiles(config.hidden)?,
             act_tiles: tiles(config.intermediate)?,
         };
@@ -174,8 +177,8 @@ impl<'a> Bench<'a> {
         n_rows: usize,
     ) -> Result<(), CudaError> {
         let kernels = &self.loaded.kernels;
-        for index in 0..kernels.n_dense() {
-            if !kernels.dense_fits(index, &self.matmul(projections[0], n_rows)) {
+        for index in 0..kernels.n_dense(which) {
+            if !kernels.dense_fits(which, index, &self.matmul(projections[0], n_rows)) {
                 continue;
             }
             let mut best = f64::INFINITY;
@@ -193,7 +196,7 @@ impl<'a> Bench<'a> {
             let chosen = kernels.chosen_dense(which, &self.matmul(projection, n_rows)) == index;
             let name = format!(
                 "{}{}",
-                kernels.dense_name(index),
+                kernels.dense_name(which, index),
                 if chosen { "*" } else { "" }
             );
             let bytes = projection.tiles.n_bytes() as f64;
@@ -228,6 +231,7 @@ impl<'a> Bench<'a> {
             qkv: self.act.at(0),
             rows: self.rows.at(0),
             rope: self.rope.at(0),
+            exchange: self.exchange.at(0),
             n_rows: n_rows as u32,
             n_out: projection.n_out as u32,
             n_k: projection.n_k as u32,

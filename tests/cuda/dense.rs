@@ -1,6 +1,7 @@
 //! Dense products: every variant has the bits of one order of sums, near to sums in f64, whether
 //! they are stored, added to the residual, or turned and cached.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use podium::engine::checkpoint::MatrixFormat;
@@ -8,6 +9,7 @@ use podium::engine::cuda::buffer::DeviceBuffer;
 use podium::engine::cuda::device::Device;
 use podium::engine::cuda::launch::{Dense, Kernels, MatmulArgs};
 use podium::engine::cuda::pack::{self, RowOrder};
+use podium::engine::cuda::variants;
 use podium::quant::bf16;
 
 use crate::common::{
@@ -69,9 +71,10 @@ fn dense_products_have_one_order_of_sums() {
             .map(|row| [0, order_key(-1e30), order_key(1e30)][row % 3])
             .collect();
         let mut first: Option<Vec<f32>> = None;
+        let which = Dense::Logits;
         let variants = both
             .iter()
-            .flat_map(|kernels| (0..kernels.n_dense()).map(move |variant| (kernels, variant)));
+            .flat_map(|kernels| (0..kernels.n_dense(which)).map(move |variant| (kernels, variant)));
         for (kernels, variant) in variants {
             let out: DeviceBuffer<f32> = device.alloc("out", n_rows * n_out).unwrap();
             out.fill(0, out.len(), 0xFF).unwrap();
@@ -87,11 +90,9 @@ fn dense_products_have_one_order_of_sums() {
                 n_tiles: pack::n_tiles(n_out) as u32,
                 ..MatmulArgs::default()
             };
-            kernels
-                .matmul_variant(Dense::Logits, variant, &args)
-                .unwrap();
+            kernels.matmul_variant(which, variant, &args).unwrap();
             let got = download(&out);
-            let name = kernels.dense_name(variant);
+            let name = kernels.dense_name(which, variant);
             let what = format!("{n_out} x {n_k}, {n_rows} rows, variant {name}");
             assert_close(&got, &expected, PRODUCT, &what);
             same_bits(first.get_or_insert_with(|| got.clone()), &got, &what);
@@ -105,40 +106,71 @@ fn dense_products_have_one_order_of_sums() {
     }
 }
 
-/// Weights in tiles, inputs, and the product in f32 with the bits that all variants give.
+/// Weights in tiles, inputs, and the product in f32 with the bits that all variants of `which` give:
+/// the sums of its runs of k, each a product that is not split.
 fn product(
     device: &Arc<Device>,
     kernels: &Kernels,
     random: &mut Random,
-    order: RowOrder,
+    (which, order): (Dense, RowOrder),
     (n_out, n_k, n_rows): (usize, usize, usize),
 ) -> (MatmulArgs, DeviceBuffer<u8>, DeviceBuffer<u16>, Vec<f32>) {
     let weights = random.bits(n_out * n_k);
-    let x = upload(device, &random.bits(n_rows * n_k));
-    let [natural, ordered] = [RowOrder::Natural, order].map(|order| {
-        let mut tiles = vec![0; pack::matrix_bytes(MatrixFormat::Bf16, n_out, n_k)];
-        pack::bf16(&mut tiles, n_out, n_k, order, |row, k| {
-            weights[row * n_k + k]
+    let x = random.bits(n_rows * n_k);
+    let tiles_of = |order, ks: Range<usize>| {
+        let mut tiles = vec![0; pack::matrix_bytes(MatrixFormat::Bf16, n_out, ks.len())];
+        pack::bf16(&mut tiles, n_out, ks.len(), order, |row, k| {
+            weights[row * n_k + ks.start + k]
         });
         upload(device, &tiles)
-    });
-    let out: DeviceBuffer<f32> = device.alloc("out", n_rows * n_out).unwrap();
+    };
+    let mut sums = vec![0.0; n_rows * n_out];
+    let (splits, n_groups) = (variants::dense_splits(which), pack::n_groups(n_k));
+    for split in 0..splits {
+        let [start, end] = [split, split + 1]
+            .map(|split| variants::first_group(splits, split, n_groups) * pack::GROUP_K);
+        let ks = start..end.min(n_k);
+        if ks.is_empty() {
+            continue;
+        }
+        let of_run: Vec<u16> = x
+            .chunks(n_k)
+            .flat_map(|x| x[ks.clone()].iter().copied())
+            .collect();
+        let (x, tiles) = (
+            upload(device, &of_run),
+            tiles_of(RowOrder::Natural, ks.clone()),
+        );
+        let out: DeviceBuffer<f32> = device.alloc("out", n_rows * n_out).unwrap();
+        let args = MatmulArgs {
+            weights: tiles.at(0),
+            x: x.at(0),
+            out: out.at(0),
+            n_k: ks.len() as u32,
+            ..shaped(n_out, n_k, n_rows)
+        };
+        kernels.matmul_variant(Dense::Logits, 0, &args).unwrap();
+        for (sum, of_run) in sums.iter_mut().zip(download(&out)) {
+            *sum += of_run;
+        }
+    }
+    let (tiles, x) = (tiles_of(order, 0..n_k), upload(device, &x));
     let args = MatmulArgs {
-        weights: natural.at(0),
+        weights: tiles.at(0),
         x: x.at(0),
-        out: out.at(0),
+        ..shaped(n_out, n_k, n_rows)
+    };
+    (args, tiles, x, sums)
+}
+
+fn shaped(n_out: usize, n_k: usize, n_rows: usize) -> MatmulArgs {
+    MatmulArgs {
         n_rows: n_rows as u32,
         n_out: n_out as u32,
         n_k: n_k as u32,
         n_tiles: pack::n_tiles(n_out) as u32,
         ..MatmulArgs::default()
-    };
-    kernels.matmul_variant(Dense::Logits, 0, &args).unwrap();
-    let args = MatmulArgs {
-        weights: ordered.at(0),
-        ..args
-    };
-    (args, ordered, x, download(&out))
+    }
 }
 
 #[test]
@@ -153,26 +185,42 @@ fn every_variant_adds_to_the_residual() {
         (324, 160, 257),
         (640, 64, 300),
         (576, 64, 2177),
+        // Runs of k of many groups, not all alike.
+        (132, 4096, 3),
+        (192, 1472, 70),
+        (320, 2880, 257),
     ] {
         let shape = (n_out, n_k, n_rows);
-        let (args, _tiles, _x, sums) =
-            product(&device, &both[0], &mut random, RowOrder::Natural, shape);
+        let (args, _tiles, _x, sums) = product(
+            &device,
+            &both[0],
+            &mut random,
+            (Dense::Add, RowOrder::Natural),
+            shape,
+        );
         let bias = random.bits(n_out);
         let residual: Vec<f32> = (0..n_rows * n_out).map(|_| random.value()).collect();
         let expected: Vec<f32> = (0..n_rows * n_out)
             .map(|i| residual[i] + (sums[i] + bf16::to_f32(bias[i % n_out])))
             .collect();
         let bias = upload(&device, &bias);
+        let n_exchanged = variants::exchange_len(n_out, n_rows);
+        let exchange: DeviceBuffer<f32> = device.alloc("sums", n_exchanged).unwrap();
         for kernels in &both {
-            for variant in 0..kernels.n_dense() {
+            for variant in 0..kernels.n_dense(Dense::Add) {
+                if !kernels.dense_fits(Dense::Add, variant, &args) {
+                    continue;
+                }
+                exchange.fill(0, n_exchanged, 0xFF).unwrap();
                 let out = upload(&device, &residual);
                 let args = MatmulArgs {
                     bias: bias.at(0),
                     out: out.at(0),
+                    exchange: exchange.at(0),
                     ..args
                 };
                 kernels.matmul_variant(Dense::Add, variant, &args).unwrap();
-                let name = kernels.dense_name(variant);
+                let name = kernels.dense_name(Dense::Add, variant);
                 let what = format!("{shape:?}, variant {name}");
                 same_bits(&expected, &download(&out), &what);
             }
@@ -196,10 +244,11 @@ fn every_variant_turns_and_caches_keys() {
     let width = (N_HEADS + 2 * N_KV_HEADS) * HEAD_DIM;
     let rope: Vec<f32> = (0..RING * HEAD_DIM).map(|_| random.value()).collect();
     let rope_device = upload(&device, &rope);
-    for n_rows in [2usize, 9, 64, 130, 257] {
-        let shape = (width, 96, n_rows);
+    for (n_rows, n_k) in [(2usize, 96), (9, 2880), (64, 96), (130, 64), (257, 352)] {
+        let shape = (width, n_k, n_rows);
         let order = RowOrder::Rotary { head_dim: HEAD_DIM };
-        let (args, _tiles, _x, sums) = product(&device, &both[0], &mut random, order, shape);
+        let (args, _tiles, _x, sums) =
+            product(&device, &both[0], &mut random, (Dense::Qkv, order), shape);
         let bias = random.bits(width);
         let bias_device = upload(&device, &bias);
         let place = |row: usize| match row + 1 == n_rows {
@@ -246,7 +295,7 @@ fn every_variant_turns_and_caches_keys() {
                 }
             }
             for kernels in &both {
-                for variant in 0..kernels.n_dense() {
+                for variant in 0..kernels.n_dense(Dense::Qkv) {
                     let qkv = upload(&device, &vec![u16::MAX; expected.len()]);
                     let cache = upload(&device, &vec![u16::MAX; cached.len()]);
                     let args = MatmulArgs {
@@ -264,8 +313,9 @@ fn every_variant_turns_and_caches_keys() {
                         ..args
                     };
                     kernels.matmul_variant(Dense::Qkv, variant, &args).unwrap();
-                    let name = kernels.dense_name(variant);
-                    let what = format!("{n_rows} rows from tile {first_tile}, variant {name}");
+                    let name = kernels.dense_name(Dense::Qkv, variant);
+                    let what =
+                        format!("{n_rows} rows of {n_k} from tile {first_tile}, variant {name}");
                     assert!(download(&qkv) == expected, "{what}: qkv");
                     assert!(download(&cache) == cached, "{what}: cache");
                 }

@@ -55,6 +55,7 @@ fn check_gathering(
     // Few entries are sorted by each block, of many `group` has done it.
     for (tile_octets, is_sorted) in [(1, false), (2, true), (6, false), (16, true)] {
         tiles.fill(0, tiles.len(), 0xFF).unwrap();
+        listed.fill(0, listed.len(), 0xFF).unwrap();
         let of_sorted = |list: &DeviceBuffer<u32>| if is_sorted { list.at(0) } else { 0 };
         let args = GatherArgs {
             experts: experts_device.at(0),

@@ -18,6 +18,7 @@ pub struct MatmulArgs {
     pub cache: u64,
     pub page_table: u64,
     pub maxima: u64,
+    pub exchange: u64,
     pub n_rows: u32,
     pub n_out: u32,
     pub n_k: u32,

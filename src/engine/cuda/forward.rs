@@ -200,6 +200,7 @@ impl Pass<'_> {
         }
         let out = MatmulArgs {
             out: work.x.at(0),
+            exchange: work.exchange.at(0),
             ..dense(&layer.out, work.attended.at(0), n_rows)
         };
         Ok(kernels.matmul(Dense::Add, &out)?)

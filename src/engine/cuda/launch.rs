@@ -37,7 +37,8 @@ pub struct Kernels {
     /// Of the dense products' weights, by [`Dense`].
     dense_formats: [MatrixFormat; 3],
     room: Room,
-    dense_variants: Vec<Variant>,
+    /// Of each [`Dense`].
+    dense_variants: [Vec<Variant>; 3],
     moe_variants: Vec<Variant>,
     head_dim: usize,
     group: usize,

@@ -5,6 +5,7 @@ use super::decode::{Event, MAX_STEPS, Slot};
 use super::model::CudaModel;
 use super::places;
 use super::sharing::SharedItem;
+use super::variants;
 use crate::engine::checkpoint::WeightFormat;
 use crate::engine::config::{LayerKind, ModelConfig};
 use crate::engine::{BackendMemory, EngineShape, PAGE_POSITIONS, TILE_KEYS};
@@ -96,6 +97,8 @@ pub struct Lengths {
     pub listed: usize,
     /// bf16 `[R * k, hidden]`; before, `t` of the entries' places as tiles.
     pub y: usize,
+    /// f32 sums that blocks of a cluster leave for each other (kernels/gemm_stream.cuh).
+    pub exchange: usize,
     /// f32 `[step_rows, n_vocab]`.
     pub logits: usize,
     /// u64 `[step_rows, parts, words]`.
@@ -134,6 +137,7 @@ impl Lengths {
             // Each octet may be a tile of its own.
             listed: n_octets * places::LISTED_WORDS,
             y: places::tiles_len(n_octets, config.hidden),
+            exchange: variants::exchange_len(config.hidden, max_rows),
             logits: step_rows.saturating_mul(config.n_vocab),
             sample_partials: sample_partials_len(step_rows),
             rope: shape.max_context.saturating_mul(config.head_dim),
@@ -154,6 +158,7 @@ impl Lengths {
             self.offsets,
             self.places,
             self.listed,
+            self.exchange,
             self.logits,
             2 * self.sample_partials,
             self.rope,

@@ -1,6 +1,7 @@
 //! The variants of the products: block shapes that all give the same bits, and which one serves
 //! how many rows. The numbers are those of `kernels/matmul.cuh` and `kernels/moe_matmul.cuh`.
 
+use super::arguments::Dense;
 use super::pack;
 use crate::engine::checkpoint::MatrixFormat;
 
@@ -17,6 +18,8 @@ const SWIZZLED_BYTES: usize = 128;
 const ROW_PADDING: usize = 16;
 /// Room for the arrays of fixed size.
 const STATIC_BYTES: usize = 2 << 10;
+/// Sums of a tile and an octet.
+const TILE_SUMS_BYTES: usize = 512;
 /// Room to align swizzled tokens.
 const ALIGNMENT: usize = 1 << 10;
 
@@ -47,6 +50,42 @@ pub struct Variant {
     tiles: usize,
     /// Octets of tokens of a warp or warpgroup.
     pub octets: usize,
+    /// Warps of a block, or blocks of a cluster along the grid's z, that have a run of k each.
+    splits: usize,
+}
+
+/// Runs of k whose sums a dense product adds: `ADD_SPLITS` in kernels/matmul.cuh.
+pub const fn dense_splits(which: Dense) -> usize {
+    match which {
+        Dense::Add => 4,
+        Dense::Qkv | Dense::Logits => 1,
+    }
+}
+
+/// Rows up to which blocks of a cluster have runs of k.
+const EXCHANGE_ROWS: usize = 256;
+
+/// f32 values that blocks of clusters leave for each other, in products of `n_out` outputs with `n_rows`
+/// rows at most.
+pub fn exchange_len(n_out: usize, n_rows: usize) -> usize {
+    let n_tiles = pack::n_tiles(n_out);
+    let room = Room {
+        warpgroups: true,
+        ..Room::default()
+    };
+    let variants = dense(Dense::Add, room);
+    let clusters = variants.iter().filter(|variant| variant.k_blocks() > 1);
+    let lens = clusters.map(|variant| {
+        let rows = variant.row_blocks(n_rows.min(EXCHANGE_ROWS)) * variant.columns();
+        let tiles = n_tiles.next_multiple_of(variant.block_tiles());
+        rows * tiles * pack::TILE_M * variant.splits
+    });
+    lens.max().unwrap_or(0)
+}
+
+/// First of `n_groups` groups of 64 k that belongs to run `split`.
+pub const fn first_group(splits: usize, split: usize, n_groups: usize) -> usize {
+    n_groups * split / splits
 }
 
 impl Variant {
@@ -58,6 +97,7 @@ impl Variant {
             unit,
             tiles,
             octets,
+            splits: 1,
         }
     }
 
@@ -69,6 +109,7 @@ impl Variant {
             unit,
             tiles,
             octets,
+            splits: 1,
         }
     }
 
@@ -78,12 +119,17 @@ impl Variant {
             unit: Unit::Direct { warps },
             tiles: 1,
             octets,
+            splits: 1,
         }
+    }
+
+    const fn split(self, splits: usize) -> Self {
+        Self { splits, ..self }
     }
 
     pub fn threads(&self) -> usize {
         match self.unit {
-            Unit::Direct { warps } => 32 * warps,
+            Unit::Direct { warps } => 32 * warps * self.splits,
             Unit::Warps { m, n, .. } => 32 * m * n,
             Unit::Streams { m, fillers, .. } => 128 * m + 32 * fillers,
         }
@@ -120,7 +166,9 @@ impl Variant {
         let stage = self.stage_bytes(tile_bytes);
         match self.unit {
             Unit::Direct { .. } => {
-                self.columns().min(n_rows) * (n_groups * SWIZZLED_BYTES + ROW_PADDING)
+                let sums = (self.splits - 1) * self.block_tiles() * self.octets * TILE_SUMS_BYTES;
+                let tokens = self.columns().min(n_rows) * (n_groups * SWIZZLED_BYTES + ROW_PADDING);
+                tokens.max(sums)
             }
             Unit::Warps { stages, .. } => stages * stage,
             Unit::Streams { blocks, .. } => {
@@ -138,6 +186,22 @@ impl Variant {
     /// Whether tokens come as tiles (kernels/gemm_stream.cuh).
     pub fn is_streaming(&self) -> bool {
         matches!(self.unit, Unit::Streams { .. })
+    }
+
+    /// Blocks along k.
+    pub fn k_blocks(&self) -> usize {
+        if self.is_streaming() { self.splits } else { 1 }
+    }
+
+    /// Blocks for so many tiles of outputs of a variant that streams: where a block takes several, not
+    /// more than run at once.
+    pub fn streaming_blocks(&self, room: Room, n_items: usize, takes_many: bool) -> usize {
+        match self.unit {
+            Unit::Streams { blocks, .. } if takes_many => {
+                n_items.min(blocks * room.n_multiprocessors)
+            }
+            _ => n_items,
+        }
     }
 
     /// Blocks along the rows.
@@ -167,20 +231,24 @@ impl Variant {
         shared.max((room.shared_bytes / share - STATIC_BYTES).min(most))
     }
 
-    /// Whether the GPU's blocks have the shared memory.
+    /// Whether the GPU's blocks have the shared memory, and those of a cluster the memory for what they
+    /// leave each other.
     pub fn fits(&self, room: Room, n_groups: usize, n_rows: usize) -> bool {
+        if self.k_blocks() > 1 && n_rows > EXCHANGE_ROWS {
+            return false;
+        }
         !matches!(self.unit, Unit::Direct { .. })
             || self.shared_bytes(0, n_groups, n_rows) <= room.shared_bytes - STATIC_BYTES
     }
 
     /// Blocks of a product with `n_rows` rows.
     pub fn n_blocks(&self, n_tiles: usize, n_rows: usize) -> usize {
-        n_tiles.div_ceil(self.block_tiles()) * self.row_blocks(n_rows)
+        n_tiles.div_ceil(self.block_tiles()) * self.row_blocks(n_rows) * self.k_blocks()
     }
 }
 
 /// What the GPU has.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Room {
     /// Warpgroup instructions are compiled.
     pub warpgroups: bool,
@@ -198,17 +266,34 @@ impl Room {
     }
 }
 
-/// Variants of the dense products.
-pub fn dense(room: Room) -> Vec<Variant> {
-    let mut variants = vec![Variant::direct("d8", 1, 1), Variant::direct("d16", 6, 2)];
+/// Variants of a dense product.
+pub fn dense(which: Dense, room: Room) -> Vec<Variant> {
+    let splits = dense_splits(which);
+    let warps = if splits > 1 { 2 } else { 6 };
+    let mut variants = vec![
+        Variant::direct("d8", 1, 1).split(splits),
+        Variant::direct("d16", warps, 2).split(splits),
+    ];
     if room.warpgroups {
         variants.extend([
-            Variant::streams("s16", [1, 1, 2, 3, 1]),
-            Variant::streams("s32", [1, 1, 4, 2, 1]),
-            Variant::streams("s64", [1, 1, 8, 2, 1]),
-            Variant::streams("s128x128", [2, 1, 16, 1, 1]),
-            Variant::streams("s256x128", [2, 2, 16, 1, 4]),
+            Variant::streams("s32", [1, 1, 4, 2, 1]).split(splits),
+            Variant::streams("s64", [1, 1, 8, 2, 1]).split(splits),
+            Variant::streams("s128x128", [2, 1, 16, 1, 1]).split(splits),
         ]);
+        if which != Dense::Add {
+            variants.extend([
+                Variant::streams("s16", [1, 1, 2, 3, 1]),
+                Variant::streams("s256x128", [2, 2, 16, 1, 4]),
+            ]);
+        }
+        match which {
+            Dense::Qkv => variants.extend([Variant::streams("s128x88", [2, 1, 11, 1, 1])]),
+            Dense::Add => variants.extend([
+                Variant::streams("s192x128", [3, 1, 16, 1, 1]).split(splits),
+                Variant::streams("w128x128", [2, 1, 16, 1, 4]),
+            ]),
+            Dense::Logits => {}
+        }
     } else {
         variants.extend([
             Variant::warps("16", [2, 1, 1, 2, 10]),
@@ -283,6 +368,8 @@ impl Variant {
         const LATENCY: f64 = 1600.0;
         const INTAKE: f64 = 100.0;
         const MEMORY: f64 = 3000.0;
+        // ns for a cluster's blocks to leave each other their sums.
+        const EXCHANGE: f64 = 2000.0;
         let flops = if self.is_streaming() { 4500.0 } else { 2600.0 };
         if !self.fits(room, n_groups, n_rows) {
             return f64::INFINITY;
@@ -300,6 +387,7 @@ impl Variant {
             _ => (320.0, 7500.0),
         };
         let stage = self.stage_bytes(tile) as f64;
+        let all_groups = n_groups as f64;
         let n_blocks = self.n_blocks(n_tiles, n_rows);
         let shared = self.shared_bytes(tile, n_groups, n_rows);
         let resident = (SHARED_BYTES / shared).clamp(1, 16);
@@ -307,15 +395,17 @@ impl Variant {
         let rounds = n_blocks.div_ceil(room.n_multiprocessors) as f64;
         let block_flops =
             (2 * self.block_tiles() * pack::TILE_M * self.columns() * n_groups * pack::GROUP_K)
-                as f64;
-        let n_groups = n_groups as f64;
+                as f64
+                / self.k_blocks() as f64;
+        let n_groups = n_groups.div_ceil(self.splits) as f64;
         let times = [
             waves * n_groups * (stage_ns + stage / INTAKE),
             rounds * block_flops / flops,
             n_blocks as f64 * n_groups * stage / l2,
-            n_tiles as f64 * n_groups * tile as f64 / MEMORY,
+            n_tiles as f64 * all_groups * tile as f64 / MEMORY,
         ];
-        times.into_iter().fold(0.0, f64::max)
+        let exchange = if self.k_blocks() > 1 { EXCHANGE } else { 0.0 };
+        exchange * waves + times.into_iter().fold(0.0, f64::max)
     }
 }
 
@@ -338,6 +428,18 @@ pub fn choose_dense(
 mod tests {
     use super::*;
 
+    #[test]
+    fn clusters_leave_each_other_all_sums_of_so_many_rows() {
+        // Features up to the next 128.
+        assert_eq!(exchange_len(2880, 256), 4 * 2944 * 256);
+        assert_eq!(
+            exchange_len(2880, 16_384),
+            exchange_len(2880, EXCHANGE_ROWS)
+        );
+        // Of the largest tile.
+        assert_eq!(exchange_len(64, 1), 4 * 192 * 128);
+    }
+
     /// The fastest in a step, or those at most a tenth slower by themselves, as measured
     /// (kernels/NOTES.md).
     #[test]
@@ -348,24 +450,32 @@ mod tests {
             shared_bytes: 227 << 10,
             n_multiprocessors: 132,
         };
-        let variants = dense(room);
-        let (qkv, add, logits) = ((5120, 2880), (2880, 4096), (201_088, 2880));
-        for ((n_out, n_k), n_rows, fast) in [
+        let (qkv, add, logits) = (
+            (Dense::Qkv, 5120, 2880),
+            (Dense::Add, 2880, 4096),
+            (Dense::Logits, 201_088, 2880),
+        );
+        for ((which, n_out, n_k), n_rows, fast) in [
             (qkv, 1, vec!["d8"]),
             (add, 1, vec!["d8"]),
             (qkv, 64, vec!["s32"]),
-            (add, 64, vec!["s32"]),
+            (add, 64, vec!["s64"]),
             (logits, 64, vec!["s32", "s64", "s128x128", "s256x128"]),
-            (qkv, 256, vec!["s128x128"]),
-            (add, 256, vec!["s32", "s64"]),
+            (qkv, 256, vec!["s128x88"]),
+            (add, 16, vec!["d16", "s32"]),
+            (add, 128, vec!["s128x128"]),
+            (add, 256, vec!["s192x128"]),
+            (add, 512, vec!["w128x128"]),
+            (qkv, 512, vec!["s256x128"]),
             (logits, 256, vec!["s128x128", "s256x128"]),
             (qkv, 8192, vec!["s256x128"]),
-            (add, 8192, vec!["s256x128"]),
+            (add, 8192, vec!["w128x128"]),
         ] {
             let shape = (pack::n_tiles(n_out), pack::n_groups(n_k), n_rows);
             let tile = pack::tile_bytes(MatrixFormat::Bf16);
+            let variants = dense(which, room);
             let chosen = variants[choose_dense(&variants, room, tile, shape)].name;
-            assert!(fast.contains(&chosen), "{n_out}, {n_rows} rows: {chosen}");
+            assert!(fast.contains(&chosen), "{which:?}, {n_rows} rows: {chosen}");
         }
     }
 }

@@ -43,6 +43,7 @@ pub struct Workspace {
     pub places: DeviceBuffer<u32>,
     pub listed: DeviceBuffer<u32>,
     pub y: DeviceBuffer<u16>,
+    pub exchange: DeviceBuffer<f32>,
     pub logits: DeviceBuffer<f32>,
     pub maxima: DeviceBuffer<u32>,
     pub sample_partials: DeviceBuffer<u64>,
@@ -87,6 +88,7 @@ impl Workspace {
             places: device.alloc(what, lengths.places)?,
             listed: device.alloc(what, lengths.listed)?,
             y: device.alloc(what, lengths.y)?,
+            exchange: device.alloc(what, lengths.exchange)?,
             logits: device.alloc("logits", lengths.logits)?,
             maxima: device.alloc("logits", lengths.step_rows)?,
             sample_partials: device.alloc("logits", lengths.sample_partials)?,
@@ -127,6 +129,7 @@ impl Workspace {
         let words = [
             &self.x,
             &self.gates,
+            &self.exchange,
             &self.logits,
             &self.rope,
             &self.partial,
@@ -166,6 +169,7 @@ impl Workspace {
         self.y.fill(0, self.y.len(), 0xFF)?;
         self.gates.fill(0, self.gates.len(), 0xFF)?;
         self.partial.fill(0, self.partial.len(), 0xFF)?;
+        self.exchange.fill(0, self.exchange.len(), 0xFF)?;
         self.logits.fill(0, self.logits.len(), 0xFF)
     }
 }

@@ -24,7 +24,7 @@ impl Kernels {
         let n_groups = pack::n_groups(args.n_k as usize);
         let shape = (n_tiles, n_groups, args.n_rows as usize);
         variants::choose_dense(
-            &self.dense_variants,
+            &self.dense_variants[which as usize],
             self.room,
             self.tile_bytes(which),
             shape,
@@ -36,19 +36,19 @@ impl Kernels {
         pack::tile_bytes(self.dense_formats[which as usize])
     }
 
-    pub fn dense_name(&self, index: usize) -> &'static str {
-        self.dense_variants[index].name
+    pub fn dense_name(&self, which: Dense, index: usize) -> &'static str {
+        self.dense_variants[which as usize][index].name
     }
 
     /// Whether a block of variant `index` has the shared memory that the product takes.
-    pub fn dense_fits(&self, index: usize, args: &MatmulArgs) -> bool {
+    pub fn dense_fits(&self, which: Dense, index: usize, args: &MatmulArgs) -> bool {
         let n_groups = pack::n_groups(args.n_k as usize);
-        self.dense_variants[index].fits(self.room, n_groups, args.n_rows as usize)
+        self.dense_variants[which as usize][index].fits(self.room, n_groups, args.n_rows as usize)
     }
 
-    /// How many variants the dense products have.
-    pub fn n_dense(&self) -> usize {
-        self.dense_variants.len()
+    /// How many variants a dense product has.
+    pub fn n_dense(&self, which: Dense) -> usize {
+        self.dense_variants[which as usize].len()
     }
 
     /// A dense product by variant `index` : all give the same bits.
@@ -58,7 +58,7 @@ impl Kernels {
         index: usize,
         args: &MatmulArgs,
     ) -> Result<(), CudaError> {
-        let variant = self.dense_variants[index];
+        let variant = self.dense_variants[which as usize][index];
         let n_tiles = (args.n_tiles - args.first_tile) as usize;
         let m_blocks = n_tiles.div_ceil(variant.block_tiles());
         let row_blocks = variant.row_blocks(args.n_rows as usize);
@@ -75,6 +75,13 @@ impl Kernels {
             ..*args
         };
         let grid = match args.rows_first {
+            _ if variant.is_streaming() => {
+                // As `DenseWork::MANY` in kernels/matmul.cuh.
+                let takes_many = which == Dense::Logits;
+                let n_items = m_blocks * row_blocks;
+                let blocks = variant.streaming_blocks(self.room, n_items, takes_many);
+                [blocks, 1, variant.k_blocks()]
+            }
             0 => [m_blocks, row_blocks, 1],
             _ => [row_blocks, m_blocks, 1],
         };

@@ -186,11 +186,12 @@ impl Kernels {
         ] {
             let shared =
                 variant.shared_bytes(tile_bytes, pack::n_groups(args.n_k as usize), n_rows);
-            let grid = [
-                (args.n_tiles as usize).div_ceil(variant.block_tiles()),
-                most,
-                1,
-            ];
+            let feature_blocks = (args.n_tiles as usize).div_ceil(variant.block_tiles());
+            let grid = if variant.is_streaming() {
+                [feature_blocks * most, 1, 1]
+            } else {
+                [feature_blocks, most, 1]
+            };
             let threads = variant.threads();
             let shared = variant.spread(self.room, shared, grid[0] * grid[1]);
             // With few rows an early start costs more than it saves, but for one row's `down`, which

@@ -8,6 +8,7 @@ use super::attention::{AttentionBlock, attention_shared};
 use super::experts::{ROUTE_STATIC, Route, route_shared};
 use crate::engine::checkpoint::MatrixFormat;
 use crate::engine::config::ModelConfig;
+use crate::engine::cuda::arguments::Dense;
 use crate::engine::cuda::counts::Calls;
 use crate::engine::cuda::device::Device;
 use crate::engine::cuda::error::CudaError;
@@ -74,7 +75,8 @@ impl Kernels {
             |file: &str, name: &str, shared: usize| named(file, name, shared, name.to_owned());
         let experts_format = build.format.experts;
         let (attention, lm_head) = (build.format.attention, build.format.lm_head);
-        let dense_variants = variants::dense(room);
+        let dense_variants =
+            [Dense::Qkv, Dense::Add, Dense::Logits].map(|which| variants::dense(which, room));
         let moe_variants = variants::moe(experts_format, room);
         // A product's label says on which format it is.
         let of_variants = |file: &str, name: &str, variants: &[Variant], format: MatrixFormat| {
@@ -86,17 +88,18 @@ impl Kernels {
             });
             each.collect::<Result<Vec<_>, CudaError>>()
         };
-        let dense_of = |name: &str, format: MatrixFormat| {
-            of_variants(kernels::matmul_file(format), name, &dense_variants, format)
+        let dense_of = |name: &str, which: Dense, format: MatrixFormat| {
+            let variants = &dense_variants[which as usize];
+            of_variants(kernels::matmul_file(format), name, variants, format)
         };
         let moe_of = |name: &str| {
             let file = kernels::moe_matmul_file(experts_format);
             of_variants(file, name, &moe_variants, experts_format)
         };
         let dense = [
-            dense_of("matmul_qkv", attention)?,
-            dense_of("matmul_add", attention)?,
-            dense_of("matmul_logits", lm_head)?,
+            dense_of("matmul_qkv", Dense::Qkv, attention)?,
+            dense_of("matmul_add", Dense::Add, attention)?,
+            dense_of("matmul_logits", Dense::Logits, lm_head)?,
         ];
         let ring_append = function(kernels::matmul_file(attention), "ring_append", 0)?;
         let dense_formats = [attention, attention, lm_head];
