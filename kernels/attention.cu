@@ -307,26 +307,44 @@ extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, 1) attention_sli
     attend<WINDOW, DECODE_WARPS>(args, 0);
 }
 
-// Folds a row's splits in position order and adds the sink. Grid (n_rows, n_heads HEAD_DIM / 256
-// rounded up), block 256: a thread an output.
+// Folds a row's splits in position order and adds the sink. Grid (n_rows, n_heads HEAD_DIM / 1024 rounded
+// up), block 256: a thread four outputs of a head.
 extern "C" __global__ void __launch_bounds__(256) attention_merge(const AttentionArgs args) {
     follow_between();
     u32 r = blockIdx.x;
-    u32 i = blockIdx.y * 256 + threadIdx.x;
+    u32 i = (blockIdx.y * 256 + threadIdx.x) * 4;
     Row row = args.rows[r];
+    u32 split = args.shared != 0 ? args.shared[r].y : 0;
     if (row.sequence == NONE || i >= args.n_heads * HEAD_DIM) return;
     u32 head = i / HEAD_DIM, dim = i % HEAD_DIM;
-    const float* from = args.partial + ((u64)r * args.n_heads + head) * args.max_splits * (HEAD_DIM + 2);
-    State folded = {NEG_INFINITY, 0.0f};
-    float o = 0.0f;
+    const float* from = args.partial + (((u64)r * args.n_heads + head) * args.max_splits + split) * (HEAD_DIM + 2);
+    struct Split {
+        float2 state, low, high;
+        __device__ __forceinline__ void load(const float* from, u32 dim) {
+            low = *(const float2*)(from + dim);
+            high = *(const float2*)(from + dim + 2);
+            state = *(const float2*)(from + HEAD_DIM);
+        }
+    };
     u32 n_splits = row.position / (TILE * SPLIT_TILES) + 1;
-    u32 split = args.shared != 0 ? args.shared[r].y : 0;
-    from += split * (HEAD_DIM + 2);
-    for (; split < n_splits; split++, from += HEAD_DIM + 2) {
-        State next = {from[HEAD_DIM], from[HEAD_DIM + 1]};
-        float2 factors = fold(folded, next);
-        o = fold_output(o, from[dim], factors);
+    State folded = {NEG_INFINITY, 0.0f};
+    float o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    Split next;
+    if (split < n_splits) next.load(from, dim);
+    while (split < n_splits) {
+        const Split now = next;
+        from += HEAD_DIM + 2;
+        // While this one is folded.
+        if (++split < n_splits) next.load(from, dim);
+        float2 factors = fold(folded, {now.state.x, now.state.y});
+        o[0] = fold_output(o[0], now.low.x, factors);
+        o[1] = fold_output(o[1], now.low.y, factors);
+        o[2] = fold_output(o[2], now.high.x, factors);
+        o[3] = fold_output(o[3], now.high.y, factors);
     }
     float factor = finish_factor(folded, vector_at(args.sinks, head));
-    args.out[((u64)r * args.n_heads + head) * HEAD_DIM + dim] = f32_to_bf16(o * factor / folded.sum);
+    #pragma unroll
+    for (int n = 0; n < 4; n++) o[n] = o[n] * factor / folded.sum;
+    uint2 out = {f32x2_to_bf16x2(o[0], o[1]), f32x2_to_bf16x2(o[2], o[3])};
+    *(uint2*)(args.out + ((u64)r * args.n_heads + head) * HEAD_DIM + dim) = out;
 }

@@ -110,7 +110,7 @@ impl Kernels {
         )?;
         let grid = [
             n_rows,
-            (args.n_heads as usize * self.head_dim).div_ceil(256),
+            (args.n_heads as usize * self.head_dim).div_ceil(4 * 256),
             1,
         ];
         self.follow(self.attention_merge, grid, 256, 0, &[arg(args)])
