@@ -180,7 +180,7 @@ template <Format FORMAT, int WM, int WN, int MT, int NT, int STAGES, int SPLITS 
     static constexpr int M_TILES = MT, N_TILES = NT;
     static constexpr int TILES = WM * MT;
     static constexpr int COLUMNS = WN * NT * 8;
-    static constexpr bool STREAMS = false;
+    static constexpr bool STREAMS = false, DIRECT = false;
     static constexpr int TILE_BYTES = Tile<FORMAT>::BYTES;
     static constexpr int A_BYTES = TILES * TILE_BYTES;
     static constexpr int STAGE_BYTES = A_BYTES + COLUMNS * COLUMN_BYTES;

@@ -59,7 +59,7 @@ template <> struct Fetched<BF16> {
 template <Format FORMAT, int WARPS, int NT, int DEPTH, int SPLITS = 1> struct DirectGemm {
     static constexpr int THREADS = 32 * WARPS * SPLITS, WORKERS = THREADS;
     static constexpr int M_TILES = 1, N_TILES = NT;
-    static constexpr bool STREAMS = false;
+    static constexpr bool STREAMS = false, DIRECT = true;
     static constexpr int TILES = WARPS;
     static constexpr int COLUMNS = NT * 8;
     static constexpr int TILE_BYTES = Tile<FORMAT>::BYTES;
@@ -90,7 +90,8 @@ template <Format FORMAT, int WARPS, int NT, int DEPTH, int SPLITS = 1> struct Di
         copy_async_commit();
     }
 
-    // As Gemm::run.
+    // As Gemm::run, but what `outputs` does with the sums is in three: it begins with what no kernel
+    // before writes, joins what it needs beside the sums while tokens are under way, and finishes.
     template <class Prepare, class Outputs> __device__ static __forceinline__ void run(
         u8* dynamic, const u8* matrix, int first_tile, int n_tiles, int n_groups,
         const u16* x, u32 x_stride, int n_k, const int* columns, Prepare prepare, Outputs outputs
@@ -106,12 +107,14 @@ template <Format FORMAT, int WARPS, int NT, int DEPTH, int SPLITS = 1> struct Di
         for (int i = 0; i < DEPTH; i++) {
             if (begin + i < end) ahead[i].fetch(weights + i * BLOCK_TILES * TILE_BYTES, lane);
         }
+        const auto begun = outputs.begin();
         prepare();
         __syncthreads();
         // Where all of K is not one warp's, all tokens are waited for at once.
         int n_first = SPLITS == 1 && DEPTH < n_groups ? DEPTH : n_groups;
         copy_tokens(shared, row_bytes, x, x_stride, n_k, columns, 0, n_first);
         copy_tokens(shared, row_bytes, x, x_stride, n_k, columns, n_first, n_groups);
+        const auto joined = outputs.join(begun);
         // The lane's rows of the matrices: a token that does not exist reads as the first.
         constexpr int MATRICES = NT == 1 ? 1 : NT / 2;
         u32 rows[MATRICES];
@@ -189,9 +192,9 @@ template <Format FORMAT, int WARPS, int NT, int DEPTH, int SPLITS = 1> struct Di
                     total[0][n][3] += c.w;
                 }
             }
-            outputs(total);
+            outputs.finish(total, begun, joined);
         } else {
-            outputs(acc);
+            outputs.finish(acc, begun, joined);
         }
     }
 };

@@ -252,6 +252,44 @@ template <class G, template <int> class Store> struct DenseOutputs {
         }
     }
 
+    // The same in three, for a warp of few tokens (gemm_direct.cuh).
+    struct Joined {
+        Row places[G::N_TILES][2];
+        Floats<1> values[G::N_TILES][2][2];
+    };
+    // Behind the tiles, the last.
+    __device__ __forceinline__ Store<1> begin() const {
+        int tile = first_tile + G::tile(0) < n_tiles ? first_tile + G::tile(0) : n_tiles - 1;
+        return Store<1>(args, Store<1>::first(tile) + threadIdx.x % 32 / 4);
+    }
+    __device__ __forceinline__ Joined join(const Store<1>& to) const {
+        Joined joined;
+        #pragma unroll
+        for (int n = 0; n < G::N_TILES; n++) {
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                u32 row = first_row + inside(G::column(n) + threadIdx.x % 4 * 2 + i);
+                if (Store<1>::AT_ROWS) joined.places[n][i] = args.rows[row];
+                to.load(args, row, joined.places[n][i], joined.values[n][i]);
+            }
+        }
+        return joined;
+    }
+    __device__ __forceinline__ void finish(float (&acc)[1][G::N_TILES][4], const Store<1>& to, const Joined& joined) const {
+        #pragma unroll
+        for (int n = 0; n < G::N_TILES; n++) {
+            #pragma unroll
+            for (int i = 0; i < 2; i++) {
+                u32 row = first_row + G::column(n) + threadIdx.x % 4 * 2 + i;
+                const Floats<1> sums[2] = {{{acc[0][n][i]}}, {{acc[0][n][2 + i]}}};
+                if (first_tile + G::tile(0) < n_tiles && row < args.n_rows) {
+                    to.store(args, row, joined.places[n][i], sums, joined.values[n][i]);
+                }
+            }
+        }
+        if constexpr (Store<1>::HAS_MAXIMA) raise_maxima(acc);
+    }
+
     // The eight lanes that have a token's features join theirs: each step halves the tokens of a lane.
     template <int M> __device__ __forceinline__ void raise_maxima(const float (&acc)[M][G::N_TILES][4]) const {
         if (args.maxima == 0) return;
@@ -439,7 +477,7 @@ template <class G, template <int> class Store> __device__ __forceinline__ void m
             for (u32 c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
                 bool has = first_row + c < args.n_rows;
                 columns[c] = has ? (int)(first_row + c) : -1;
-                if (Store<1>::AT_ROWS && has) rows[c] = args.rows[first_row + c];
+                if (Store<1>::AT_ROWS && !G::DIRECT && has) rows[c] = args.rows[first_row + c];
                 if (Store<1>::HAS_MAXIMA) maxima[c] = 0;
             }
         };

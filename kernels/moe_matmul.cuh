@@ -114,15 +114,29 @@ template <class G, class Store> struct ExpertOutputs {
         for (int m = 0; m < M; m++) {
             int tile = first_tile + G::tile(m);
             if (tile >= n_tiles) continue;
-            const Store to(args, expert, tile, lane / 4);
-            #pragma unroll
-            for (int n = 0; n < G::N_TILES; n++) {
-                const u32* entry = entries + G::column(n) + lane % 4 * 2;
-                float* c = acc[m][n];
-                if (entry[0] != NONE) to.store(entry[0], c[0], c[2]);
-                if (entry[1] != NONE) to.store(entry[1], c[1], c[3]);
-            }
+            store(Store(args, expert, tile, lane / 4), acc[m]);
         }
+    }
+    __device__ __forceinline__ void store(const Store& to, const float (&acc)[G::N_TILES][4]) const {
+        #pragma unroll
+        for (int n = 0; n < G::N_TILES; n++) {
+            const u32* entry = entries + G::column(n) + threadIdx.x % 4 * 2;
+            const float* c = acc[n];
+            if (entry[0] != NONE) to.store(entry[0], c[0], c[2]);
+            if (entry[1] != NONE) to.store(entry[1], c[1], c[3]);
+        }
+    }
+
+    // The same in three, for a warp of few tokens (gemm_direct.cuh).
+    struct Joined {};
+    // Behind the tiles, the last.
+    __device__ __forceinline__ Store begin() const {
+        int tile = first_tile + G::tile(0) < n_tiles ? first_tile + G::tile(0) : n_tiles - 1;
+        return Store(args, expert, tile, threadIdx.x % 32 / 4);
+    }
+    __device__ __forceinline__ Joined join(const Store& to) const { return {}; }
+    __device__ __forceinline__ void finish(float (&acc)[1][G::N_TILES][4], const Store& to, const Joined& joined) const {
+        if (first_tile + G::tile(0) < n_tiles) store(to, acc[0]);
     }
 };
 
