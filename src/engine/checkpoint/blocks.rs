@@ -76,6 +76,11 @@ pub trait Blocks: Sync {
         None
     }
 
+    /// All of a row, where the file has it as bf16 values that follow each other.
+    fn bf16_row(&self, _group: usize, _row: usize) -> Option<&[u8]> {
+        None
+    }
+
     /// The error for a block that holds a value which is not finite.
     fn not_finite(&self, group: usize, row: usize, block: usize) -> CheckpointError;
 }
@@ -102,6 +107,12 @@ impl Blocks for DenseBlocks<'_> {
             let bytes = bytes.as_chunks::<2>().0;
             StoredBlock::Bf16(std::array::from_fn(|i| u16::from_le_bytes(bytes[i])))
         }))
+    }
+
+    fn bf16_row(&self, _group: usize, row: usize) -> Option<&[u8]> {
+        let (tensor, row) = part_of(self.parts, row)?;
+        let n_bytes = 2 * self.n_k;
+        Some(&tensor.bytes[row * n_bytes..][..n_bytes])
     }
 
     fn not_finite(&self, _group: usize, row: usize, block: usize) -> CheckpointError {

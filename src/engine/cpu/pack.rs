@@ -13,8 +13,8 @@ use super::matmul::Projection;
 use super::moe_matmul::Experts;
 use super::swiglu::PAIRS;
 use super::weights::{
-    Bf16Tiles, Matrix, Mxfp4Tiles, Mxint8Tiles, Vector, pack_bf16_run, pack_mxfp4_lanes,
-    pack_mxint8_block,
+    Bf16Tiles, Matrix, Mxfp4Tiles, Mxint8Tiles, Vector, pack_bf16_lanes, pack_bf16_run,
+    pack_mxfp4_lanes, pack_mxint8_block, prefetch,
 };
 use crate::engine::EngineError;
 use crate::engine::checkpoint::blocks::{
@@ -240,6 +240,10 @@ fn matrix(
                 });
                 // As they are stored, of all lanes.
                 if let Some(rows) = rows.collect::<Option<Vec<_>>>() {
+                    for (scales, codes) in &rows {
+                        bring(scales);
+                        bring(codes.as_flattened());
+                    }
                     for block in 0..n_blocks {
                         let scales = std::array::from_fn(|lane| rows[lane].0[block]);
                         let codes = std::array::from_fn(|lane| rows[lane].1[block]);
@@ -278,6 +282,15 @@ fn matrix(
             let mut packed = Bf16Tiles::zeroed(what, n_tiles, shape.n_k)?;
             let length = packed.tile_words();
             let deviation = fill(packed.words_mut(), length, |tile, words, _| {
+                let (group, of_group) = (tile / tiles_a_group, tile % tiles_a_group);
+                let rows = (0..LANES).map(|lane| source.bf16_row(group, row_of(of_group, lane)));
+                // As they are stored, of all lanes.
+                if let Some(rows) = rows.collect::<Option<Vec<_>>>() {
+                    rows.iter().for_each(|row| bring(row));
+                    let rows = std::array::from_fn(|lane| rows[lane]);
+                    pack_bf16_lanes(words, &rows);
+                    return Ok(());
+                }
                 for block in 0..n_blocks {
                     each_lane(tile, block, &mut |lane, stored| {
                         pack_bf16_run(words, lane, block * BLOCK, &stored.to_bf16());
@@ -289,6 +302,17 @@ fn matrix(
             (Matrix::Bf16(packed), deviation)
         }
     })
+}
+
+/// Brings a row of a file to the cache, one line after the other: as a tile's lanes, 32 rows side by
+/// side, the processor would wait for each.
+fn bring(row: &[u8]) {
+    const PAGE: usize = 4096;
+    for page in row.chunks(PAGE) {
+        // A page that is not there yet is not prefetched.
+        std::hint::black_box(page[0]);
+        prefetch(page, 0, page.len());
+    }
 }
 
 /// Fills tiles of `length` words in parallel.

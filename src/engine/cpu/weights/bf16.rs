@@ -59,6 +59,24 @@ pub fn pack_bf16_run<const N: usize>(tile: &mut [u32], lane: usize, k: usize, bi
     }
 }
 
+/// As [`pack_bf16`] of all lanes' rows, each the little-endian bytes of its values.
+pub fn pack_bf16_lanes(tile: &mut [u32], rows: &[&[u8]; LANES]) {
+    // Pairs of a lane that are one line of the cache.
+    const PAIRS: usize = 16;
+    let out = tile.as_chunks_mut::<{ PAIRS * LANES }>().0;
+    for (i, out) in out.iter_mut().enumerate() {
+        let lines = rows.map(|row| {
+            let line = row[i * PAIRS * 4..].as_chunks::<4>().0;
+            std::array::from_fn::<u32, PAIRS, _>(|pair| u32::from_le_bytes(line[pair]))
+        });
+        for (pair, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            for lane in 0..LANES {
+                out[lane] = lines[lane][pair];
+            }
+        }
+    }
+}
+
 impl Tiles for Bf16Tiles {
     fn n_k(&self) -> usize {
         self.n_k
@@ -100,5 +118,28 @@ fn unpack_body(words: &[u32], out: &mut [f32]) {
             even[lane] = f32::from_bits(words[lane] << 16);
             odd[lane] = f32::from_bits(words[lane] & 0xFFFF_0000);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::cpu::weights::tests::Random;
+
+    #[test]
+    fn all_lanes_at_once_are_packed_as_one_by_one() {
+        const N_K: usize = 96;
+        let mut random = Random(11);
+        let rows: [Vec<u8>; LANES] =
+            std::array::from_fn(|_| (0..2 * N_K).map(|_| random.next() as u8).collect());
+        let mut singly = vec![0; N_K / 2 * LANES];
+        for (lane, row) in rows.iter().enumerate() {
+            for (k, &bytes) in row.as_chunks::<2>().0.iter().enumerate() {
+                pack_bf16(&mut singly, lane, k, u16::from_le_bytes(bytes));
+            }
+        }
+        let mut together = vec![u32::MAX; singly.len()];
+        pack_bf16_lanes(&mut together, &std::array::from_fn(|lane| &rows[lane][..]));
+        assert!(together == singly, "{N_K} values a lane");
     }
 }

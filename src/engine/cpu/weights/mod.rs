@@ -10,7 +10,7 @@ mod mxfp4;
 mod mxint8;
 mod vector;
 
-pub use bf16::{Bf16Tiles, pack_bf16, pack_bf16_run};
+pub use bf16::{Bf16Tiles, pack_bf16, pack_bf16_lanes, pack_bf16_run};
 pub use mxfp4::{Mxfp4Tiles, pack_mxfp4_block, pack_mxfp4_lanes};
 pub use mxint8::{Mxint8Tiles, pack_mxint8_block};
 pub use vector::Vector;
