@@ -237,6 +237,7 @@ struct StreamGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
             }
         }
     }
+
     // The block as all its threads know it, its barriers ready.
     template <class Work> __device__ static __forceinline__ Block begin(u8* dynamic, int n_tiles, int n_groups, const Work& work) {
         __shared__ __align__(8) u64 barriers[2][STAGES];
