@@ -2,7 +2,7 @@
 
 use super::tensor_map::TensorMap;
 
-/// As `MatmulArgs` in kernels/matmul.cuh.
+/// As `MatmulArgs` in kernels/matmul_outputs.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct MatmulArgs {

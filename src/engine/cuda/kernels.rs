@@ -27,7 +27,10 @@ const ATTENTION: &str = concat!(
     include_str!("../../../kernels/attention.cuh"),
     include_str!("../../../kernels/attention_wgmma.cuh")
 );
-const MATMUL: &str = include_str!("../../../kernels/matmul.cuh");
+const MATMUL: &str = concat!(
+    include_str!("../../../kernels/matmul_outputs.cuh"),
+    include_str!("../../../kernels/matmul.cuh")
+);
 const MOE: &str = include_str!("../../../kernels/moe_matmul.cuh");
 
 /// One text to compile.
