@@ -295,7 +295,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = values::positive)]
     pub steps_per_call: usize,
     /// 0 is greedy
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = values::temperature)]
     pub temperature: f32,
     /// Put rows of unequal lengths into an order that does not know their lengths, as where stop
     /// tokens end them

@@ -22,6 +22,14 @@ pub fn threads(text: &str) -> Result<usize, String> {
     }
 }
 
+/// A sampling temperature.
+pub fn temperature(text: &str) -> Result<f32, String> {
+    let value = text.parse::<f32>().ok();
+    value
+        .filter(|t| (0.0..=100.0).contains(t))
+        .ok_or_else(|| "expected a number from 0 to 100".to_owned())
+}
+
 /// The most slots or positions: the engine holds no more of either.
 const MAX_AUTO_OR: usize = 1 << 24;
 
@@ -266,6 +274,15 @@ fn text_or_number<'de, D: serde::Deserializer<'de>>(d: D) -> Result<String, D::E
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_temperature_is_a_number_from_0_to_100() {
+        for text in ["nan", "inf", "-1", "100.5", "warm", ""] {
+            assert!(temperature(text).is_err(), "{text}");
+        }
+        assert_eq!(temperature("0.7"), Ok(0.7));
+        assert_eq!(temperature("100"), Ok(100.0));
+    }
 
     #[test]
     fn sizes_times_and_shards_are_read() {
