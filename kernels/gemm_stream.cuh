@@ -329,7 +329,7 @@ struct StreamGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
     //
     // They multiply in one way, for several in this loop would have too few registers.
     template <class Work> __device__ static __forceinline__ void run_all(u8* dynamic, int n_tiles, int n_groups, const Work& work) {
-        static_assert(TOLD_ITEMS > STAGES && !SPREAD, "see there");
+        static_assert(TOLD_ITEMS > STAGES && !SPREAD, "an item's place is not another's while it is needed");
         Block block = begin(dynamic, n_tiles, n_groups, work);
         int part = (int)threadIdx.x - WORKERS;
         if (part >= 0) {

@@ -311,7 +311,7 @@ impl Options {
             }
         }
         if let Some(t) = self.temperature
-            && !(0.0..=100.0).contains(&t)
+            && !values::TEMPERATURES.contains(&t)
         {
             return Err(format!("`--temperature {t}` is not between 0 and 100"));
         }

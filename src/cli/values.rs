@@ -1,6 +1,7 @@
 //! The forms that single flags take.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 /// A count that must be at least 1.
@@ -22,11 +23,14 @@ pub fn threads(text: &str) -> Result<usize, String> {
     }
 }
 
+/// Temperatures that can be sampled at; 0 is greedy.
+pub const TEMPERATURES: RangeInclusive<f32> = 0.0..=100.0;
+
 /// A sampling temperature.
 pub fn temperature(text: &str) -> Result<f32, String> {
     let value = text.parse::<f32>().ok();
     value
-        .filter(|t| (0.0..=100.0).contains(t))
+        .filter(|t| TEMPERATURES.contains(t))
         .ok_or_else(|| "expected a number from 0 to 100".to_owned())
 }
 

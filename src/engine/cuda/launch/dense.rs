@@ -74,16 +74,16 @@ impl Kernels {
             rows_first: u32::from(row_blocks <= ROW_BLOCKS_FIRST),
             ..*args
         };
-        let grid = match args.rows_first {
-            _ if variant.is_streaming() => {
-                // As `DenseWork::MANY` in kernels/matmul.cuh.
-                let takes_many = which == Dense::Logits;
-                let n_items = m_blocks * row_blocks;
-                let blocks = variant.streaming_blocks(self.room, n_items, takes_many);
-                [blocks, 1, variant.k_blocks()]
-            }
-            0 => [m_blocks, row_blocks, 1],
-            _ => [row_blocks, m_blocks, 1],
+        let grid = if variant.is_streaming() {
+            // As `DenseWork::MANY` in kernels/matmul.cuh.
+            let takes_many = which == Dense::Logits;
+            let n_items = m_blocks * row_blocks;
+            let blocks = variant.streaming_blocks(self.room, n_items, takes_many);
+            [blocks, 1, variant.k_blocks()]
+        } else if args.rows_first == 0 {
+            [m_blocks, row_blocks, 1]
+        } else {
+            [row_blocks, m_blocks, 1]
         };
         let n_groups = pack::n_groups(args.n_k as usize);
         let shared = variant.shared_bytes(self.tile_bytes(which), n_groups, args.n_rows as usize);
