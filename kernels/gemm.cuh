@@ -5,8 +5,10 @@
 // hold them (src/engine/cuda/pack.rs):
 //
 //   bf16    2048 bytes: [4 k-steps][32 lanes][a0 a1 a2 a3]
-//   mxint8  1056 bytes: [2 halves of k][32 lanes][2 k-steps] two words of 4 codes, then scales
-//   mxfp4    544 bytes: [32 lanes][4 k-steps] words of 8 codes, then [8 g][4] scale bytes
+//   mxint8  1056 bytes: [2 halves of k][32 lanes][2 k-steps] two words of 4 codes, then [8 g] scales
+//   mxfp4    544 bytes: [32 lanes][4 k-steps] words of 8 codes, then [8 g] scales
+//
+//   scales  of a g: [rows g, g + 8][2 halves of k] bytes
 //
 //   matrix  [blocks of 64 out features][groups of 64 k][4 tiles]: 64 k of a block are one run
 //
@@ -73,21 +75,23 @@ template <int M, int N> __device__ __forceinline__ void clear(float (&sums)[M][N
 // that is 2^126 too small.
 #define CODE_BITS 0x81C081C0u
 
-// 8 codes to bf16, times their rows' scales. The codes' bits lie so that three of four pairs
-// need a shift and a mask alone.
-__device__ __forceinline__ void unpack_mxfp4(u32 word, u32 scale_g, u32 scale_g8, u32 (&a)[4]) {
+// 8 codes to bf16, times their rows' scales (`of_rows`: row g's in the low half, row g + 8's in the
+// high one). What shifts and masks have half the rate of what multiplies, so the codes' bits lie for
+// few of those: one pair needs a mask, two a shift and a mask, the last two of each. The second pair's
+// signs lie in one half and its other bits in the other; a rotation brings them together.
+__device__ __forceinline__ void unpack_mxfp4(u32 word, u32 of_rows, u32 (&a)[4]) {
     a[0] = word & CODE_BITS;
-    a[1] = (word << 3) & CODE_BITS;
+    a[1] = __funnelshift_l(word, word, 10) & CODE_BITS;
     a[2] = (word << 6) & CODE_BITS;
-    a[3] = ((word << 1) & 0x80008000u) | ((word >> 3) & 0x01800180u) | ((word >> 7) & 0x00400040u);
+    a[3] = ((word << 4) & 0x81808180u) | ((word >> 4) & 0x00400040u);
 #ifdef WIDE_SCALES
     // A scale above 2 and 2^126 are no bf16 together: two products.
     for (int i = 0; i < 4; i++) a[i] = mul_bf16x2(a[i], 0x7E807E80u);
 #endif
-    a[0] = mul_bf16x2(a[0], scale_g);
-    a[1] = mul_bf16x2(a[1], scale_g8);
-    a[2] = mul_bf16x2(a[2], scale_g);
-    a[3] = mul_bf16x2(a[3], scale_g8);
+    a[0] = mul_bf16x2(a[0], both_low(of_rows));
+    a[1] = mul_bf16x2(a[1], both_high(of_rows));
+    a[2] = mul_bf16x2(a[2], both_low(of_rows));
+    a[3] = mul_bf16x2(a[3], both_high(of_rows));
 }
 
 // 4 codes to bf16, times their rows' scales, in 7 instructions. A half of the word holds a code of
@@ -112,11 +116,10 @@ __device__ __forceinline__ u32 unpack_mxint8(u32 word, u32 scale) {
 // Both bytes of each half in each other's place.
 __device__ __forceinline__ u32 swap_bytes(u32 word) { return __byte_perm(word, 0, 0x2301); }
 
-// Byte `i` of the scales as exponent of both halves of a pair: the packed byte is the biased
-// exponent.
-__device__ __forceinline__ u32 scale_pair(u32 scales, int i) {
-    // Bytes 1 and 3 take the byte, 0 and 2 a zero; one place down it is an exponent.
-    return __byte_perm(scales, 0, (u32)((i << 12) | (4 << 8) | (i << 4) | 4)) >> 1;
+// The scales of rows g and g + 8 for a half of a tile's k: packed bytes `half` and 2 + `half` are
+// biased exponents.
+__device__ __forceinline__ u32 scales_of_rows(u32 scales, int half) {
+    return (half == 0 ? scales << 7 : scales >> 1) & 0x7F807F80u;
 }
 
 // A packed tile as a lane reads it: what it keeps of the tile for all four k-steps, and the
@@ -135,8 +138,7 @@ template <> struct Tile<MXFP4> {
     // `step` is known to the compiler.
     __device__ __forceinline__ void fragment(const u8* tile, int lane, int step, u32 (&a)[4]) const {
         u32 word = step == 0 ? codes.x : step == 1 ? codes.y : step == 2 ? codes.z : codes.w;
-        int block = step / 2 * 2;
-        unpack_mxfp4(word, scale_pair(scales, block), scale_pair(scales, block + 1), a);
+        unpack_mxfp4(word, scales_of_rows(scales, step / 2), a);
     }
 };
 
@@ -153,8 +155,8 @@ template <> struct Tile<MXINT8> {
     __device__ __forceinline__ void fragment(const u8* tile, int lane, int step, u32 (&a)[4]) const {
         const uint4& of_half = codes[step / 2];
         u32 near = step % 2 == 0 ? of_half.x : of_half.z, far = step % 2 == 0 ? of_half.y : of_half.w;
-        int block = step / 2 * 2;
-        u32 scale_g = scale_pair(scales, block), scale_g8 = scale_pair(scales, block + 1);
+        u32 of_rows = scales_of_rows(scales, step / 2);
+        u32 scale_g = both_low(of_rows), scale_g8 = both_high(of_rows);
         a[0] = unpack_mxint8(near, scale_g);
         a[1] = unpack_mxint8(swap_bytes(near), scale_g8);
         a[2] = unpack_mxint8(far, scale_g);

@@ -118,7 +118,7 @@ struct StreamGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
         }
     };
 
-    // Groups first..end of the block's, for the first M blocks of each warpgroup and the first N octets.
+    // Adds groups first..end of the block's, for the first M blocks of each warpgroup and the first N octets.
     template <int M, int N> __device__ static __forceinline__ void multiply_run(
         const Block& block, Place& place, int first, int end, float (&acc)[M][N][4]
     ) {
@@ -126,10 +126,11 @@ struct StreamGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
         u32 fragments[2][2][M][4];
         int left_behind = 0;
         const u8* of_warp = block.shared + STAGES * TOKEN_BYTES + warp * TILE_BYTES;
+        u32 of_tokens = Tiles::token_matrices(block.tokens);
         for (int group = first; group < end; group++) {
             barrier_wait(block.full + 8 * place.stage, place.parity);
             const u8* tiles = of_warp + place.stage * WEIGHT_BYTES;
-            u64 b = Tiles::token_matrix(block.tokens + place.stage * TOKEN_BYTES);
+            u64 b = Tiles::token_matrix(of_tokens, place.stage * TOKEN_BYTES);
             Tile<FORMAT> packed[M];
             #pragma unroll
             for (int m = 0; m < M; m++) packed[m].load(tiles + m * WGS * BLOCK_BYTES, lane);
@@ -151,8 +152,8 @@ struct StreamGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
                 for (int i = 0; i < 2; i++) {
                     #pragma unroll
                     for (int m = 0; m < M; m++) {
-                        // A k-step is 32 bytes further in each row. The first one of all begins the sums.
-                        wgmma_bf16(acc[m], fragments[half][i][m], b + (half * 2 + i) * 2, half + i > 0 ? 1 : group - first);
+                        // A k-step is 32 bytes further in each row.
+                        wgmma_bf16(acc[m], fragments[half][i][m], b + (half * 2 + i) * 2, 1);
                     }
                 }
                 wgmma_commit();
@@ -167,15 +168,13 @@ struct StreamGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
 
     // All that the block has of an item's K.
     template <int M, int N> __device__ static __forceinline__ void multiply(const Block& block, Place& place, float (&acc)[M][N][4]) {
+        clear(acc);
         if constexpr (SPLITS == 1) {
             multiply_run(block, place, 0, block.n_groups, acc);
         } else if constexpr (SPREAD) {
-            // A block without a group has sums of zero.
-            clear(acc);
             multiply_run(block, place, 0, block.n_groups, acc);
             join_cluster(block, acc);
         } else {
-            clear(acc);
             #pragma unroll 1
             for (int split = 0; split < SPLITS; split++) {
                 int first = ::first_group<SPLITS>(split, block.n_groups), end = ::first_group<SPLITS>(split + 1, block.n_groups);
@@ -238,7 +237,8 @@ struct StreamGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
         }
     }
 
-    // The block as all its threads know it, its barriers ready.
+    // The block as all its threads know it. Its barriers are ready for the warp that made them, which is
+    // the one that fills; others meet it first.
     template <class Work> __device__ static __forceinline__ Block begin(u8* dynamic, int n_tiles, int n_groups, const Work& work) {
         __shared__ __align__(8) u64 barriers[2][STAGES];
         int split = SPREAD ? (int)blockIdx.z : 0, split_end = SPREAD ? split + 1 : SPLITS;
@@ -259,7 +259,7 @@ struct StreamGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
             }
             fence_matrix_units();
         }
-        __syncthreads();
+        __syncwarp();
         return block;
     }
 
@@ -285,13 +285,13 @@ struct StreamGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
             for (int group = 0; group < ahead; group++) filling.fill(group, group);
         }
         work.begin();
+        if (part == 0) {
+            for (int group = 0; group < ahead; group++) filling.fill(group, group);
+        }
         const auto prepared = work.prepare(item);
         __syncthreads();
         if (part >= 0) {
             if (FILLERS == 4) give_registers<56>();
-            if (part == 0) {
-                for (int group = 0; group < ahead; group++) filling.fill(group, group);
-            }
             Place place = {0, 0};
             for (int group = STAGES; fills && group < block.n_groups; group++) {
                 barrier_wait(block.empty + 8 * place.stage, place.parity);
@@ -331,6 +331,7 @@ struct StreamGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
     template <class Work> __device__ static __forceinline__ void run_all(u8* dynamic, int n_tiles, int n_groups, const Work& work) {
         static_assert(TOLD_ITEMS > STAGES && !SPREAD, "an item's place is not another's while it is needed");
         Block block = begin(dynamic, n_tiles, n_groups, work);
+        __syncthreads();
         int part = (int)threadIdx.x - WORKERS;
         if (part >= 0) {
             if (FILLERS == 4) give_registers<56>();
@@ -364,8 +365,6 @@ struct StreamGemm : WarpgroupTiles<FORMAT, WGS, MT, NT, BLOCKS> {
             if (!item.exists) return;
             const auto prepared = work.prepare(item);
             float acc[MT][NT][4];
-            // The first multiplication does not read them, but else they would be kept from item to item.
-            clear(acc);
             multiply(block, place, acc);
             // Told once more, so that it need not be kept in registers meanwhile.
             asm volatile("" : "+r"(n));

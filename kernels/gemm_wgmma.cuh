@@ -53,8 +53,13 @@ template <Format FORMAT, int WGS, int MT, int NT, int BLOCKS> struct WarpgroupTi
     }
 
     // Address and strides of a token tile for the matrix units: rows of 128 bytes, swizzled, eight
-    // of them 1024 bytes.
-    __device__ static __forceinline__ u64 token_matrix(u32 address) {
-        return (u64)(address >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+    // of them 1024 bytes. Its low half is computed once for all stages: the compiler would do it anew.
+    __device__ static __forceinline__ u32 token_matrices(u32 address) {
+        u32 low = address >> 4 | 1u << 16;
+        asm volatile("" : "+r"(low));
+        return low;
+    }
+    __device__ static __forceinline__ u64 token_matrix(u32 low, u32 offset) {
+        return (u64)(low + offset / 16) | 64ull << 32 | 1ull << 62;
     }
 };

@@ -50,10 +50,8 @@ struct MoeArgs {
 // gate * sigmoid(1.702 gate) * (up + 1), the gate clamped from above, up on both sides
 // (gpt_oss/torch/model.py, swiglu).
 __device__ __forceinline__ float swiglu(float gate, float up, float limit) {
-    // Written so that NaN stays NaN.
-    gate = gate > limit ? limit : gate;
-    up = up > limit ? limit : up;
-    up = up < -limit ? -limit : up;
+    gate = min_or_nan(gate, limit);
+    up = max_or_nan(min_or_nan(up, limit), -limit);
     float gated = __fdividef(gate, 1.0f + exp_fast(-1.702f * gate));
     return (up + 1.0f) * gated;
 }

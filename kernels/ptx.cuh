@@ -125,6 +125,31 @@ __device__ __forceinline__ u32 fma_bf16x2(u32 a, u32 b, u32 c) {
 // multiply-add with -0, which changes no product.
 __device__ __forceinline__ u32 mul_bf16x2(u32 a, u32 b) { return fma_bf16x2(a, b, 0x80008000u); }
 
+// NaN where one of both is.
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+    float d;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+    return d;
+}
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+    float d;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+    return d;
+}
+
+// A pair whose halves are both the low, or both the high one of `a`. An instruction on pairs reads
+// its operand so by itself.
+__device__ __forceinline__ u32 both_low(u32 a) {
+    u32 d;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {low, low};}" : "=r"(d) : "r"(a));
+    return d;
+}
+__device__ __forceinline__ u32 both_high(u32 a) {
+    u32 d;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {high, high};}" : "=r"(d) : "r"(a));
+    return d;
+}
+
 // Rounds to nearest, ties to even.
 __device__ __forceinline__ u16 f32_to_bf16(float x) {
     u16 d;

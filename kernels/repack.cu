@@ -139,16 +139,19 @@ __device__ __forceinline__ u32 nearest_code(u32 bits, u32 scale) {
     return code | (bits >> 12 & 8u);
 }
 
-// A code's bits where the kernels' `unpack_mxfp4` looks for pair j of a word's low half.
+// A code's bits where the kernels' `unpack_mxfp4` looks for the low one of pair j; for the high one it
+// looks in the other half of each.
 __device__ __forceinline__ u32 place_code(u32 code, u32 j) {
     u32 sign = code >> 3, rest = code & 7;
     if (j == 0) return sign << 15 | rest << 6;
-    if (j == 1) return sign << 12 | rest << 3;
+    if (j == 1) return sign << 5 | rest << 28;
     if (j == 2) return sign << 9 | rest;
-    return sign << 14 | (rest >> 1) << 10 | (rest & 1) << 13;
+    return sign << 11 | (rest >> 1) << 3 | (rest & 1) << 10;
 }
 
-// A lane's part of an MXFP4 tile: [32 lanes][4 steps] words of 8 codes, then [8 g][4] scales, as
+__device__ __forceinline__ u32 other_half(u32 word) { return word << 16 | word >> 16; }
+
+// A lane's part of an MXFP4 tile: [32 lanes][4 steps] words of 8 codes, then [8 g][2 rows][2 halves] scales, as
 // the kernels built for scales up to 2 want them; `widen` makes those for all out of them.
 template <Stored STORED>
 __device__ __forceinline__ void to_mxfp4(const RepackArgs& a, u32 expert, u32 tile, u32 group, u32 lane, u8* out) {
@@ -167,7 +170,7 @@ __device__ __forceinline__ void to_mxfp4(const RepackArgs& a, u32 expert, u32 ti
             }
             if (tells) {
                 if (scale > MXFP4_GREATEST) atomicMax(a.greatest, (u64)scale);
-                out[TILE_M * GROUP_K / 2 + g * 4 + half * 2 + high] = (u8)(scale + MXFP4_BIAS);
+                out[TILE_M * GROUP_K / 2 + g * 4 + high * 2 + half] = (u8)(scale + MXFP4_BIAS);
             }
             if (!inside) continue;
             for (u32 i = 0; i < 4; i++) {
@@ -183,7 +186,7 @@ __device__ __forceinline__ void to_mxfp4(const RepackArgs& a, u32 expert, u32 ti
                     next = nearest_code(values[element<STORED>(a, expert, row, block * BLOCK + k + 1)], scale);
                 }
                 u32 j = high + far * 2;
-                words[half * 2 + step] |= place_code(low, j) | place_code(next, j) << 16;
+                words[half * 2 + step] |= place_code(low, j) | other_half(place_code(next, j));
             }
         }
     }
@@ -254,8 +257,8 @@ __device__ __forceinline__ u32 place_int8(u32 code, u32 high) {
     return high ? magnitude << 8 | sign << 7 : sign << 15 | magnitude;
 }
 
-// A lane's part of an MXINT8 tile: [2 halves][32 lanes][2 steps] two words of 4 codes, then [8 g][4]
-// scales, in the narrow form.
+// A lane's part of an MXINT8 tile: [2 halves][32 lanes][2 steps] two words of 4 codes, then
+// [8 g][2 rows][2 halves] scales, in the narrow form.
 template <Stored STORED>
 __device__ __forceinline__ void to_mxint8(const RepackArgs& a, u32 expert, u32 tile, u32 group, u32 lane, u8* out) {
     u32 g = lane / 4, t = lane % 4;
@@ -278,7 +281,7 @@ __device__ __forceinline__ void to_mxint8(const RepackArgs& a, u32 expert, u32 t
             }
             if (tells) {
                 if (scale > MXINT8_GREATEST) atomicMax(a.greatest, (u64)scale);
-                out[TILE_M * GROUP_K + g * 4 + half * 2 + high] = (u8)(scale + MXINT8_BIAS);
+                out[TILE_M * GROUP_K + g * 4 + high * 2 + half] = (u8)(scale + MXINT8_BIAS);
             }
             if (!inside) continue;
             for (u32 i = 0; i < 4; i++) {

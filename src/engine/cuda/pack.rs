@@ -5,8 +5,9 @@
 //! lane l: g = l / 4, t = l % 4
 //! a0 = (g, 2t), a1 = (g + 8, 2t), a2 = (g, 2t + 8), a3 = (g + 8, 2t + 8), each with the next k
 //! bf16   [4 steps][32 lanes][a0 a1 a2 a3]                             2048 bytes
-//! mxint8 [2 halves][32 lanes][2 steps][2] words, [8 g][4] scales      1056 bytes
-//! mxfp4  [32 lanes][4 steps] words, [8 g][4] scales                    544 bytes
+//! mxint8 [2 halves][32 lanes][2 steps][2] words, scales               1056 bytes
+//! mxfp4  [32 lanes][4 steps] words, scales                             544 bytes
+//! scales [8 g][rows g, g + 8][2 halves]
 //! matrix [blocks of 64 features][groups of 64 k][4 tiles]
 //! ```
 //!
@@ -171,7 +172,7 @@ pub struct NeedsWide;
 
 /// Places of a code's sign and three other bits (exponent high, low, mantissa) in the low half
 /// of a word, for each of the four pairs.
-const CODE_PLACES: [[u32; 4]; 4] = [[15, 8, 7, 6], [12, 5, 4, 3], [9, 2, 1, 0], [14, 11, 10, 13]];
+const CODE_PLACES: [[u32; 4]; 4] = [[15, 8, 7, 6], [5, 30, 29, 28], [9, 2, 1, 0], [11, 4, 3, 10]];
 
 /// A code of pair `j` in half `half` of a word.
 fn place_code(code: u8, j: usize, half: usize) -> u32 {
@@ -179,7 +180,7 @@ fn place_code(code: u8, j: usize, half: usize) -> u32 {
         .iter()
         .zip([3, 2, 1, 0])
         .map(|(place, bit)| u32::from(code >> bit & 1) << place);
-    bits.sum::<u32>() << (16 * half)
+    bits.sum::<u32>().rotate_left(16 * half as u32)
 }
 
 /// Packs the MXFP4 matrix `[n_out, n_k]` whose blocks are `block(row, k / 32)`: scale byte and
@@ -265,7 +266,7 @@ pub fn mxint8<E: From<NeedsWide> + Send>(
 
 /// Where among a tile's scales that of tile row `r` is, in a half of its k.
 fn scale_at(r: usize, half: usize) -> usize {
-    r % 8 * 4 + half * 2 + r / 8
+    r % 8 * 4 + r / 8 * 2 + half
 }
 
 impl Narrow {
@@ -310,9 +311,9 @@ mod tests {
         const CODE_BITS: u32 = 0x81C0_81C0;
         let pairs = [
             word & CODE_BITS,
-            (word << 3) & CODE_BITS,
+            word.rotate_left(10) & CODE_BITS,
             (word << 6) & CODE_BITS,
-            ((word << 1) & 0x8000_8000) | ((word >> 3) & 0x0180_0180) | ((word >> 7) & 0x0040_0040),
+            ((word << 4) & 0x8180_8180) | ((word >> 4) & 0x0040_0040),
         ];
         let value = |bits: u32, j: usize| {
             // The product is exact; in f64 no step of it leaves the range.
@@ -369,7 +370,7 @@ mod tests {
         let word = u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
         let half = (word >> (within % 2 * 16)) as u16;
         let half = if r < 8 { half } else { half.swap_bytes() };
-        let scale = bytes[1024 + g * 4 + step / 2 * 2 + r / 8];
+        let scale = bytes[1024 + g * 4 + r / 8 * 2 + step / 2];
         unpack_int8(half, scale, wide)
     }
 
@@ -382,9 +383,9 @@ mod tests {
         let lane = g * 4 + within % 8 / 2;
         let at = lane * 16 + step * 4;
         let word = u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
-        // The kernels' `scale_pair`: the byte is the exponent of a bf16.
+        // The kernels' `scales_of_rows`: the byte is the exponent of a bf16.
         let scale = |i: usize| {
-            let byte = bytes[512 + g * 4 + step / 2 * 2 + i];
+            let byte = bytes[512 + g * 4 + i * 2 + step / 2];
             let exponent = f32::from_bits(u32::from(byte) << 23);
             if wide {
                 exponent
