@@ -62,7 +62,7 @@ test-independent: setup test-browser
 
 # Tests on a GPU; fails where there is none. PODIUM_NVRTC may name libnvrtc.so
 test-gpu *args:
-    cargo test --release --manifest-path '{{ manifest }}' --test cuda --test cuda_attention --test cuda_loading --test cuda_formats --test cuda_invariance --test cuda_lost "$@" -- --ignored --test-threads 2
+    cargo test --release --manifest-path '{{ manifest }}' --test cuda --test cuda_attention --test cuda_loading --test cuda_formats --test cuda_invariance --test cuda_memory --test cuda_lost "$@" -- --ignored --test-threads 2
 
 # Real benchmark files, read as a few lines of Python read them: just test-samples FOLDER
 [no-cd]

@@ -4,13 +4,12 @@
 //! neighbours it had. The same check of a tiny model on the CPU shows that it can tell.
 //!
 //! [`bench`] makes the rows and checks them, [`ways`] are the ways they are run, [`recorder`] writes
-//! their steps down; [`memory`] is the plan of memory at the same shape.
+//! their steps down.
 
 #![allow(clippy::unwrap_used, reason = "a test's failure is a panic")]
 #![allow(clippy::print_stdout, reason = "figures of a run, shown when it fails")]
 
 mod bench;
-mod memory;
 mod recorder;
 #[path = "../support/mod.rs"]
 mod support;
@@ -20,12 +19,10 @@ use std::sync::Arc;
 
 use podium::engine::checkpoint::{Checkpoint, MatrixFormat, Precision, VectorFormat};
 use podium::engine::cpu::{CpuBackend, CpuOptions};
-use podium::engine::cuda::device::Device;
 use podium::engine::cuda::{CudaBackend, CudaOptions, Loaded};
 use podium::engine::{Backend, SamplingParams, shapes};
 
 use bench::Bench;
-use memory::check_memory;
 use ways::WAYS;
 
 const DRAWN: SamplingParams = SamplingParams {
@@ -41,11 +38,7 @@ fn four_layers_of_gpt_oss_20b() {
     let mut config = shapes::named("gpt-oss-20b").unwrap();
     config.layers.truncate(4);
     let format = Precision::Stored.formats(MatrixFormat::Mxfp4, VectorFormat::Bf16);
-    // The context stands before the first look at what is free.
-    let device = Device::open(0).expect("a GPU");
-    let (free, _) = device.memory().unwrap();
     let loaded = Arc::new(Loaded::synthetic(&config, format, 5, 0).expect("a GPU"));
-    check_memory(&loaded, free);
     let open = |shape, poison| -> Box<dyn Backend> {
         let options = CudaOptions {
             trace_hash: true,
