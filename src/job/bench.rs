@@ -333,8 +333,15 @@ mod tests {
             }
         }
 
-        fn routed(&self, n_rows: usize) -> Result<Vec<u32>, EngineError> {
-            Ok((0..4 * n_rows as u32).collect())
+        fn keep_routing(&mut self, _keep: bool) {}
+
+        fn routed(&self, n_rows: usize) -> Result<Vec<Vec<u32>>, EngineError> {
+            // Two layers: all others, and the same four for all.
+            let n_entries = 4 * n_rows as u32;
+            Ok(vec![
+                (0..n_entries).collect(),
+                (0..n_entries).map(|i| i % 4).collect(),
+            ])
         }
     }
 
@@ -370,6 +377,14 @@ mod tests {
             assert_eq!(measured.n_evicted, 0);
             assert_eq!(measured.asked.launches, mixed.n_output() as u64);
         }
+    }
+
+    #[test]
+    fn experts_hit_are_those_of_all_layers() {
+        let workload = Workload::named("b64").expect("it is listed");
+        let measured = measure_scripted(&workload, false);
+        // Of two layers one has an expert of its own for every entry, the other four for all.
+        assert_eq!(measured.experts_hit, f64::midpoint(4.0 * 64.0, 4.0));
     }
 
     #[test]

@@ -82,6 +82,7 @@ impl<T: Plain> Buffer<T> {
         if n_bytes >= HUGE_PAGES_FROM {
             // Fewer address misses; a system that does not know the advice does without.
             let _ = map.advise(memmap2::Advice::HugePage);
+            super::numa::interleave(&map);
         }
         Ok(Self {
             map,

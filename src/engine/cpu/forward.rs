@@ -161,6 +161,9 @@ pub fn forward<E: KvElement>(
     let config = &model.config;
     let n_rows = batch.n_rows();
     embed(&model.embedding, config.hidden, &batch.tokens, &mut work.x);
+    if let Some(routed) = &mut work.routed {
+        routed.clear();
+    }
     for (i, layer) in model.layers.iter().enumerate() {
         let cached_only = until == Until::Cached && i + 1 == model.layers.len();
         rmsnorm(
@@ -231,6 +234,10 @@ pub fn forward<E: KvElement>(
             &mut work.router_logits,
         );
         route(exec.path, &work.router_logits, n_rows, &mut work.routing);
+        if let Some(routed) = &mut work.routed {
+            let n_entries = n_rows * config.n_experts_per_token;
+            routed.push(work.routing.experts[..n_entries].to_vec());
+        }
         let (experts, limit) = (&layer.experts, config.swiglu_limit);
         moe_matmul::gate_up(exec, experts, &work.routing, limit, &work.t, &mut work.act);
         moe_matmul::down(exec, experts, &work.routing, &work.act, &mut work.y);

@@ -19,6 +19,7 @@ pub mod matmul;
 pub mod model;
 pub mod moe_combine;
 pub mod moe_matmul;
+pub mod numa;
 mod pack;
 pub mod pairs;
 pub mod path;
@@ -262,10 +263,15 @@ impl CpuBackend {
         self.exec.calls.by_name()
     }
 
-    /// Experts of each row of the latest pass's last layer, `[n_rows, k]`.
-    pub fn routed(&self, n_rows: usize) -> Vec<u32> {
-        let routing = &self.work.routing;
-        routing.experts[..n_rows * routing.n_experts_per_token].to_vec()
+    /// From now on the routing of each pass is kept, or no longer.
+    pub fn keep_routing(&mut self, keep: bool) {
+        self.work.routed = keep.then(Vec::new);
+    }
+
+    /// Experts of each row of the latest pass, `[n_rows, k]` of each layer that routed; nothing where
+    /// they are not kept.
+    pub fn routed(&self) -> &[Vec<u32>] {
+        self.work.routed.as_deref().unwrap_or_default()
     }
 
     fn check_tokens(&self, tokens: &[TokenId]) -> Result<(), EngineError> {

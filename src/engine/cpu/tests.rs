@@ -1,6 +1,7 @@
 //! The backend as a whole on small random models: the same bits in any order of work, memory as
 //! planned, precisions, stops and failures. Parity with another program is in `tests/golden.rs`.
 
+mod routing;
 mod sharing;
 
 use std::collections::BTreeMap;

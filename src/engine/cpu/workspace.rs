@@ -23,6 +23,8 @@ pub struct Workspace {
     /// `[R, n_experts]`.
     pub router_logits: Buffer<f32>,
     pub routing: Routing,
+    /// Experts of each layer's entries in the latest pass, where they are kept: for statistics.
+    pub routed: Option<Vec<Vec<u32>>>,
     /// `[R * k, intermediate]`.
     pub act: Buffer<f32>,
     /// `[R * k, hidden]`.
@@ -89,6 +91,7 @@ impl Workspace {
             attended: activations(n.attended)?,
             router_logits: activations(n.router_logits)?,
             routing: Routing::new(config.n_experts, config.n_experts_per_token, n.max_rows)?,
+            routed: None,
             act: activations(n.act)?,
             y: activations(n.y)?,
             logits: Buffer::zeroed("logits", n.logits)?,

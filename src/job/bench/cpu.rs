@@ -17,6 +17,7 @@ use crate::engine::cpu::buffer::Buffer;
 use crate::engine::cpu::gemm::Products;
 use crate::engine::cpu::lanes::{LANES, fma_chain_in_pairs};
 use crate::engine::cpu::model::CpuModel;
+use crate::engine::cpu::numa;
 use crate::engine::cpu::pairs::pair_chain;
 use crate::engine::cpu::path::CpuPath;
 use crate::engine::cpu::weights::prefetch;
@@ -66,10 +67,14 @@ pub fn bench(args: &BenchArgs, model: &Synthetic) -> Result<u8, JobError> {
     let device = Environment::read([]).cpu_model;
     let device = device.unwrap_or_else(|| std::env::consts::ARCH.to_owned());
     print::tell(&format!(
-        "{} on {device}, {} threads: {} made in {:.1} s; reads {:.1} GB/s, {} multiplies {:.0} \
+        "{} on {device}, {} threads{}: {} made in {:.1} s; reads {:.1} GB/s, {} multiplies {:.0} \
          GFLOP/s",
         args.model,
         options.n_threads,
+        match numa::n_nodes() {
+            1 => String::new(),
+            n => format!(", memory spread over {n} nodes"),
+        },
         bytes(loaded.loaded_bytes().total()),
         begun.elapsed().as_secs_f64(),
         limits.bytes_per_s / 1e9,

@@ -16,11 +16,15 @@ pub trait Probed: Backend {
     /// What was asked of the device so far.
     fn counts(&self) -> Counts;
 
-    /// Experts of each row of the latest pass, `[n_rows, k]`, `u32::MAX` for padding.
+    /// The routing of passes will be asked for from now on, or no longer.
+    fn keep_routing(&mut self, keep: bool);
+
+    /// Experts of each row of the latest pass, `[n_rows, k]` of each layer that can be looked at,
+    /// `u32::MAX` for padding.
     ///
     /// # Errors
     /// The driver fails.
-    fn routed(&self, n_rows: usize) -> Result<Vec<u32>, EngineError>;
+    fn routed(&self, n_rows: usize) -> Result<Vec<Vec<u32>>, EngineError>;
 }
 
 impl Probed for CudaBackend {
@@ -28,8 +32,11 @@ impl Probed for CudaBackend {
         self.loaded().device.counters.read()
     }
 
-    fn routed(&self, n_rows: usize) -> Result<Vec<u32>, EngineError> {
-        CudaBackend::routed(self, n_rows)
+    /// The last layer's is always there, and no other's.
+    fn keep_routing(&mut self, _keep: bool) {}
+
+    fn routed(&self, n_rows: usize) -> Result<Vec<Vec<u32>>, EngineError> {
+        Ok(vec![CudaBackend::routed(self, n_rows)?])
     }
 }
 
@@ -38,8 +45,12 @@ impl Probed for CpuBackend {
         Counts::default()
     }
 
-    fn routed(&self, n_rows: usize) -> Result<Vec<u32>, EngineError> {
-        Ok(CpuBackend::routed(self, n_rows))
+    fn keep_routing(&mut self, keep: bool) {
+        CpuBackend::keep_routing(self, keep);
+    }
+
+    fn routed(&self, _n_rows: usize) -> Result<Vec<Vec<u32>>, EngineError> {
+        Ok(CpuBackend::routed(self).to_vec())
     }
 }
 
@@ -55,7 +66,7 @@ pub struct Sums {
     pub experts_by_chance: f64,
     pub step_flops: f64,
     pub prefill_flops: f64,
-    /// Looks at the routing: experts hit, and how many chance would have.
+    /// Looks at the routing of a layer: experts hit, and how many chance would have.
     pub looks: usize,
     pub hit: f64,
     pub hit_by_chance: f64,
@@ -83,6 +94,7 @@ impl<'a, B: Probed> Measured<'a, B> {
         looks: bool,
         hidden: Option<HashMap<u64, usize>>,
     ) -> Self {
+        inner.keep_routing(looks);
         Self {
             inner,
             cost,
@@ -104,8 +116,11 @@ impl<'a, B: Probed> Measured<'a, B> {
         self.sums.step_kv_bytes += self.cost.shared_bytes(self.shared) * n_steps as f64;
         let n_live = n_tokens as f64 / n_steps.max(1) as f64;
         self.sums.experts_by_chance += self.cost.experts_by_chance(n_live) * n_steps as f64;
-        if self.looks {
-            let mut experts = self.inner.routed(n_live.round() as usize)?;
+        let routed = match self.looks {
+            true => self.inner.routed(n_live.round() as usize)?,
+            false => Vec::new(),
+        };
+        for mut experts in routed {
             experts.retain(|&expert| expert != u32::MAX);
             let n_rows = experts.len() / self.cost.n_experts_per_token;
             experts.sort_unstable();
