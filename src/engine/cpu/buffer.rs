@@ -122,9 +122,9 @@ fn machine_bytes() -> u64 {
     u64::MAX
 }
 
-/// Below this, huge pages would make resident memory exceed the plan noticeably.
+/// Less has few huge pages, or none.
 #[cfg(target_os = "linux")]
-const HUGE_PAGES_FROM: usize = 64 << 20;
+const HUGE_PAGES_FROM: usize = 4 << 20;
 
 impl<T: Plain> Deref for Buffer<T> {
     type Target = [T];

@@ -116,8 +116,8 @@ fn unpack_blocks<const BYTES: usize>(
 #[cfg(target_arch = "x86_64")]
 type PairedBlock = [u32; BLOCK / 2 * LANES];
 
-/// The most rows of a fused chain: with more, unpacking once for all of them is faster.
-pub const FUSED_ROWS: usize = 2;
+/// The most rows of a fused chain: those whose sums lie in registers beside what is unpacked.
+pub const FUSED_ROWS: usize = 12;
 
 /// K is a multiple of this.
 const BLOCK: usize = 32;

@@ -149,7 +149,7 @@ impl Tiles for Mxfp4Tiles {
                 }
             };
         }
-        rows!(1 2);
+        rows!(1 2 3 4 5 6 7 8 9 10 11 12);
         true
     }
 
@@ -221,6 +221,7 @@ fn unpack_mxfp4_portable(bytes: &Mxfp4Block, out: &mut UnpackedBlock) {
 
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code, reason = "SIMD loads through pointers")]
+#[allow(clippy::needless_range_loop, reason = "registers in lockstep")]
 mod x86 {
     use super::{LANES, Mxfp4Block, PairedBlock, UnpackedBlock};
     use crate::quant::mxfp4;
@@ -369,17 +370,18 @@ mod x86 {
         x: &[u32],
         x_starts: &[usize; T],
     ) {
-        let mut sums = [[_mm512_setzero_ps(); 2]; T];
-        for (sums, acc) in sums.iter_mut().zip(&*acc) {
+        // By index throughout: sums and rows that are also taken as a whole would be kept in memory.
+        let mut low_sums = [_mm512_setzero_ps(); T];
+        let mut high_sums = [_mm512_setzero_ps(); T];
+        let mut rows = [x.as_ptr(); T];
+        for t in 0..T {
+            rows[t] = x.as_ptr().wrapping_add(x_starts[t]);
             // SAFETY: 32 lanes a row.
-            *sums = unsafe {
-                [
-                    _mm512_loadu_ps(acc.as_ptr()),
-                    _mm512_loadu_ps(acc.as_ptr().wrapping_add(16)),
-                ]
-            };
+            unsafe {
+                low_sums[t] = _mm512_loadu_ps(acc[t].as_ptr());
+                high_sums[t] = _mm512_loadu_ps(acc[t].as_ptr().wrapping_add(16));
+            }
         }
-        let mut rows = x_starts.map(|start| x.as_ptr().wrapping_add(start));
         for bytes in blocks {
             let block = Unpacker::new(bytes);
             for pair in 0..PAIRS {
@@ -390,18 +392,20 @@ mod x86 {
                     for t in 0..T {
                         let factor = rows[t].wrapping_add(pair).read_unaligned();
                         let factor = bf16(_mm512_set1_epi32(factor.cast_signed()));
-                        sums[t][0] = _mm512_dpbf16_ps(sums[t][0], bf16(low), factor);
-                        sums[t][1] = _mm512_dpbf16_ps(sums[t][1], bf16(high), factor);
+                        low_sums[t] = _mm512_dpbf16_ps(low_sums[t], bf16(low), factor);
+                        high_sums[t] = _mm512_dpbf16_ps(high_sums[t], bf16(high), factor);
                     }
                 }
             }
-            rows = rows.map(|row| row.wrapping_add(PAIRS));
+            for t in 0..T {
+                rows[t] = rows[t].wrapping_add(PAIRS);
+            }
         }
-        for (sums, acc) in sums.iter().zip(acc) {
+        for t in 0..T {
             // SAFETY: 32 lanes a row.
             unsafe {
-                _mm512_storeu_ps(acc.as_mut_ptr(), sums[0]);
-                _mm512_storeu_ps(acc.as_mut_ptr().wrapping_add(16), sums[1]);
+                _mm512_storeu_ps(acc[t].as_mut_ptr(), low_sums[t]);
+                _mm512_storeu_ps(acc[t].as_mut_ptr().wrapping_add(16), high_sums[t]);
             }
         }
     }
