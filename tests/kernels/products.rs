@@ -167,21 +167,30 @@ fn matmul_in_every_format() {
 fn a_row_of_a_product_does_not_depend_on_its_mates() {
     let mut random = Random(3);
     let (n_rows, n_k, n_out) = (107, 288, 96);
-    let weights = Projection {
+    let mut projection = |tiles| Projection {
         n_out,
-        tiles: bf16_tiles(&mut random, n_out / LANES, n_k),
+        tiles,
         bias: Some(vector(&mut random, n_out)),
     };
-    let x = random.values(n_rows * n_k);
-    for path in CpuPath::available() {
-        let exec = exec(path, true, 32);
+    let wide = projection(bf16_tiles(&mut Random(4), n_out / LANES, n_k));
+    let [narrow, ..] = mxfp4_tiles(&mut Random(5), n_out / LANES, n_k).map(projection);
+    let mut x = random.values(n_rows * n_k);
+    for value in &mut x {
+        *value = bf16::round(*value);
+    }
+    let kinds = CpuPath::available()
+        .into_iter()
+        .flat_map(|path| [(path, true), (path, false)])
+        .flat_map(|(path, exact)| [(path, exact, &wide), (path, exact, &narrow)]);
+    for (path, exact, weights) in kinds {
+        let exec = exec(path, exact, 32);
         let mut all = vec![0.0; n_rows * n_out];
-        matmul::matmul(&exec, &weights, 0, &x, n_rows, Epilogue::Store, &mut all);
-        for n in [1, 5, 13] {
+        matmul::matmul(&exec, weights, 0, &x, n_rows, Epilogue::Store, &mut all);
+        for n in 1..=13 {
             for first in [0, 40, n_rows - n] {
                 let mut some = vec![0.0; n * n_out];
                 let x = &x[first * n_k..(first + n) * n_k];
-                matmul::matmul(&exec, &weights, 0, x, n, Epilogue::Store, &mut some);
+                matmul::matmul(&exec, weights, 0, x, n, Epilogue::Store, &mut some);
                 assert_same_bits(&some, &all[first * n_out..][..n * n_out], path.name());
             }
         }
