@@ -9,7 +9,8 @@
 // A query's arithmetic depends on absolute positions alone: tiles of 64 keys in order with online
 // softmax; on full layers a split of 256 keys begins from zero and splits are folded in position
 // order; the sink joins last. So a decode step over many blocks (attention_full_decode, then
-// attention_merge) and a prefill pass (attention_full) give the same bits.
+// attention_merge), one of few rows (attention_row.cuh) and a prefill pass (attention_full) give the same
+// bits.
 //
 // A block has queries of consecutive rows of one sequence under one KV head: query i is row
 // i / GROUP, head i % GROUP; a warp has 16 of them as the M of mma.m16n8k16, 64 keys as its N.
@@ -306,6 +307,17 @@ extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, 1) attention_sli
     follow_between();
     attend<WINDOW, DECODE_WARPS>(args, 0);
 }
+
+// The same for few rows. Grid and block as attention_row.cuh tells.
+#if GROUP <= 16
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS, 3) attention_full_row(const AttentionArgs args) {
+    attend_row<SPLITS>(args);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS, 4) attention_sliding_row(const AttentionArgs args) {
+    attend_row<WINDOW>(args);
+}
+#endif
 
 // Folds a row's splits in position order and adds the sink. Grid (n_rows, n_heads HEAD_DIM / 1024 rounded
 // up), block 256: a thread four outputs of a head.

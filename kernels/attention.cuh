@@ -90,9 +90,8 @@ __device__ __forceinline__ void hide(float (&s)[TILE / 8][4], int position, cons
     }
 }
 
-// A tile of the online softmax: scores of query `i` of a lane's two become exponentials; gives what
-// the outputs so far are to be multiplied with.
-__device__ __forceinline__ float soften(float (&s)[TILE / 8][4], int i, State& state, float scale) {
+// The greatest score of a tile for query `i` of a lane's two.
+__device__ __forceinline__ float greatest_score(const float (&s)[TILE / 8][4], int i) {
     float max = NEG_INFINITY;
     #pragma unroll
     for (int n = 0; n < TILE / 8; n++) {
@@ -102,12 +101,20 @@ __device__ __forceinline__ float soften(float (&s)[TILE / 8][4], int i, State& s
     // The four lanes of a query.
     #pragma unroll
     for (int mask = 1; mask < 4; mask *= 2) max = fmaxf(__shfl_xor_sync(NONE, max, mask), max);
-    // The scale is positive: the greatest product is the greatest score.
-    max = fmaxf(state.max, max * scale);
-    // Without a key so far nothing may be subtracted from.
-    float base = max == NEG_INFINITY ? 0.0f : max;
-    float decay = exp2_approx(state.max - base);
-    if (state.max == max) decay = 1.0f;
+    return max;
+}
+
+// What exponents are subtracted from: without a key so far nothing may be.
+__device__ __forceinline__ float exponent_base(float max) { return max == NEG_INFINITY ? 0.0f : max; }
+
+// What outputs of the maximum so far are to be multiplied with where `max` takes its place.
+__device__ __forceinline__ float decay_to(float so_far, float max) {
+    float decay = exp2_approx(so_far - exponent_base(max));
+    return so_far == max ? 1.0f : decay;
+}
+
+// Scores of query `i` of a lane's two become exponentials; gives their sum.
+__device__ __forceinline__ float exponentials(float (&s)[TILE / 8][4], int i, float base, float scale) {
     float sum = 0.0f;
     #pragma unroll
     for (int n = 0; n < TILE / 8; n++) {
@@ -120,6 +127,16 @@ __device__ __forceinline__ float soften(float (&s)[TILE / 8][4], int i, State& s
     }
     #pragma unroll
     for (int mask = 1; mask < 4; mask *= 2) sum += __shfl_xor_sync(NONE, sum, mask);
+    return sum;
+}
+
+// A tile of the online softmax: scores of query `i` of a lane's two become exponentials; gives what
+// the outputs so far are to be multiplied with.
+__device__ __forceinline__ float soften(float (&s)[TILE / 8][4], int i, State& state, float scale) {
+    // The scale is positive: the greatest product is the greatest score.
+    float max = fmaxf(state.max, greatest_score(s, i) * scale);
+    float decay = decay_to(state.max, max);
+    float sum = exponentials(s, i, exponent_base(max), scale);
     state.sum = __fmaf_rn(state.sum, decay, sum);
     state.max = max;
     return decay;

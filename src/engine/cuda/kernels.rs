@@ -25,7 +25,8 @@ const GEMM: &str = concat!(
 const ATTENTION: &str = concat!(
     include_str!("../../../kernels/wgmma.cuh"),
     include_str!("../../../kernels/attention.cuh"),
-    include_str!("../../../kernels/attention_wgmma.cuh")
+    include_str!("../../../kernels/attention_wgmma.cuh"),
+    include_str!("../../../kernels/attention_row.cuh")
 );
 const MATMUL: &str = concat!(
     include_str!("../../../kernels/matmul_outputs.cuh"),

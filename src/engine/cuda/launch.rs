@@ -26,7 +26,7 @@ use super::graph::Event;
 use super::memory::MAX_SAMPLE_PARTS;
 use super::variants::{Room, Variant};
 use crate::engine::checkpoint::MatrixFormat;
-use attention::AttentionBlock;
+use attention::{AttentionBlock, RowDecode};
 use experts::Route;
 
 /// All kernels of a model on a device.
@@ -49,6 +49,8 @@ pub struct Kernels {
     rmsnorm: Function,
     moe_combine: Function,
     route: Route,
+    /// The same for one row, with all weights in shared memory, where they fit.
+    route_one: Option<Route>,
     /// For many rows, where it fits.
     route_16: Option<Route>,
     group_entries: Function,
@@ -59,6 +61,8 @@ pub struct Kernels {
     shared_decode: AttentionBlock,
     attention_full_decode: Function,
     attention_sliding_decode: Function,
+    /// Of decode steps of few rows, where groups are small enough.
+    row_decode: Option<RowDecode>,
     attention_shared_decode: Function,
     attention_merge: Function,
     dense: [Vec<Function>; 3],

@@ -4,6 +4,7 @@ use super::{AttentionArgs, Kernels, arg};
 use crate::engine::TILE_KEYS;
 use crate::engine::config::ModelConfig;
 use crate::engine::cuda::buffer::DeviceBuffer;
+use crate::engine::cuda::device::Function;
 use crate::engine::cuda::error::CudaError;
 use crate::engine::cuda::sharing;
 use crate::engine::cuda::tensor_map::TensorMap;
@@ -73,18 +74,19 @@ impl Kernels {
         args: &AttentionArgs,
         n_rows: usize,
     ) -> Result<(), CudaError> {
+        let n_kv_heads = args.n_kv_heads as usize;
         let shared = attention_shared(self.head_dim);
         let threads = 32 * self.group.div_ceil(16);
-        let n_kv_heads = args.n_kv_heads as usize;
+        // With more rows blocks of a warp each, of which a multiprocessor takes more, wait less.
+        let few = n_rows * n_kv_heads <= ROW_BLOCKS * self.room.n_multiprocessors;
+        let row_decode = self.row_decode.filter(|_| few);
         if sliding {
             let grid = [n_rows, n_kv_heads, 1];
-            return self.follow(
-                self.attention_sliding_decode,
-                grid,
-                threads,
-                shared,
-                &[arg(args)],
-            );
+            if let Some(row) = row_decode {
+                return self.follow(row.sliding, grid, ROW_THREADS, row.shared[1], &[arg(args)]);
+            }
+            let function = self.attention_sliding_decode;
+            return self.follow(function, grid, threads, shared, &[arg(args)]);
         }
         if args.items != 0 {
             let blocks = (self.room.n_multiprocessors / n_kv_heads).max(1);
@@ -101,13 +103,12 @@ impl Kernels {
             .div_ceil(n_rows * n_kv_heads)
             .clamp(1, args.max_splits.max(1) as usize);
         let grid = [n_rows, n_kv_heads, splits];
-        self.follow(
-            self.attention_full_decode,
-            grid,
-            threads,
-            shared,
-            &[arg(args)],
-        )?;
+        if let Some(row) = row_decode {
+            self.follow(row.full, grid, ROW_THREADS, row.shared[0], &[arg(args)])?;
+        } else {
+            let function = self.attention_full_decode;
+            self.follow(function, grid, threads, shared, &[arg(args)])?;
+        }
         let grid = [
             n_rows,
             (args.n_heads as usize * self.head_dim).div_ceil(4 * 256),
@@ -177,4 +178,31 @@ impl AttentionBlock {
 /// Two stages of 64 keys and values.
 pub(super) fn attention_shared(head_dim: usize) -> usize {
     2 * 2 * 64 * (head_dim + 8) * 2
+}
+
+/// Rows and KV heads a multiprocessor up to which [`RowDecode`] is used.
+const ROW_BLOCKS: usize = 2;
+
+/// Threads of a block of [`RowDecode`]: `ROW_WARPS` in kernels/attention_row.cuh.
+const ROW_THREADS: usize = 4 * 32;
+
+/// The kernels whose blocks have one row under one KV head (kernels/attention_row.cuh).
+#[derive(Clone, Copy)]
+pub(super) struct RowDecode {
+    pub full: Function,
+    pub sliding: Function,
+    /// Of full layers and of sliding ones.
+    pub shared: [usize; 2],
+}
+
+impl RowDecode {
+    /// Dynamic shared memory of a block, where groups of heads are small enough.
+    pub fn shared(config: &ModelConfig) -> Option<[usize; 2]> {
+        let head_dim = config.head_dim;
+        // As `FULL_BATCH` and `WINDOW_BATCH`, `KEY_SPACE` and `VALUE_SPACE`.
+        let batches = if head_dim > 64 { [2, 2] } else { [4, 3] };
+        let values = TILE_KEYS * (head_dim + 8) * size_of::<u16>();
+        let tile = values.max(TILE_KEYS * 64) + values;
+        (config.group() <= 16).then_some(batches.map(|batch| batch * tile))
+    }
 }

@@ -34,7 +34,8 @@ pub(super) struct Route {
 impl Kernels {
     pub fn route(&self, args: &RouteArgs) -> Result<(), CudaError> {
         let (n_rows, n_blocks) = (args.n_rows as usize, self.room.n_multiprocessors);
-        let few = &self.route;
+        let one = self.route_one.as_ref().filter(|_| n_rows == 1);
+        let few = one.unwrap_or(&self.route);
         let many = self.route_16.as_ref();
         let (route, tile_rows, grid) = match many.filter(|_| n_rows > few.rows * n_blocks) {
             // A block takes tile after tile and keeps the weights.

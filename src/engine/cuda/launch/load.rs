@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::sync::{Arc, Mutex};
 
 use super::Kernels;
-use super::attention::{AttentionBlock, attention_shared};
+use super::attention::{AttentionBlock, RowDecode, attention_shared};
 use super::experts::{ROUTE_STATIC, Route, route_shared};
 use crate::engine::checkpoint::MatrixFormat;
 use crate::engine::config::ModelConfig;
@@ -103,12 +103,21 @@ impl Kernels {
         ];
         let ring_append = function(kernels::matmul_file(attention), "ring_append", 0)?;
         let dense_formats = [attention, attention, lm_head];
-        let attention = |name| function("attention", name, attention_shared(config.head_dim));
+        let attention = |name, shared| function("attention", name, shared);
+        let decode_shared = attention_shared(config.head_dim);
+        let row_decode = RowDecode::shared(config).map(|shared| {
+            Ok::<_, CudaError>(RowDecode {
+                full: attention("attention_full_row", shared[0])?,
+                sliding: attention("attention_sliding_row", shared[1])?,
+                shared,
+            })
+        });
         let prefill = AttentionBlock::of_prefill(config, room);
         let shared_decode = AttentionBlock::of_shared(config, room);
-        let route = |name: &str, rows: usize, n_slots: usize| {
+        let route = |name: &str, rows: usize, n_slots: usize, most_slots: usize| {
             let shared = route_shared(config, rows, n_slots);
-            let function = function("topk_routing", name, shared)?;
+            let most_shared = route_shared(config, rows, most_slots);
+            let function = function("topk_routing", name, most_shared)?;
             Ok::<_, CudaError>(Route {
                 function,
                 rows,
@@ -119,10 +128,12 @@ impl Kernels {
         let all = config.hidden.div_ceil(32 * 16) * config.n_experts.div_ceil(32);
         // With more a block of few rows would not start beside blocks of the kernel before.
         let ahead = all.min(if room.small_shared { 2 } else { 3 });
-        let fits = |n_slots: &usize| {
-            route_shared(config, 16, *n_slots) + ROUTE_STATIC <= device.shared_bytes as usize
+        let fits = |rows: usize, n_slots: usize| {
+            route_shared(config, rows, n_slots) + ROUTE_STATIC <= device.shared_bytes as usize
         };
-        let many_slots = [all, ahead].into_iter().find(fits);
+        let many_slots = [all, ahead].into_iter().find(|&slots| fits(16, slots));
+        let one_slots = Some(all).filter(|&all| fits(8, all));
+        let most_slots = one_slots.unwrap_or(ahead);
         Ok(Self {
             experts_format,
             dense_formats,
@@ -135,9 +146,12 @@ impl Kernels {
             start_slot: function("embed", "start_slot", 0)?,
             rmsnorm: function("rmsnorm", "rmsnorm", 0)?,
             moe_combine: function("rmsnorm", "moe_combine", 0)?,
-            route: route("route", 8, ahead)?,
+            route: route("route", 8, ahead, most_slots)?,
+            route_one: one_slots
+                .map(|n_slots| route("route", 8, n_slots, most_slots))
+                .transpose()?,
             route_16: many_slots
-                .map(|n_slots| route("route_16", 16, n_slots))
+                .map(|n_slots| route("route_16", 16, n_slots, n_slots))
                 .transpose()?,
             group_entries: function("topk_routing", "group", 0)?,
             gather: function(
@@ -148,8 +162,9 @@ impl Kernels {
             attention_full: function("attention", "attention_full", prefill.shared)?,
             attention_sliding: function("attention", "attention_sliding", prefill.shared)?,
             prefill,
-            attention_full_decode: attention("attention_full_decode")?,
-            attention_sliding_decode: attention("attention_sliding_decode")?,
+            attention_full_decode: attention("attention_full_decode", decode_shared)?,
+            attention_sliding_decode: attention("attention_sliding_decode", decode_shared)?,
+            row_decode: row_decode.transpose()?,
             attention_shared_decode: function(
                 "attention",
                 "attention_shared_decode",
