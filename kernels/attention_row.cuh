@@ -31,14 +31,18 @@ template <Mode MODE> __device__ __forceinline__ void attend_row(const AttentionA
     __shared__ float greatest[BATCH][16], sums[BATCH][16];
     let_next_start();
     u32 row = blockIdx.x, kv_head = blockIdx.y;
-    // Past the multiprocessor's own cache: no kernel that may still run writes them, but an earlier step's did.
+    // Before the wait by way of L2 alone: no kernel that may still run writes these, but the multiprocessor's
+    // own cache may hold what they were in an earlier step.
     const uint4 fields = load_l2((const uint4*)(args.rows + row));
     u32 sequence = fields.x;
     int own = (int)fields.y;
     int n_tiles = own / TILE + 1;
     int lowest = SLIDING && own - (int)args.window + 1 > 0 ? own - (int)args.window + 1 : 0;
     int first = SLIDING ? lowest / TILE : 0;
-    if (!SLIDING) first = (int)((args.shared != 0 ? args.shared[row].x : 0) + blockIdx.z) * SPLIT_TILES;
+    if (!SLIDING) {
+        u32 n_shared = args.shared != 0 ? load_l2(&args.shared[row].x) : 0;
+        first = (int)(n_shared + blockIdx.z) * SPLIT_TILES;
+    }
     if (sequence == NONE || first >= n_tiles) {
         // The next kernel relies on this one's end for that of those before.
         wait_for_previous();

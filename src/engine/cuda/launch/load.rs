@@ -103,12 +103,11 @@ impl Kernels {
         ];
         let ring_append = function(kernels::matmul_file(attention), "ring_append", 0)?;
         let dense_formats = [attention, attention, lm_head];
-        let attention = |name, shared| function("attention", name, shared);
         let decode_shared = attention_shared(config.head_dim);
         let row_decode = RowDecode::shared(config).map(|shared| {
             Ok::<_, CudaError>(RowDecode {
-                full: attention("attention_full_row", shared[0])?,
-                sliding: attention("attention_sliding_row", shared[1])?,
+                full: function("attention", "attention_full_row", shared[0])?,
+                sliding: function("attention", "attention_sliding_row", shared[1])?,
                 shared,
             })
         });
@@ -162,8 +161,12 @@ impl Kernels {
             attention_full: function("attention", "attention_full", prefill.shared)?,
             attention_sliding: function("attention", "attention_sliding", prefill.shared)?,
             prefill,
-            attention_full_decode: attention("attention_full_decode", decode_shared)?,
-            attention_sliding_decode: attention("attention_sliding_decode", decode_shared)?,
+            attention_full_decode: function("attention", "attention_full_decode", decode_shared)?,
+            attention_sliding_decode: function(
+                "attention",
+                "attention_sliding_decode",
+                decode_shared,
+            )?,
             row_decode: row_decode.transpose()?,
             attention_shared_decode: function(
                 "attention",
