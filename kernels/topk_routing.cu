@@ -115,10 +115,7 @@ __device__ __forceinline__ void choose_experts(const RouteArgs& args, u64 row, b
         } else if (at == best.expert) {
             keys[at] = 0;
             best = Best();
-            // Of up to 32 a lane has one.
-            if (args.n_experts > 32) {
-                for (u32 expert = lane; expert < args.n_experts; expert += 32) best.offer(expert, keys[expert]);
-            }
+            for (u32 expert = lane; expert < args.n_experts; expert += 32) best.offer(expert, keys[expert]);
         }
         float logit = key == 0 ? __int_as_float(0x7FC00000) : logit_of(key);
         if (rank == 0) greatest = logit;
