@@ -262,8 +262,10 @@ pub struct SelfcheckArgs {
     256 x 512/512, prefill 64 x 2048/1, prefix 512 x 1024+64/128, prefix-long 256 x 8192+64/128,\n\
     smoke 4 x 64/16; mixed 1024 x 100..1000/about 512, up to 4096, 256 at once. For a CPU:\n\
     prefill-512 1 x 513/1, decode-1 1 x 16/32, decode-8 8 x 16/32, decode-32 32 x 16/16,\n\
-    decode-64 64 x 16/16. No token ends a row.\n\n\
+    decode-64 64 x 16/16. Others by their shape: ROWSxPROMPT/OUTPUT or ROWSxSHARED+PROMPT/OUTPUT, all rows\n\
+    at once. No token ends a row.\n\n\
     Examples:\n  podium bench --workload b64,b256 --json\n  \
+    podium bench --workload 8x512/64,8x4096+64/64\n  \
     podium bench --device cpu --model synthetic:gpt-oss-20b:layers=6 --workload decode-8"
 )]
 pub struct BenchArgs {
@@ -273,8 +275,8 @@ pub struct BenchArgs {
     /// cpu, cuda, cuda:N, or auto: a GPU that podium can use, else the CPU
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: values::Device,
-    /// Workloads, with commas between [default: b64; on the CPU its five]
-    #[arg(long, value_name = "NAME")]
+    /// Workloads or their shapes, with commas between [default: b64; on the CPU its five]
+    #[arg(long, value_name = "NAME|SHAPE")]
     pub workload: Option<String>,
     /// Precision of the weights [default: 4bit]
     #[arg(long, value_name = "PRECISION")]

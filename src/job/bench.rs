@@ -149,15 +149,16 @@ pub fn bench(args: &BenchArgs) -> Result<u8, JobError> {
 /// The workloads that are asked for.
 fn workloads(args: &BenchArgs, default: &str) -> Result<Vec<Workload>, JobError> {
     let names = args.workload.as_deref().unwrap_or(default).split(',');
-    let named = |name: &str| {
-        Workload::named(name).ok_or_else(|| JobError::Option {
+    let found = |name: &str| {
+        let known = Workload::named(name).or_else(|| Workload::of_shape(name));
+        known.ok_or_else(|| JobError::Option {
             message: format!(
-                "no workload `{name}`, expected {}",
+                "no workload `{name}`, expected {}, or ROWSxPROMPT/OUTPUT as 8x512/64",
                 WORKLOADS.map(|workload| workload.name).join(", ")
             ),
         })
     };
-    names.map(named).collect()
+    names.map(found).collect()
 }
 
 /// Runs workload after workload and prints what they come to.
@@ -178,7 +179,7 @@ fn run_all(
             print::result(&report.text());
         }
         if report.experts_hit < least_hits(report.slots) * report.experts_by_chance {
-            degenerate = Some(workload.name);
+            degenerate = Some(&workload.name);
         }
         reports.push(report);
     }
@@ -225,7 +226,7 @@ fn report(
         model: args.model.clone(),
         device: machine.device.clone(),
         numerics: machine.numerics.clone(),
-        workload: workload.name,
+        workload: workload.name.to_string(),
         rows: workload.n_rows,
         slots: workload.n_slots,
         shared_tokens: workload.shared,

@@ -55,7 +55,7 @@ pub struct Report {
     pub model: String,
     pub device: String,
     pub numerics: String,
-    pub workload: &'static str,
+    pub workload: String,
     pub rows: usize,
     pub slots: usize,
     pub shared_tokens: usize,
@@ -231,7 +231,7 @@ pub fn table(reports: &[Report]) -> String {
     );
     for report in reports {
         table.push(vec![
-            report.workload.to_owned(),
+            report.workload.clone(),
             rate(report.output_tokens_per_s),
             rate(report.decode_tokens_per_s),
             rate(report.prefill_tokens_per_s),

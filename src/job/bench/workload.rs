@@ -1,5 +1,6 @@
-//! The fixed workloads: how many rows, how long, and their prompts.
+//! Workloads, those that have a name and others by their shape: how many rows, how long, and their prompts.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::batch::Job;
@@ -72,9 +73,9 @@ impl std::fmt::Display for Lengths {
 }
 
 /// Rows with a shared beginning, an own rest of the prompt, and a reply.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Workload {
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     pub n_rows: usize,
     /// Rows at once.
     pub n_slots: usize,
@@ -89,7 +90,7 @@ const fn equal(
     [shared, prompt, output]: [usize; 3],
 ) -> Workload {
     Workload {
-        name,
+        name: Cow::Borrowed(name),
         n_rows,
         n_slots,
         shared,
@@ -113,7 +114,7 @@ pub const WORKLOADS: [Workload; 13] = [
     equal("decode-32", [32, 32], [0, 16, 16]),
     equal("decode-64", [64, 64], [0, 16, 16]),
     Workload {
-        name: "mixed",
+        name: Cow::Borrowed("mixed"),
         n_rows: 1024,
         n_slots: 256,
         shared: 0,
@@ -128,12 +129,32 @@ pub const WORKLOADS: [Workload; 13] = [
     },
 ];
 
+/// Most rows, and most tokens of a row in one respect, of a workload that is told by its shape.
+const MOST: usize = 1 << 20;
+
 /// The workload that others are set beside.
 pub const YARDSTICK: &str = "b256";
 
 impl Workload {
     pub fn named(name: &str) -> Option<Self> {
         WORKLOADS.into_iter().find(|known| known.name == name)
+    }
+
+    /// The workload of a shape `ROWSxPROMPT/OUTPUT` or `ROWSxSHARED+PROMPT/OUTPUT`, all rows at once.
+    pub fn of_shape(shape: &str) -> Option<Self> {
+        let (n_rows, lengths) = shape.split_once('x')?;
+        let (prompt, output) = lengths.split_once('/')?;
+        let (shared, prompt) = prompt.split_once('+').unwrap_or(("0", prompt));
+        let number = |text: &str, least| text.parse().ok().filter(|n| (least..=MOST).contains(n));
+        let n_rows = number(n_rows, 1)?;
+        Some(Self {
+            name: Cow::Owned(shape.to_owned()),
+            n_rows,
+            n_slots: n_rows,
+            shared: number(shared, 0)?,
+            prompt: Lengths::Equal(number(prompt, 1)?),
+            output: Lengths::Equal(number(output, 1)?),
+        })
     }
 
     /// Tokens of a row's reply.
@@ -217,6 +238,38 @@ mod tests {
         assert!(again.iter().zip(&jobs).all(|(a, b)| {
             a.prompt.len() == b.prompt.len() && a.max_new_tokens == b.max_new_tokens
         }));
+    }
+
+    #[test]
+    fn shapes_are_those_of_the_names() {
+        for (name, shape) in [("b64", "64x512/512"), ("prefix-long", "256x8192+64/128")] {
+            let named = Workload::named(name).expect("it is listed");
+            let shaped = Workload::of_shape(shape).expect("it is a shape");
+            assert_eq!(shaped.name, shape);
+            assert_eq!(
+                Workload {
+                    name: named.name.clone(),
+                    ..shaped
+                },
+                named
+            );
+        }
+        for wrong in [
+            "b64",
+            "64",
+            "64x",
+            "64x512",
+            "x512/1",
+            "0x1/1",
+            "1x0/1",
+            "1x1/0",
+            "1x1/1/1",
+            "1x1+2+3/1",
+            "-1x1/1",
+            "1x1/2000000",
+        ] {
+            assert_eq!(Workload::of_shape(wrong), None, "{wrong}");
+        }
     }
 
     #[test]
