@@ -33,6 +33,13 @@ struct Row {
     u32 segment_end;
 };
 
+// Past the multiprocessor's own cache: where a kernel reads before it waits for the one before it, an earlier
+// step may have left its own there.
+__device__ __forceinline__ Row load_row(const Row* row) {
+    uint4 v = load_l2((const uint4*)row);
+    return {v.x, v.y, v.z, v.w};
+}
+
 // Tokens as tiles, the way products that stream read them: for each 64 k, octets of tokens; a
 // token's 64 k are eight chunks of 16 bytes, swizzled by its number in the octet.
 //

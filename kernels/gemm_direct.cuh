@@ -56,6 +56,22 @@ template <> struct Fetched<BF16> {
     }
 };
 
+// A block's tokens: `count` rows of x from the first on, or those that are listed.
+struct DirectTokens {
+    const u16* x;
+    u32 x_stride;
+    int n_k;
+    int count;
+    int first;
+    // NULL for none.
+    const int* listed;
+
+    __device__ __forceinline__ const u8* row(int token) const {
+        u64 row = listed == 0 ? first + token : listed[token];
+        return (const u8*)(x + row * x_stride);
+    }
+};
+
 template <Format FORMAT, int WARPS, int NT, int DEPTH, int SPLITS = 1> struct DirectGemm {
     static constexpr int THREADS = 32 * WARPS * SPLITS, WORKERS = THREADS;
     static constexpr int M_TILES = 1, N_TILES = NT;
@@ -76,30 +92,34 @@ template <Format FORMAT, int WARPS, int NT, int DEPTH, int SPLITS = 1> struct Di
         return matrix + ((u64)(of_matrix / BLOCK_TILES) * n_groups * BLOCK_TILES + of_matrix % BLOCK_TILES) * TILE_BYTES;
     }
 
-    // Groups first..end of all tokens, to be waited for as one.
-    __device__ static __forceinline__ void copy_tokens(
-        u32 shared, int row_bytes, const u16* x, u32 x_stride, int n_k, const int* columns, int first, int end
-    ) {
-        for (int c = 0; c < COLUMNS; c++) {
-            int row = columns[c];
-            if (row < 0) continue;
-            for (int i = first * 8 + (int)threadIdx.x; i < end * 8; i += THREADS) {
-                copy_async16(shared + c * row_bytes + i * 16, x + (u64)row * x_stride + i * 8, i * 8 < n_k);
+    // Groups first..end of all tokens, to be waited for as one. What the next instructions wait for is what
+    // comes before the first product, so one row's addresses cost little.
+    __device__ static __forceinline__ void copy_tokens(u32 shared, int row_bytes, const DirectTokens& tokens, int first, int end) {
+        for (int token = 0; token < tokens.count; token++) {
+            int i = first * 8 + (int)threadIdx.x;
+            const u8* from = tokens.row(token) + i * 16;
+            u32 to = shared + token * row_bytes + i * 16;
+            #pragma unroll 4
+            for (; i < end * 8; i += THREADS) {
+                copy_async16(to, from, i * 8 < tokens.n_k);
+                from += THREADS * 16;
+                to += THREADS * 16;
             }
         }
         copy_async_commit();
     }
 
-    // As Gemm::run, but what `outputs` does with the sums is in three: it begins with what no kernel
-    // before writes, joins what it needs beside the sums while tokens are under way, and finishes.
+    // As Gemm::run, but what `outputs` does with the sums is in three, so that it is short behind the wait for
+    // the kernel before: it finds where they belong, joins what it needs beside them, and finishes. The
+    // first two are before that wait, which `prepare` has; it gives the tokens.
     template <class Prepare, class Outputs> __device__ static __forceinline__ void run(
-        u8* dynamic, const u8* matrix, int first_tile, int n_tiles, int n_groups,
-        const u16* x, u32 x_stride, int n_k, const int* columns, Prepare prepare, Outputs outputs
+        u8* dynamic, const u8* matrix, int first_tile, int n_tiles, int n_groups, Prepare prepare, Outputs outputs
     ) {
         int lane = threadIdx.x % 32;
         u32 shared = shared_address(dynamic);
         int row_bytes = n_groups * (GROUP_K * 2) + 16;
         int split = (int)threadIdx.x / 32 / WARPS;
+        const auto places = outputs.find();
         int begin = first_group<SPLITS>(split, n_groups), end = first_group<SPLITS>(split + 1, n_groups);
         const u8* weights = weights_of_warp(matrix, first_tile, n_tiles, n_groups) + begin * (BLOCK_TILES * TILE_BYTES);
         Fetched<FORMAT> ahead[DEPTH];
@@ -107,21 +127,19 @@ template <Format FORMAT, int WARPS, int NT, int DEPTH, int SPLITS = 1> struct Di
         for (int i = 0; i < DEPTH; i++) {
             if (begin + i < end) ahead[i].fetch(weights + i * BLOCK_TILES * TILE_BYTES, lane);
         }
-        const auto begun = outputs.begin();
-        prepare();
-        __syncthreads();
+        const auto joined = outputs.join(places);
+        const DirectTokens tokens = prepare();
         // Where all of K is not one warp's, all tokens are waited for at once.
         int n_first = SPLITS == 1 && DEPTH < n_groups ? DEPTH : n_groups;
-        copy_tokens(shared, row_bytes, x, x_stride, n_k, columns, 0, n_first);
-        copy_tokens(shared, row_bytes, x, x_stride, n_k, columns, n_first, n_groups);
-        const auto joined = outputs.join(begun);
+        copy_tokens(shared, row_bytes, tokens, 0, n_first);
+        copy_tokens(shared, row_bytes, tokens, n_first, n_groups);
         // The lane's rows of the matrices: a token that does not exist reads as the first.
         constexpr int MATRICES = NT == 1 ? 1 : NT / 2;
         u32 rows[MATRICES];
         #pragma unroll
         for (int pair = 0; pair < MATRICES; pair++) {
             int c = NT == 1 ? lane % 8 : (pair * 2 + lane / 16) * 8 + lane % 8;
-            if (columns[c] < 0) c = 0;
+            if (c >= tokens.count) c = 0;
             rows[pair] = shared + c * row_bytes + (NT == 1 ? lane / 8 : lane / 8 % 2) * 16;
         }
         float acc[1][NT][4];
@@ -192,9 +210,9 @@ template <Format FORMAT, int WARPS, int NT, int DEPTH, int SPLITS = 1> struct Di
                     total[0][n][3] += c.w;
                 }
             }
-            outputs.finish(total, begun, joined);
+            outputs.finish(total, places, joined);
         } else {
-            outputs.finish(acc, begun, joined);
+            outputs.finish(acc, places, joined);
         }
     }
 };

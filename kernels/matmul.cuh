@@ -89,22 +89,36 @@ template <class G, template <int> class Store> __device__ __forceinline__ void m
     }
 #endif
     if constexpr (!G::STREAMS) {
-        __shared__ int columns[G::COLUMNS];
         // Few token tiles: they follow each other, so that a weight tile is read once from memory.
         u32 m_block = args.rows_first ? blockIdx.y : blockIdx.x, row_block = args.rows_first ? blockIdx.x : blockIdx.y;
         u32 first_row = row_block * G::COLUMNS;
         int first_tile = (int)(args.first_tile + m_block * G::TILES), n_tiles = (int)args.n_tiles;
-        auto prepare = [&] {
-            follow_previous();
-            for (u32 c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
-                bool has = first_row + c < args.n_rows;
-                columns[c] = has ? (int)(first_row + c) : -1;
-                if (Store<1>::AT_ROWS && !G::DIRECT && has) rows[c] = args.rows[first_row + c];
-                if (Store<1>::HAS_MAXIMA) maxima[c] = 0;
-            }
-        };
         const DenseOutputs<G, Store> outputs = {args, rows, first_row, first_tile, n_tiles, shared, maxima};
-        G::run(shared, args.weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns, prepare, outputs);
+        if constexpr (G::DIRECT) {
+            auto prepare = [&] {
+                if (Store<1>::HAS_MAXIMA) {
+                    for (u32 c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) maxima[c] = 0;
+                }
+                // What follows the out projection brings much before it waits, and nothing starts early behind it.
+                if (Store<1>::JOINS) follow_between();
+                else follow_previous();
+                u32 left = args.n_rows - first_row;
+                return DirectTokens{args.x, args.n_k, (int)args.n_k, left < G::COLUMNS ? (int)left : G::COLUMNS, (int)first_row, 0};
+            };
+            G::run(shared, args.weights, first_tile, n_tiles, n_groups, prepare, outputs);
+        } else {
+            __shared__ int columns[G::COLUMNS];
+            auto prepare = [&] {
+                follow_previous();
+                for (u32 c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
+                    bool has = first_row + c < args.n_rows;
+                    columns[c] = has ? (int)(first_row + c) : -1;
+                    if (Store<1>::AT_ROWS && has) rows[c] = args.rows[first_row + c];
+                    if (Store<1>::HAS_MAXIMA) maxima[c] = 0;
+                }
+            };
+            G::run(shared, args.weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns, prepare, outputs);
+        }
     }
 }
 
@@ -113,8 +127,9 @@ template <class G, template <int> class Store> __device__ __forceinline__ void m
 #define VARIANT(NAME, STORE, CLUSTER, THREADS, BLOCKS, ...) \
     extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ MatmulArgs args) { matmul<__VA_ARGS__, STORE>(args); }
 // WARPS a block with few rows.
+#define NARROW_VARIANT(FORMAT, NAME, STORE, SPLITS) \
+    VARIANT(NAME##_d8, STORE, , 32 * SPLITS, 1, DirectGemm<FORMAT, 1, 1, 12, SPLITS>)
 #define SMALL_VARIANTS(FORMAT, NAME, STORE, SPLITS, WARPS) \
-    VARIANT(NAME##_d8, STORE, , 32 * SPLITS, 1, DirectGemm<FORMAT, 1, 1, 12, SPLITS>) \
     VARIANT(NAME##_d16, STORE, , 32 * WARPS * SPLITS, 1, DirectGemm<FORMAT, WARPS, 2, 8, SPLITS>)
 #ifdef WARPGROUPS
 #define VARIANTS(FORMAT, NAME, STORE, SPLITS, WARPS, CLUSTER) SMALL_VARIANTS(FORMAT, NAME, STORE, SPLITS, WARPS) \
@@ -142,7 +157,9 @@ template <class G, template <int> class Store> __device__ __forceinline__ void m
 #endif
 
 #define MATMULS(FORMAT) \
-    QKV_VARIANTS(FORMAT, matmul_qkv, Qkv) ADD_VARIANTS(FORMAT, matmul_add, Add) LOGITS_VARIANTS(FORMAT, matmul_logits, Logits)
+    NARROW_VARIANT(FORMAT, matmul_qkv, Qkv, 1) QKV_VARIANTS(FORMAT, matmul_qkv, Qkv) \
+    NARROW_VARIANT(FORMAT, matmul_add, Add, ADD_SPLITS) ADD_VARIANTS(FORMAT, matmul_add, Add) \
+    LOGITS_VARIANTS(FORMAT, matmul_logits, Logits)
 
 // Copies the newest keys and values of each segment to its sequence's ring, after the layer's
 // attention has read the older ones. Grid (n_rows), block 128.

@@ -62,7 +62,7 @@ template <int W> __device__ __forceinline__ void store_bf16(u16* to, const Float
 // to the sums, for many tokens before the first is stored.
 template <int W> struct Add {
     static constexpr u32 APART = W == 1 ? 8 : 32, UNIT = 64;
-    static constexpr bool AT_ROWS = false, HAS_MAXIMA = false;
+    static constexpr bool AT_ROWS = false, HAS_MAXIMA = false, JOINS = true;
     Floats<W> bias[2];
     float* out;
     u32 n_out;
@@ -85,7 +85,11 @@ template <int W> struct Add {
     }
     __device__ __forceinline__ void load(const MatmulArgs& args, u32 row, const Row& place, Floats<W> (&joined)[2]) const {
         #pragma unroll
-        for (int run = 0; run < 2; run++) joined[run] = *(const Floats<W>*)(out + (u64)row * n_out + at[run]);
+        for (int run = 0; run < 2; run++) {
+            const float* from = out + (u64)row * n_out + at[run];
+            if constexpr (W == 1) joined[run].v[0] = load_l2(from);
+            else joined[run] = *(const Floats<W>*)from;
+        }
     }
     __device__ __forceinline__ void store(
         const MatmulArgs& args, u32 row, const Row& place, const Floats<W> (&sums)[2], const Floats<W> (&joined)[2]
@@ -103,7 +107,7 @@ template <int W> struct Add {
 // Not by way of shared memory: a vocabulary is of any size.
 template <int W> struct Logits {
     static constexpr u32 APART = 8, UNIT = 0;
-    static constexpr bool AT_ROWS = false, HAS_MAXIMA = true;
+    static constexpr bool AT_ROWS = false, HAS_MAXIMA = true, JOINS = false;
     float* out;
     u32 n_out;
     bool has[2];
@@ -128,7 +132,7 @@ template <int W> struct Logits {
 // A tile holds dims p..p+8 of a head above dims p + HEAD_DIM/2..: a rotary pair is one thread's.
 template <int W> struct Qkv {
     static constexpr u32 APART = HEAD_DIM / 2, UNIT = HEAD_DIM;
-    static constexpr bool AT_ROWS = true, HAS_MAXIMA = false;
+    static constexpr bool AT_ROWS = true, HAS_MAXIMA = false, JOINS = false;
     Floats<W> bias[2];
     u32 head, dim;
 
@@ -236,30 +240,42 @@ template <class G, template <int> class Store> struct DenseOutputs {
         }
     }
 
-    // The same in three, for a warp of few tokens (gemm_direct.cuh).
+    // The same in three, for a warp of few tokens (gemm_direct.cuh). The kernel before writes none of what the
+    // first two read: rows, angles, and the residual, which is complete when the kernels of the layer's
+    // attention start.
+    struct Places { Row of[G::N_TILES][2]; };
     struct Joined {
-        Row places[G::N_TILES][2];
+        Store<1> to;
         Floats<1> values[G::N_TILES][2][2];
     };
-    // Behind the tiles, the last.
-    __device__ __forceinline__ Store<1> begin() const {
-        int tile = first_tile + G::tile(0) < n_tiles ? first_tile + G::tile(0) : n_tiles - 1;
-        return Store<1>(args, Store<1>::first(tile) + threadIdx.x % 32 / 4);
+    __device__ __forceinline__ u32 row_inside(int n, int i) const {
+        return first_row + inside(G::column(n) + threadIdx.x % 4 * 2 + i);
     }
-    __device__ __forceinline__ Joined join(const Store<1>& to) const {
-        Joined joined;
+    __device__ __forceinline__ Places find() const {
+        Places places;
         #pragma unroll
         for (int n = 0; n < G::N_TILES; n++) {
             #pragma unroll
             for (int i = 0; i < 2; i++) {
-                u32 row = first_row + inside(G::column(n) + threadIdx.x % 4 * 2 + i);
-                if (Store<1>::AT_ROWS) joined.places[n][i] = args.rows[row];
-                to.load(args, row, joined.places[n][i], joined.values[n][i]);
+                if (Store<1>::AT_ROWS) places.of[n][i] = load_row(args.rows + row_inside(n, i));
             }
+        }
+        return places;
+    }
+    // Behind the tiles, of the last.
+    __device__ __forceinline__ Joined join(const Places& places) const {
+        int tile = first_tile + G::tile(0) < n_tiles ? first_tile + G::tile(0) : n_tiles - 1;
+        Joined joined = {Store<1>(args, Store<1>::first(tile) + threadIdx.x % 32 / 4)};
+        #pragma unroll
+        for (int n = 0; n < G::N_TILES; n++) {
+            #pragma unroll
+            for (int i = 0; i < 2; i++) joined.to.load(args, row_inside(n, i), places.of[n][i], joined.values[n][i]);
         }
         return joined;
     }
-    __device__ __forceinline__ void finish(float (&acc)[1][G::N_TILES][4], const Store<1>& to, const Joined& joined) const {
+    __device__ __forceinline__ void finish(
+        float (&acc)[1][G::N_TILES][4], const Places& places, const Joined& joined
+    ) const {
         #pragma unroll
         for (int n = 0; n < G::N_TILES; n++) {
             #pragma unroll
@@ -267,7 +283,7 @@ template <class G, template <int> class Store> struct DenseOutputs {
                 u32 row = first_row + G::column(n) + threadIdx.x % 4 * 2 + i;
                 const Floats<1> sums[2] = {{{acc[0][n][i]}}, {{acc[0][n][2 + i]}}};
                 if (first_tile + G::tile(0) < n_tiles && row < args.n_rows) {
-                    to.store(args, row, joined.places[n][i], sums, joined.values[n][i]);
+                    joined.to.store(args, row, places.of[n][i], sums, joined.values[n][i]);
                 }
             }
         }

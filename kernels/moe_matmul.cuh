@@ -126,14 +126,14 @@ template <class G, class Store> struct ExpertOutputs {
     }
 
     // The same in three, for a warp of few tokens (gemm_direct.cuh).
-    struct Joined {};
+    struct Places {};
+    __device__ __forceinline__ Places find() const { return {}; }
     // Behind the tiles, the last.
-    __device__ __forceinline__ Store begin() const {
+    __device__ __forceinline__ Store join(const Places& places) const {
         int tile = first_tile + G::tile(0) < n_tiles ? first_tile + G::tile(0) : n_tiles - 1;
         return Store(args, expert, tile, threadIdx.x % 32 / 4);
     }
-    __device__ __forceinline__ Joined join(const Store& to) const { return {}; }
-    __device__ __forceinline__ void finish(float (&acc)[1][G::N_TILES][4], const Store& to, const Joined& joined) const {
+    __device__ __forceinline__ void finish(float (&acc)[1][G::N_TILES][4], const Places& places, const Store& to) const {
         if (first_tile + G::tile(0) < n_tiles) store(to, acc[0]);
     }
 };
@@ -151,16 +151,35 @@ template <class G, class Store> __device__ __forceinline__ void expert_tile(
     int n_groups = (int)(args.n_k + GROUP_K - 1) / GROUP_K;
     u64 blocks = (args.n_tiles + BLOCK_TILES - 1) / BLOCK_TILES;
     const u8* weights = args.weights + expert * blocks * n_groups * BLOCK_TILES * G::TILE_BYTES;
-    auto prepare = [&] {
-        if (starts_early<Store>(args)) follow_previous();
+    auto list_tokens = [&] {
         for (int c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
-            u32 entry = first + c >= end ? NONE : args.offsets == 0 ? first + c : args.entries[first + c];
+            u32 entry = first + c < end ? args.entries[first + c] : NONE;
             entries[c] = entry;
             columns[c] = entry == NONE ? -1 : (int)(Store::OF_ROWS ? entry / args.k : entry);
         }
     };
+    auto prepare = [&] {
+        if (starts_early<Store>(args)) follow_previous();
+        if constexpr (G::DIRECT) {
+            int left = (int)(end - first);
+            DirectTokens tokens = {args.x, args.n_k, (int)args.n_k, left < G::COLUMNS ? left : G::COLUMNS, 0, columns};
+            if (args.offsets == 0) {
+                // One row, or the expert's: known without a look at shared memory.
+                if (threadIdx.x < G::COLUMNS) entries[threadIdx.x] = threadIdx.x == 0 ? first : NONE;
+                tokens.first = Store::OF_ROWS ? 0 : (int)first;
+                tokens.listed = 0;
+                return tokens;
+            }
+            list_tokens();
+            __syncthreads();
+            return tokens;
+        } else {
+            list_tokens();
+        }
+    };
     const ExpertOutputs<G, Store> outputs = {args, entries, expert, first_tile, n_tiles};
-    G::run(shared, weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns, prepare, outputs);
+    if constexpr (G::DIRECT) G::run(shared, weights, first_tile, n_tiles, n_groups, prepare, outputs);
+    else G::run(shared, weights, first_tile, n_tiles, n_groups, args.x, args.n_k, (int)args.n_k, columns, prepare, outputs);
 }
 
 // By blocks of G.
@@ -171,25 +190,22 @@ template <class G, class Store> __device__ __forceinline__ void moe_matmul(const
     __shared__ int columns[G::COLUMNS];
     __shared__ u32 found[3];
     if (!starts_early<Store>(args)) follow_previous();
-    if (args.offsets == 0) {
-        if (threadIdx.x == 0) {
-            found[0] = args.entries[blockIdx.y];
-            found[1] = blockIdx.y;
-            found[2] = blockIdx.y + 1;
-        }
-    } else if (threadIdx.x < 32) {
+    bool is_listed = args.offsets != 0;
+    u32 expert, first = blockIdx.y, end = first + 1;
+    if (!is_listed) expert = load_l2(args.entries + first);
+    if (is_listed && threadIdx.x < 32) {
         // The expert and the first of its entries, by one warp.
         if (threadIdx.x == 0) found[0] = NONE;
         __syncwarp();
         u32 before = 0;
-        for (u32 first = 0; first < args.n_experts; first += 32) {
-            u32 expert = first + threadIdx.x;
-            u32 start = 0, end = 0;
-            if (expert < args.n_experts) {
-                start = args.offsets[expert];
-                end = args.offsets[expert + 1];
+        for (u32 of = 0; of < args.n_experts; of += 32) {
+            u32 of_lane = of + threadIdx.x;
+            u32 start = 0, behind = 0;
+            if (of_lane < args.n_experts) {
+                start = args.offsets[of_lane];
+                behind = args.offsets[of_lane + 1];
             }
-            u32 n_tiles = (end - start + G::COLUMNS - 1) / G::COLUMNS;
+            u32 n_tiles = (behind - start + G::COLUMNS - 1) / G::COLUMNS;
             u32 sum = n_tiles;
             for (int step = 1; step < 32; step *= 2) {
                 u32 other = __shfl_up_sync(NONE, sum, step);
@@ -197,18 +213,21 @@ template <class G, class Store> __device__ __forceinline__ void moe_matmul(const
             }
             u32 first_tile = before + sum - n_tiles;
             if (blockIdx.y >= first_tile && blockIdx.y < first_tile + n_tiles) {
-                found[0] = expert;
+                found[0] = of_lane;
                 found[1] = start + (blockIdx.y - first_tile) * G::COLUMNS;
-                found[2] = end;
+                found[2] = behind;
             }
             before += __shfl_sync(NONE, sum, 31);
             if (before > blockIdx.y) break;
         }
     }
-    __syncthreads();
-    u32 expert = found[0];
+    if (is_listed) {
+        __syncthreads();
+        expert = found[0];
+        first = found[1];
+        end = found[2];
+    }
     if (expert == NONE) return;
-    u32 first = found[1], end = found[2];
     expert_tile<G, Store>(args, shared, entries, columns, expert, first, end);
 }
 

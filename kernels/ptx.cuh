@@ -71,6 +71,11 @@ __device__ __forceinline__ u32 load_l2(const u32* global) {
     asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(global));
     return v;
 }
+__device__ __forceinline__ float load_l2(const float* global) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(global));
+    return v;
+}
 __device__ __forceinline__ uint4 load_l2(const uint4* global) {
     uint4 v;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(global));

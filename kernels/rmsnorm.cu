@@ -11,7 +11,8 @@
 
 extern "C" __global__ void __launch_bounds__(256) rmsnorm(const float* x, const vector_t* scale, u16* t, float eps) {
     __shared__ float scratch[8];
-    follow_between();
+    // The first layer's qkv product, which follows, reads rows before it waits: `embed_step` has written them.
+    follow_previous();
     u64 row = blockIdx.x;
     RowValues values;
     values.load(x + row * HIDDEN);

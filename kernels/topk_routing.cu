@@ -101,12 +101,34 @@ struct Best {
     }
 };
 
-// The k greatest (32 at most) of a row's logits and their softmax, by one warp; `keys` are used up.
-__device__ __forceinline__ void choose_experts(const RouteArgs& args, u64 row, bool padding, Best best, u32* keys) {
+// The k greatest (32 at most) of a row's logits and their softmax, by one warp; `keys` are used up. With
+// SHORT up to 32 experts have a way of their own.
+template <bool SHORT> __device__ __forceinline__ void choose_experts(const RouteArgs& args, u64 row, bool padding, Best best, u32* keys) {
     u32 lane = threadIdx.x % 32;
     float greatest = 0.0f, gate_sum = 0.0f, own = 0.0f;
     u32 own_expert = 0;
-    for (u32 rank = 0; rank < args.k; rank++) {
+    auto take = [&](u32 rank, u32 at, u32 key) {
+        float logit = key == 0 ? __int_as_float(0x7FC00000) : logit_of(key);
+        if (rank == 0) greatest = logit;
+        float gate = exp_fast(logit - greatest);
+        gate_sum += gate;
+        if (lane == rank) {
+            own = gate;
+            own_expert = at;
+        }
+    };
+    bool has_one = SHORT && args.n_experts <= 32;
+    if (has_one) {
+        #pragma unroll
+        for (u32 rank = 0; rank < TOP_K; rank++) {
+            u32 key = __reduce_max_sync(NONE, best.key);
+            u32 at = __ffs(__ballot_sync(NONE, best.key == key)) - 1;
+            if (lane == at) best.key = 0;
+            // All are NaN: as below.
+            take(rank, key == 0 ? rank : at, key);
+        }
+    }
+    for (u32 rank = 0; !has_one && rank < args.k; rank++) {
         u32 key = __reduce_max_sync(NONE, best.key);
         u32 at = __reduce_min_sync(NONE, best.key == key ? best.expert : NONE);
         if (at == NONE) {
@@ -117,14 +139,7 @@ __device__ __forceinline__ void choose_experts(const RouteArgs& args, u64 row, b
             best = Best();
             for (u32 expert = lane; expert < args.n_experts; expert += 32) best.offer(expert, keys[expert]);
         }
-        float logit = key == 0 ? __int_as_float(0x7FC00000) : logit_of(key);
-        if (rank == 0) greatest = logit;
-        float gate = exp_fast(logit - greatest);
-        gate_sum += gate;
-        if (lane == rank) {
-            own = gate;
-            own_expert = at;
-        }
+        take(rank, at, key);
     }
     if (lane < args.k) {
         args.experts[row * args.k + lane] = padding ? NONE : own_expert;
@@ -338,7 +353,7 @@ template <int OCTETS> __device__ __forceinline__ void route_rows(const RouteArgs
         }
         // Behind the last tile nobody looks at them.
         if constexpr (OCTETS > 1) load(tile + step);
-        if (has_row(tile, warp)) choose_experts(args, tile + warp, sequences[warp] == NONE, best, keys);
+        if (has_row(tile, warp)) choose_experts<OCTETS == 1>(args, tile + warp, sequences[warp] == NONE, best, keys);
         // A block of few rows has but one tile.
         if constexpr (OCTETS == 1) return;
     }

@@ -270,10 +270,11 @@ impl Room {
 pub fn dense(which: Dense, room: Room) -> Vec<Variant> {
     let splits = dense_splits(which);
     let warps = if splits > 1 { 2 } else { 6 };
-    let mut variants = vec![
-        Variant::direct("d8", 1, 1).split(splits),
-        Variant::direct("d16", warps, 2).split(splits),
-    ];
+    let mut variants = vec![Variant::direct("d16", warps, 2).split(splits)];
+    // The vocabulary has warps enough for blocks of several, in which a narrow one is slower.
+    if which != Dense::Logits {
+        variants.push(Variant::direct("d8", 1, 1).split(splits));
+    }
     if room.warpgroups {
         variants.extend([
             Variant::streams("s32", [1, 1, 4, 2, 1]).split(splits),
