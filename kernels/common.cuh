@@ -130,8 +130,20 @@ struct RowValues {
     __device__ __forceinline__ void load(const float* x) {
         #pragma unroll
         for (int n = 0; n < N; n++) {
-            if (has(n)) v[n] = *(const float4*)(x + at(n));
+            if (has(n)) v[n] = load_l2((const float4*)(x + at(n)));
         }
+    }
+
+    // The norm's scale, four for four.
+    struct __align__(4 * sizeof(vector_t)) Four { vector_t v[4]; };
+    struct Scale { Four of[N]; };
+    __device__ static __forceinline__ Scale load_scale(const vector_t* scale) {
+        Scale loaded = {};
+        #pragma unroll
+        for (int n = 0; n < N; n++) {
+            if (has(n)) loaded.of[n] = *(const Four*)(scale + at(n));
+        }
+        return loaded;
     }
 
     __device__ __forceinline__ void store(float* x) const {
@@ -142,7 +154,7 @@ struct RowValues {
     }
 
     // t = bf16(x / sqrt(mean(x^2) + eps) * scale).
-    __device__ __forceinline__ void normalize(const vector_t* scale, float eps, u16* t, float* scratch) const {
+    __device__ __forceinline__ void normalize(const Scale& scale, float eps, u16* t, float* scratch) const {
         float sum = 0.0f;
         #pragma unroll
         for (int n = 0; n < N; n++) {
@@ -157,11 +169,11 @@ struct RowValues {
         #pragma unroll
         for (int n = 0; n < N; n++) {
             if (!has(n)) continue;
-            int i = at(n);
+            const vector_t* s = scale.of[n].v;
             uint2 four;
-            four.x = f32x2_to_bf16x2(v[n].x * factor * vector_at(scale, i), v[n].y * factor * vector_at(scale, i + 1));
-            four.y = f32x2_to_bf16x2(v[n].z * factor * vector_at(scale, i + 2), v[n].w * factor * vector_at(scale, i + 3));
-            *(uint2*)(t + i) = four;
+            four.x = f32x2_to_bf16x2(v[n].x * factor * vector_at(s, 0), v[n].y * factor * vector_at(s, 1));
+            four.y = f32x2_to_bf16x2(v[n].z * factor * vector_at(s, 2), v[n].w * factor * vector_at(s, 3));
+            *(uint2*)(t + at(n)) = four;
         }
     }
 };

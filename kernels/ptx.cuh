@@ -76,6 +76,11 @@ __device__ __forceinline__ float load_l2(const float* global) {
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(global));
     return v;
 }
+__device__ __forceinline__ uint2 load_l2(const uint2* global) {
+    uint2 v;
+    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(global));
+    return v;
+}
 __device__ __forceinline__ uint4 load_l2(const uint4* global) {
     uint4 v;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(global));

@@ -270,11 +270,12 @@ impl Room {
 pub fn dense(which: Dense, room: Room) -> Vec<Variant> {
     let splits = dense_splits(which);
     let warps = if splits > 1 { 2 } else { 6 };
-    let mut variants = vec![Variant::direct("d16", warps, 2).split(splits)];
     // The vocabulary has warps enough for blocks of several, in which a narrow one is slower.
-    if which != Dense::Logits {
-        variants.push(Variant::direct("d8", 1, 1).split(splits));
-    }
+    let mut variants = match which {
+        Dense::Logits => Vec::new(),
+        _ => vec![Variant::direct("d8", 1, 1).split(splits)],
+    };
+    variants.push(Variant::direct("d16", warps, 2).split(splits));
     if room.warpgroups {
         variants.extend([
             Variant::streams("s32", [1, 1, 4, 2, 1]).split(splits),
@@ -461,6 +462,8 @@ mod tests {
             (add, 1, vec!["d8"]),
             (qkv, 64, vec!["s32"]),
             (add, 64, vec!["s64"]),
+            (logits, 1, vec!["d16", "s16"]),
+            (logits, 8, vec!["d16", "s16"]),
             (logits, 64, vec!["s32", "s64", "s128x128", "s256x128"]),
             (qkv, 256, vec!["s128x88"]),
             (add, 16, vec!["d16", "s32"]),
