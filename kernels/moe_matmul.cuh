@@ -153,7 +153,7 @@ template <class G, class Store> __device__ __forceinline__ void expert_tile(
     const u8* weights = args.weights + expert * blocks * n_groups * BLOCK_TILES * G::TILE_BYTES;
     auto list_tokens = [&] {
         for (int c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) {
-            u32 entry = first + c < end ? args.entries[first + c] : NONE;
+            u32 entry = first + c >= end ? NONE : args.offsets == 0 ? first + c : args.entries[first + c];
             entries[c] = entry;
             columns[c] = entry == NONE ? -1 : (int)(Store::OF_ROWS ? entry / args.k : entry);
         }
