@@ -99,7 +99,7 @@ template <class G, template <int> class Store> __device__ __forceinline__ void m
                 if (Store<1>::HAS_MAXIMA) {
                     for (u32 c = threadIdx.x; c < G::COLUMNS; c += G::THREADS) maxima[c] = 0;
                 }
-                // What follows the out projection brings much before it waits, and nothing starts early behind it.
+                // What follows the out projection are few blocks, which bring much before they wait.
                 if (Store<1>::JOINS) follow_between();
                 else follow_previous();
                 u32 left = args.n_rows - first_row;
