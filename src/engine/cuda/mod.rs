@@ -1,7 +1,7 @@
 //! The CUDA backend: the whole model on one GPU, kernels compiled at run time for the device found.
 //!
 //! Driver and NVRTC are loaded when a GPU is asked for, so the binary starts where neither is.
-//! [`load`] brings the weights, [`backend`] owns memory and sequences, [`forward`] puts the
+//! [`loaded`] is a GPU with kernels and weights, which [`load`] brings; [`backend`] owns memory and sequences, [`forward`] puts the
 //! operations in order, [`launch`] is the only place that launches (for loading: [`repack`]),
 //! `kernels/` at the root holds the texts. A row's bits depend on the
 //! row alone: each output is one accumulator chain along ascending k, whatever variant computes it.
@@ -18,6 +18,7 @@ pub mod graph;
 pub mod kernels;
 pub mod launch;
 pub mod load;
+pub mod loaded;
 pub mod memory;
 pub mod model;
 pub mod nvml;
@@ -33,7 +34,8 @@ mod timing;
 pub mod variants;
 mod workspace;
 
-pub use backend::{CudaBackend, CudaOptions, Loaded, numerics_id};
+pub use backend::{CudaBackend, CudaOptions};
 pub use decode::{Event, Slot};
 pub use error::CudaError;
 pub use load::Staging;
+pub use loaded::{Loaded, numerics_id};
