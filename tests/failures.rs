@@ -283,6 +283,11 @@ fn commands_that_cannot_run() {
         &["eval", "a.jsonl", "--model", "m"],
     );
     cannot_run(
+        "bench-unknown-workload",
+        &[],
+        &["bench", "--device", "cpu", "--workload", "decode-8,8x512"],
+    );
+    cannot_run(
         "precision-unknown",
         &[("a.jsonl", good)],
         &["eval", "a.jsonl", "--precision", "3bit"],

@@ -248,8 +248,8 @@ pub struct SelfcheckArgs {
     /// Checkpoint folder, `nano`, `synthetic:SHAPE[:layers=N][:SEED]` or a hub id
     #[arg(long, default_value = crate::job::nano::NANO)]
     pub model: String,
-    /// Rows to run
-    #[arg(long, value_name = "N", default_value_t = 24, value_parser = values::positive)]
+    /// Rows to run, each in every way
+    #[arg(long, value_name = "N", default_value_t = 24, value_parser = values::up_to::<4096>)]
     pub rows: usize,
     #[command(flatten)]
     pub numerics: eval::NumericsArgs,

@@ -17,9 +17,14 @@ pub const MAX_THREADS: usize = 4096;
 
 /// A count of worker threads.
 pub fn threads(text: &str) -> Result<usize, String> {
+    up_to::<MAX_THREADS>(text)
+}
+
+/// A count from 1 to `MOST`.
+pub fn up_to<const MOST: usize>(text: &str) -> Result<usize, String> {
     match positive(text) {
-        Ok(n) if n <= MAX_THREADS => Ok(n),
-        _ => Err(format!("expected a whole number from 1 to {MAX_THREADS}")),
+        Ok(n) if n <= MOST => Ok(n),
+        _ => Err(format!("expected a whole number from 1 to {MOST}")),
     }
 }
 
@@ -286,6 +291,15 @@ mod tests {
         }
         assert_eq!(temperature("0.7"), Ok(0.7));
         assert_eq!(temperature("100"), Ok(100.0));
+    }
+
+    #[test]
+    fn a_count_has_a_limit() {
+        assert_eq!(up_to::<9>("1"), Ok(1));
+        assert_eq!(up_to::<9>("9"), Ok(9));
+        for bad in ["0", "10", "-1", "18446744073709551616", "many"] {
+            assert!(up_to::<9>(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

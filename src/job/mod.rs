@@ -212,7 +212,7 @@ impl JobError {
             Self::Page(error) => error.hint(),
             Self::Score(error) => error.hint(),
             Self::Lint(error) => error.hint(),
-            Self::Option { .. } => "`podium help eval` has every option".to_owned(),
+            Self::Option { .. } => "`podium help COMMAND` has every option of a command".to_owned(),
             Self::Precision { .. } => {
                 let names = Precision::POLICIES.map(Precision::name).join(", ");
                 format!("expected one of {names}, or several with commas between")
