@@ -75,18 +75,24 @@ impl Kernels {
         n_rows: usize,
     ) -> Result<(), CudaError> {
         let n_kv_heads = args.n_kv_heads as usize;
-        let shared = attention_shared(self.head_dim);
-        let threads = 32 * self.group.div_ceil(16);
         // With more rows blocks of a warp each, of which a multiprocessor takes more, wait less.
         let few = n_rows * n_kv_heads <= ROW_BLOCKS * self.room.n_multiprocessors;
-        let row_decode = self.row_decode.filter(|_| few);
+        let (functions, threads, shared) = match self.row_decode.filter(|_| few) {
+            Some(row) => ([row.full, row.sliding], ROW_THREADS, row.shared),
+            None => (
+                [self.attention_full_decode, self.attention_sliding_decode],
+                32 * self.group.div_ceil(16),
+                [attention_shared(self.head_dim); 2],
+            ),
+        };
+        let of_layer = usize::from(sliding);
+        let launch = |splits: usize| {
+            let grid = [n_rows, n_kv_heads, splits];
+            let (function, shared) = (functions[of_layer], shared[of_layer]);
+            self.follow(function, grid, threads, shared, &[arg(args)])
+        };
         if sliding {
-            let grid = [n_rows, n_kv_heads, 1];
-            if let Some(row) = row_decode {
-                return self.follow(row.sliding, grid, ROW_THREADS, row.shared[1], &[arg(args)]);
-            }
-            let function = self.attention_sliding_decode;
-            return self.follow(function, grid, threads, shared, &[arg(args)]);
+            return launch(1);
         }
         if args.items != 0 {
             let blocks = (self.room.n_multiprocessors / n_kv_heads).max(1);
@@ -102,13 +108,7 @@ impl Kernels {
         let splits = wanted
             .div_ceil(n_rows * n_kv_heads)
             .clamp(1, args.max_splits.max(1) as usize);
-        let grid = [n_rows, n_kv_heads, splits];
-        if let Some(row) = row_decode {
-            self.follow(row.full, grid, ROW_THREADS, row.shared[0], &[arg(args)])?;
-        } else {
-            let function = self.attention_full_decode;
-            self.follow(function, grid, threads, shared, &[arg(args)])?;
-        }
+        launch(splits)?;
         let grid = [
             n_rows,
             (args.n_heads as usize * self.head_dim).div_ceil(4 * 256),
