@@ -33,9 +33,9 @@ template <Mode MODE> __device__ __forceinline__ void attend_row(const AttentionA
     u32 row = blockIdx.x, kv_head = blockIdx.y;
     // Before the wait by way of L2 alone: no kernel that may still run writes these, but the multiprocessor's
     // own cache may hold what they were in an earlier step.
-    const uint4 fields = load_l2((const uint4*)(args.rows + row));
-    u32 sequence = fields.x;
-    int own = (int)fields.y;
+    const Row place = load_row(args.rows + row);
+    u32 sequence = place.sequence;
+    int own = (int)place.position;
     int n_tiles = own / TILE + 1;
     int lowest = SLIDING && own - (int)args.window + 1 > 0 ? own - (int)args.window + 1 : 0;
     int first = SLIDING ? lowest / TILE : 0;

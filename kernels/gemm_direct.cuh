@@ -92,8 +92,8 @@ template <Format FORMAT, int WARPS, int NT, int DEPTH, int SPLITS = 1> struct Di
         return matrix + ((u64)(of_matrix / BLOCK_TILES) * n_groups * BLOCK_TILES + of_matrix % BLOCK_TILES) * TILE_BYTES;
     }
 
-    // Groups first..end of all tokens, to be waited for as one. What the next instructions wait for is what
-    // comes before the first product, so one row's addresses cost little.
+    // Groups first..end of all tokens, to be waited for as one. The first product waits for this, so what it
+    // takes to find a row's addresses is kept short.
     __device__ static __forceinline__ void copy_tokens(u32 shared, int row_bytes, const DirectTokens& tokens, int first, int end) {
         for (int token = 0; token < tokens.count; token++) {
             int i = first * 8 + (int)threadIdx.x;
