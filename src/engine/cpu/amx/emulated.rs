@@ -2,8 +2,10 @@
 //! Developer's Manual, volume 2): two chains of fma for the even and the odd k of a step, rounded to
 //! nearest, their sum, and that added to C; subnormal numbers are 0 going in and coming out.
 
-use super::unit::{Operands, TileUnit};
-use super::{LANES, STEP_PAIRS};
+use std::cell::RefCell;
+
+use super::unit::TileUnit;
+use super::{LANES, STEP_PAIRS, STEP_WORDS};
 use crate::engine::cpu::path::{CpuPath, on_each_path};
 
 /// Lanes of a C.
@@ -58,85 +60,56 @@ fn dot_body(c: &mut Sums, a: &Pairs, b: &Pairs, n_rows: usize) {
     }
 }
 
-/// The unit, of rows as it was set.
+/// The unit, of rows as it was set, and the sums of a tile's halves.
 pub struct Emulated {
     path: CpuPath,
-    n_rows: [usize; 2],
+    n_rows: usize,
+    sums: RefCell<[Sums; 2]>,
 }
 
-impl Emulated {
-    /// One block of rows by a whole tile.
-    ///
-    /// # Safety
-    /// As [`TileUnit::one`].
-    #[allow(unsafe_code, reason = "operands are pointers")]
-    unsafe fn block(&self, of: &Operands, n_rows: usize) {
-        for half in 0..2 {
-            let mut c = Sums::default();
-            for (row, c) in c[..n_rows].iter_mut().enumerate() {
-                let at = of.sums.wrapping_add(row * LANES + half * C_LANES);
-                // SAFETY: the caller's.
-                *c = unsafe { at.cast::<[f32; C_LANES]>().read() };
-            }
-            for step in 0..of.n_steps {
-                let mut a = Pairs::default();
-                let mut b = Pairs::default();
-                for (row, a) in a[..n_rows].iter_mut().enumerate() {
-                    let at = of.rows.wrapping_add(step * of.a_step + row * STEP_PAIRS);
-                    // SAFETY: the caller's.
-                    *a = unsafe { at.cast::<[u32; STEP_PAIRS]>().read() };
-                }
-                for (pair, b) in b.iter_mut().enumerate() {
-                    let pair = step * STEP_PAIRS + pair;
-                    let at = of.w.wrapping_add(pair * LANES + half * C_LANES);
-                    // SAFETY: the caller's.
-                    *b = unsafe { at.cast::<[u32; C_LANES]>().read() };
-                }
-                dot(self.path, &mut c, &a, &b, n_rows);
-            }
-            for (row, c) in c[..n_rows].iter().enumerate() {
-                let at = of.sums.wrapping_add(row * LANES + half * C_LANES);
-                // SAFETY: the caller's.
-                unsafe { at.cast::<[f32; C_LANES]>().write(*c) };
-            }
-        }
-    }
-}
-
-#[allow(unsafe_code, reason = "the trait's")]
 impl TileUnit for Emulated {
-    fn set(n_rows: [usize; 2]) -> Self {
-        assert!(n_rows.iter().all(|n| (1..=16).contains(n)), "{n_rows:?}");
-        let path = CpuPath::available().pop().unwrap_or(CpuPath::PORTABLE);
-        Self { path, n_rows }
-    }
-
-    unsafe fn two_blocks(&self, of: &Operands) {
-        assert_eq!(self.n_rows[0], 16, "a full block comes first");
-        let second = Operands {
-            sums: of.sums.wrapping_add(16 * LANES),
-            rows: of.rows.wrapping_add(16 * STEP_PAIRS),
-            ..*of
-        };
-        // SAFETY: the caller's.
-        unsafe {
-            self.block(of, self.n_rows[0]);
-            self.block(&second, self.n_rows[1]);
+    fn set(n_rows: usize) -> Self {
+        assert!((1..=16).contains(&n_rows), "{n_rows}");
+        Self {
+            path: CpuPath::available().pop().unwrap_or(CpuPath::PORTABLE),
+            n_rows,
+            // To be cleared or loaded.
+            sums: RefCell::new([[[f32::NAN; C_LANES]; 16]; 2]),
         }
     }
 
-    unsafe fn two_tiles(&self, low: &Operands, high: &Operands) {
-        assert_eq!(self.n_rows[0], self.n_rows[1], "C of the same rows");
-        assert_eq!(low.rows, high.rows, "one block of rows");
-        // SAFETY: the caller's.
-        unsafe {
-            self.block(low, self.n_rows[0]);
-            self.block(high, self.n_rows[0]);
+    fn clear(&self) {
+        *self.sums.borrow_mut() = Default::default();
+    }
+
+    fn load(&self, sums: &[[f32; LANES]]) {
+        let [low, high] = &mut *self.sums.borrow_mut();
+        for (row, sums) in sums[..self.n_rows].iter().enumerate() {
+            low[row].copy_from_slice(&sums[..C_LANES]);
+            high[row].copy_from_slice(&sums[C_LANES..]);
         }
     }
 
-    unsafe fn one(&self, of: &Operands) {
-        // SAFETY: the caller's.
-        unsafe { self.block(of, self.n_rows[0]) };
+    fn step(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]) {
+        let mut a = Pairs::default();
+        let rows = rows[..self.n_rows * STEP_PAIRS].chunks_exact(STEP_PAIRS);
+        a.iter_mut()
+            .zip(rows)
+            .for_each(|(a, row)| a.copy_from_slice(row));
+        for (half, c) in self.sums.borrow_mut().iter_mut().enumerate() {
+            let mut b = Pairs::default();
+            for (b, lanes) in b.iter_mut().zip(pairs.chunks_exact(LANES)) {
+                b.copy_from_slice(&lanes[half * C_LANES..][..C_LANES]);
+            }
+            dot(self.path, c, &a, &b, self.n_rows);
+        }
+    }
+
+    fn store(&self, sums: &mut [[f32; LANES]]) {
+        let [low, high] = &*self.sums.borrow();
+        for (row, sums) in sums[..self.n_rows].iter_mut().enumerate() {
+            sums[..C_LANES].copy_from_slice(&low[row]);
+            sums[C_LANES..].copy_from_slice(&high[row]);
+        }
     }
 }

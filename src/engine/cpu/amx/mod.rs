@@ -32,7 +32,7 @@ use super::gemm::{Exec, GROUP_ROWS, RowSets};
 use super::lanes::{LANES, for_each};
 use super::path::{CpuPath, on_each_path};
 use super::weights::{Tiles, prefetch};
-use unit::{Operands, TileUnit};
+use unit::TileUnit;
 
 pub use unit::is_available;
 
@@ -45,19 +45,19 @@ const STEP_PAIRS: usize = STEP_K / 2;
 /// Rows of an A.
 const BLOCK_ROWS: usize = 16;
 
-/// k between which sums lie in registers: two tiles' pairs take 24 KiB, and leave the first-level
-/// cache, of 48 KiB where there is AMX, room for sums and two blocks of rows. A divisor of 2880.
-const CHUNK_K: usize = 192;
+/// Steps of K between which sums lie in tiles, so that a step's weights are in the first-level cache for
+/// all blocks of rows. A divisor of the 90 of 2880.
+const RUN_STEPS: usize = 6;
 
-/// Tiles that share a chunk, so that a block's rows come from the second-level cache once for both.
-const JOINT: usize = 2;
+/// Words of a step of a tile of weights.
+const STEP_WORDS: usize = STEP_PAIRS * LANES;
 
 /// Words that may be read behind the last row: a block of a large group is always 16 rows.
 pub const SLACK: usize = (BLOCK_ROWS - 1) * STEP_PAIRS;
 
-/// Sums of a group of rows, tile by tile. A row is two lines of the cache, and no more.
+/// Sums of a group of rows. A row is two lines of the cache, and no more.
 #[repr(align(64))]
-struct Sums([[f32; LANES]; JOINT * GROUP_ROWS]);
+struct Sums([[f32; LANES]; GROUP_ROWS]);
 
 /// Writes rows of bf16 values as the blocks that [`multiply`] takes: those of a set, wherever in `x`
 /// they are, one behind the other.
@@ -146,150 +146,206 @@ fn multiply_by<U: TileUnit, W: Tiles>(
     if rows.is_empty() {
         return;
     }
-    let n_k = weights.n_k();
+    // One block is of the rows that there are. Of more, all are full and the last takes what lies behind
+    // its rows, so that the unit is set once.
+    let unit = U::set(rows.len().min(BLOCK_ROWS));
+    let n_steps = weights.n_k() / STEP_K;
     exec.with_scratch(|scratch| {
-        let mut sums = Sums([[0.0; LANES]; JOINT * GROUP_ROWS]);
-        // Up to two blocks are of the rows that there are. Of more, all are full and the last takes
-        // what lies behind its rows, so that the unit is set once.
-        let few = rows.len() <= 2 * BLOCK_ROWS;
-        let first = BLOCK_ROWS.min(rows.len());
-        let second = match rows.len() {
-            n if few && n > BLOCK_ROWS => n - BLOCK_ROWS,
-            _ => first,
-        };
-        let unit = U::set([first, second]);
         for group in (0..rows.len()).step_by(GROUP_ROWS) {
             let n = GROUP_ROWS.min(rows.len() - group);
-            let a_tile = if few {
-                n
-            } else {
-                n.next_multiple_of(BLOCK_ROWS)
+            let rows = Rows {
+                blocks: &blocks[(rows.start + group) * n_steps * STEP_PAIRS..],
+                n,
+                n_steps,
             };
-            let blocks = &blocks[(rows.start + group) * n_k / 2..];
-            for first in tiles.clone().step_by(JOINT) {
-                let n_tiles = JOINT.min(tiles.end - first);
-                let sums = &mut sums.0[..n_tiles * a_tile];
-                sums.fill([0.0; LANES]);
-                let packed = weights.packed_pairs(first);
-                for k in (0..n_k).step_by(CHUNK_K) {
-                    let chunk_k = CHUNK_K.min(n_k - k);
-                    let (w, w_tile) = match packed {
-                        Some((w, w_tile)) => {
-                            if group == 0 {
-                                prefetch_next(w, w_tile, k, n_k);
-                            }
-                            (&w[k / 2 * LANES..], w_tile)
-                        }
-                        None => {
-                            let w_tile = chunk_k / 2 * LANES;
-                            let w = &mut scratch.pairs[..n_tiles * w_tile];
-                            for (i, w) in w.chunks_exact_mut(w_tile).enumerate() {
-                                weights.unpack_pairs(exec.path, first + i, k, chunk_k, w);
-                            }
-                            (&*w, w_tile)
-                        }
-                    };
-                    let chunk = Chunk {
-                        w,
-                        w_tile,
-                        blocks: &blocks[k / 2 * n..],
-                        n_rows: n,
-                        n_steps: chunk_k / STEP_K,
-                    };
-                    chunk.multiply(&unit, sums, a_tile);
+            let finish = |tile, sums: &mut [_]| finish(tiles.start + tile, group, sums);
+            match weights.packed_pairs(tiles.start) {
+                Some((words, _)) => {
+                    let packed = Packed { words, asked: 0 };
+                    rows.multiply(&unit, packed, tiles.len(), finish);
                 }
-                for (i, sums) in sums.chunks_exact_mut(a_tile).enumerate() {
-                    finish(first + i, group, &mut sums[..n]);
+                None => {
+                    let unpacked = Unpacked {
+                        weights,
+                        path: exec.path,
+                        ring: scratch.pairs.first_chunk_mut().expect("as many words"),
+                        n_unpacked: 0,
+                        next: (tiles.start, 0),
+                    };
+                    rows.multiply(&unit, unpacked, tiles.len(), finish);
                 }
             }
         }
     });
 }
 
-/// Asks for the next chunk of packed tiles: that of the next tiles behind the last.
-fn prefetch_next(w: &[u32], w_tile: usize, k: usize, n_k: usize) {
-    let next = k + CHUNK_K;
-    let (tile, k) = if next < n_k { (0, next) } else { (JOINT, 0) };
-    for i in 0..JOINT {
-        let start = (tile + i) * w_tile + k / 2 * LANES;
-        prefetch(w, start, CHUNK_K.min(n_k - k) / 2 * LANES);
+/// Steps of a task's tiles as pairs, numbered through all of them.
+trait Steps {
+    /// Steps by which [`Steps::bring`] is ahead of the products.
+    const AHEAD: usize;
+
+    /// Has the next step on its way.
+    fn bring(&mut self);
+
+    /// A step that was brought, of the last `RUN_STEPS + AHEAD`.
+    fn pairs(&self, step: usize) -> &[u32; STEP_WORDS];
+}
+
+/// Weights that are pairs as they lie, brought from memory.
+struct Packed<'a> {
+    words: &'a [u32],
+    asked: usize,
+}
+
+impl Steps for Packed<'_> {
+    /// 16 KiB.
+    const AHEAD: usize = 8;
+
+    #[inline(always)]
+    fn bring(&mut self) {
+        prefetch(self.words, self.asked, STEP_WORDS);
+        self.asked += STEP_WORDS;
+    }
+
+    #[inline(always)]
+    fn pairs(&self, step: usize) -> &[u32; STEP_WORDS] {
+        let pairs = self.words[step * STEP_WORDS..].first_chunk();
+        pairs.expect("a task's tiles are there")
     }
 }
 
-/// A chunk of K of some tiles, and of a group of rows.
-struct Chunk<'a> {
-    /// Pairs `[steps * 16][LANES]` of each tile, `w_tile` words apart.
-    w: &'a [u32],
-    w_tile: usize,
-    /// `[steps][n_rows][STEP_PAIRS]`, and more.
+/// Steps that [`Unpacked`] has room for.
+const RING_STEPS: usize = 8;
+
+/// Weights that are unpacked.
+struct Unpacked<'a, W> {
+    weights: &'a W,
+    path: CpuPath,
+    ring: &'a mut [u32; RING_STEPS * STEP_WORDS],
+    n_unpacked: usize,
+    /// The next tile, and k of it.
+    next: (usize, usize),
+}
+
+impl<W: Tiles> Steps for Unpacked<'_, W> {
+    /// What is unpacked during a step's products is out of the store buffer when it is loaded, and still
+    /// in the cache.
+    const AHEAD: usize = RING_STEPS - RUN_STEPS;
+
+    #[inline(always)]
+    fn bring(&mut self) {
+        let (tile, k) = self.next;
+        let to = &mut self.ring[self.n_unpacked % RING_STEPS * STEP_WORDS..][..STEP_WORDS];
+        self.weights.unpack_pairs(self.path, tile, k, STEP_K, to);
+        self.n_unpacked += 1;
+        self.next = match k + STEP_K {
+            k if k == self.weights.n_k() => (tile + 1, 0),
+            k => (tile, k),
+        };
+    }
+
+    #[inline(always)]
+    fn pairs(&self, step: usize) -> &[u32; STEP_WORDS] {
+        let pairs = self.ring[step % RING_STEPS * STEP_WORDS..].first_chunk();
+        pairs.expect("the ring is whole steps")
+    }
+}
+
+/// A group of rows.
+struct Rows<'a> {
+    /// `[n_steps][n][STEP_PAIRS]`, and more.
     blocks: &'a [u32],
-    n_rows: usize,
+    n: usize,
     n_steps: usize,
 }
 
-impl Chunk<'_> {
-    /// Continues the sums of all rows, `a_tile` rows of sums a tile: four C at a time, two blocks of rows
-    /// by the halves of a tile, or one block by those of two tiles. So there are as many loads as
-    /// products, each of half the cycles of one, and no product waits for the one before.
-    fn multiply<U: TileUnit>(&self, unit: &U, sums: &mut [[f32; LANES]], a_tile: usize) {
-        let n_tiles = sums.len() / a_tile;
-        let end = (n_tiles - 1) * self.w_tile + self.n_steps * STEP_PAIRS * LANES;
-        assert!(end <= self.w.len(), "weights too short");
-        assert!(self.n_rows <= a_tile, "a row of sums for each row");
-        let end = ((self.n_steps - 1) * self.n_rows + a_tile) * STEP_PAIRS;
-        assert!(end <= self.blocks.len(), "rows too short");
-        let a_row = self.n_rows * STEP_PAIRS;
-        let sums = sums.as_mut_ptr();
-        for row in (0..self.n_rows).step_by(2 * BLOCK_ROWS) {
-            let operands = |tile: usize| Operands {
-                sums: sums.wrapping_add(tile * a_tile + row).cast(),
-                w: self.w.as_ptr().wrapping_add(tile * self.w_tile),
-                rows: self.blocks.as_ptr().wrapping_add(row * STEP_PAIRS),
-                a_step: a_row,
-                n_steps: self.n_steps,
-            };
-            // SAFETY: by the checks above tiles, blocks of rows and their sums lie inside: the unit has
-            // the rows of sums that a tile has, or 16 where that is a multiple of 16.
-            #[allow(unsafe_code, reason = "bounds were checked")]
-            unsafe {
-                if self.n_rows - row > BLOCK_ROWS {
-                    (0..n_tiles).for_each(|tile| unit.two_blocks(&operands(tile)));
-                } else if n_tiles == JOINT {
-                    unit.two_tiles(&operands(0), &operands(1));
-                } else {
-                    unit.one(&operands(0));
+impl Rows<'_> {
+    /// Multiplies all rows with `n_tiles` tiles and hands the sums of each to `finish`.
+    ///
+    /// A tile's steps are taken in runs, each by all blocks of rows. While the first block is multiplied,
+    /// steps a little further on are brought: memory and what unpacks work beside the unit.
+    fn multiply<U: TileUnit, S: Steps>(
+        &self,
+        unit: &U,
+        mut steps: S,
+        n_tiles: usize,
+        mut finish: impl FnMut(usize, &mut [[f32; LANES]]),
+    ) {
+        let mut sums = Sums([[0.0; LANES]; GROUP_ROWS]);
+        let n_blocks = self.n.div_ceil(BLOCK_ROWS);
+        let n_runs = self.n_steps.div_ceil(RUN_STEPS);
+        let all = n_tiles * self.n_steps;
+        (0..S::AHEAD.min(all)).for_each(|_| steps.bring());
+        for tile in 0..n_tiles {
+            for run in 0..n_runs {
+                let first = run * self.n_steps / n_runs;
+                let n = (run + 1) * self.n_steps / n_runs - first;
+                let at = tile * self.n_steps + first;
+                for block in 0..n_blocks {
+                    let of_block = &mut sums.0[block * BLOCK_ROWS..];
+                    // Sums of a block without another stay where they are.
+                    let is_alone = n_blocks == 1;
+                    match run {
+                        0 => unit.clear(),
+                        _ if is_alone => {}
+                        _ => unit.load(of_block),
+                    }
+                    let mut row = (first * self.n + block * BLOCK_ROWS) * STEP_PAIRS;
+                    for step in at..at + n {
+                        if block == 0 && step + S::AHEAD < all {
+                            steps.bring();
+                        }
+                        unit.step(&self.blocks[row..], steps.pairs(step));
+                        row += self.n * STEP_PAIRS;
+                    }
+                    if !is_alone || run == n_runs - 1 {
+                        unit.store(of_block);
+                    }
                 }
             }
+            finish(tile, &mut sums.0[..self.n]);
         }
     }
 }
 
-/// Multiplies 32 rows with a tile of 256 k `n_rounds` times, from the first-level cache; gives the number
+/// One run's steps, over and over, in the cache.
+struct Held<'a>(&'a [[u32; STEP_WORDS]; RUN_STEPS]);
+
+impl Steps for Held<'_> {
+    const AHEAD: usize = 0;
+
+    fn bring(&mut self) {}
+
+    #[inline(always)]
+    fn pairs(&self, step: usize) -> &[u32; STEP_WORDS] {
+        &self.0[step % RUN_STEPS]
+    }
+}
+
+/// Multiplies 32 rows with 256 lanes of 192 k `n_rounds` times, from the first-level cache; gives the number
 /// of products. For a measure of the unit's rate.
 ///
 /// # Panics
 /// When there is no unit.
 pub fn multiply_from_cache(n_rounds: usize) -> usize {
-    const N_STEPS: usize = 8;
     const N_ROWS: usize = 2 * BLOCK_ROWS;
+    const N_TILES: usize = 8;
     #[repr(align(64))]
-    struct Lines<const N: usize>([u32; N]);
+    struct Lines<T>(T);
     assert!(is_available(), "no unit");
     // Pairs of 0.5 in bf16.
-    let w = Lines([0x3F00_3F00; N_STEPS * STEP_PAIRS * LANES]);
-    let rows = Lines([0x3F00_3F00; N_STEPS * STEP_PAIRS * N_ROWS]);
-    let mut sums = Sums([[0.0; LANES]; JOINT * GROUP_ROWS]);
-    let unit = unit::Hardware::set([BLOCK_ROWS; 2]);
+    let pairs = Lines([[0x3F00_3F00; STEP_WORDS]; RUN_STEPS]);
+    let blocks = Lines([0x3F00_3F00; RUN_STEPS * STEP_PAIRS * N_ROWS]);
+    let unit = unit::Hardware::set(BLOCK_ROWS);
+    let rows = Rows {
+        blocks: &blocks.0,
+        n: N_ROWS,
+        n_steps: RUN_STEPS,
+    };
     for _ in 0..n_rounds {
-        let chunk = Chunk {
-            w: black_box(&w.0),
-            w_tile: 0,
-            blocks: &rows.0,
-            n_rows: N_ROWS,
-            n_steps: N_STEPS,
-        };
-        chunk.multiply(&unit, &mut sums.0[..N_ROWS], N_ROWS);
+        rows.multiply(&unit, Held(black_box(&pairs.0)), N_TILES, |_, sums| {
+            black_box(sums);
+        });
     }
-    black_box(&sums.0);
-    n_rounds * N_ROWS * LANES * N_STEPS * STEP_K
+    n_rounds * N_ROWS * N_TILES * LANES * RUN_STEPS * STEP_K
 }

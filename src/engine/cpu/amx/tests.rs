@@ -1,5 +1,6 @@
-//! The driver against plain loops, bit for bit: with the emulated unit, and with the CPU's own where
-//! there is one ([`super::multiply`] takes that then). The instruction against its emulation.
+//! The driver against plain loops, bit for bit: with the emulated unit on any CPU; with all that the path
+//! has where the CPU lacks nothing but the unit; and with the CPU's own where there is one
+//! ([`super::multiply`] takes that then). The instruction against its emulation.
 
 #![allow(clippy::print_stderr, reason = "a test that cannot run says so")]
 
@@ -7,7 +8,7 @@ use super::super::matmul::{self, Epilogue, Projection};
 use super::super::moe_matmul::{self, Experts};
 use super::super::swiglu::{self, PAIRS};
 use super::super::topk_routing::{self, Routing};
-use super::super::weights::tests::{Random, formats};
+use super::super::weights::tests::{ByValues, Random, formats};
 use super::super::weights::{Matrix, Vector};
 use super::emulated::Emulated;
 use super::*;
@@ -162,6 +163,78 @@ fn amx_row_does_not_depend_on_its_mates() {
     }
 }
 
+/// Products of `n_rows` rows in sets of `a_set`, by the emulated unit.
+fn emulated<W: Tiles>(
+    exec: &Exec,
+    weights: &W,
+    x: &[f32],
+    n_rows: usize,
+    a_set: usize,
+) -> Vec<f32> {
+    let n_k = weights.n_k();
+    let offsets: Vec<u32> = (0..n_rows + a_set)
+        .step_by(a_set)
+        .map(|row| row.min(n_rows) as u32)
+        .collect();
+    let sets = RowSets {
+        n_k,
+        offsets: &offsets,
+        start: &|row| row * n_k,
+    };
+    let mut blocks = vec![0; n_rows * n_k / 2 + SLACK];
+    join(exec.path, x, &sets, &mut blocks);
+    let n_out = weights.n_tiles() * LANES;
+    let mut out = vec![f32::NAN; n_rows * n_out];
+    for set in 0..sets.n_sets() {
+        let rows = sets.of_set(set);
+        let base = rows.start;
+        let tiles = 0..weights.n_tiles();
+        multiply_by::<Emulated, W>(exec, weights, tiles, &blocks, rows, |tile, first, sums| {
+            for (i, lanes) in sums.iter().enumerate() {
+                let start = (base + first + i) * n_out + tile * LANES;
+                out[start..start + LANES].copy_from_slice(lanes);
+            }
+        });
+    }
+    out
+}
+
+#[test]
+fn amx_driver_gives_the_models_sums_on_any_cpu() {
+    let path = *CpuPath::available().last().expect("at least one");
+    let exec = Exec::new(path, false, 1, 32, 0).expect("memory");
+    let mut random = Random(25);
+    // Runs of all lengths, tiles behind tiles, and blocks up to several groups.
+    for (n_rows, a_set, n_k, n_tiles) in [
+        (1, 1, 32, 1),
+        (3, 2, 64, 5),
+        (16, 16, 192, 2),
+        (17, 17, 224, 3),
+        (40, 16, 416, 2),
+        (97, 97, 96, 4),
+        (200, 130, 256, 1),
+    ] {
+        let x = values(&mut random, n_rows * n_k);
+        let matrices = formats(&mut random, n_tiles, n_k);
+        let n_out = n_tiles * LANES;
+        let of_row = |row: usize| {
+            let x = &x[row * n_k..][..n_k];
+            (0..n_out).map(|o| model(&matrices[0], o / LANES, o % LANES, x))
+        };
+        let expected: Vec<f32> = (0..n_rows).flat_map(of_row).collect();
+        for matrix in &matrices {
+            let name = matrix.format().name();
+            let what = format!("{name}, {n_rows} rows x {n_k} x {n_tiles} tiles");
+            let got = emulated(&exec, &ByValues(matrix), &x, n_rows, a_set);
+            assert_same_bits(&got, &expected, &what);
+            if matrix.packed_pairs(0).is_some() {
+                let got = emulated(&exec, matrix, &x, n_rows, a_set);
+                assert_same_bits(&got, &expected, &what);
+            }
+        }
+    }
+}
+
 /// Experts in three formats of the same values.
 fn experts(random: &mut Random, n: usize, hidden: usize, intermediate: usize) -> Vec<Experts> {
     let gate_up = formats(random, n * intermediate / 16, hidden);
@@ -267,8 +340,6 @@ fn amx_instruction_is_its_emulation() {
         eprintln!("not run: this CPU has no AMX");
         return;
     }
-    #[repr(align(64))]
-    struct Aligned<const N: usize>([u32; N]);
     const STEPS: usize = 3;
     let mut random = Random(24);
     // Sums of about 1; of all sizes; those that fall below the smallest number; those that overflow.
@@ -280,52 +351,46 @@ fn amx_instruction_is_its_emulation() {
                 low,
                 n,
             };
-            let mut w = Aligned([0; 2 * STEPS * STEP_PAIRS * LANES]);
-            let mut rows = Aligned([0; STEPS * 2 * BLOCK_ROWS * STEP_PAIRS]);
-            let mut sums = Aligned([0; 4 * BLOCK_ROWS * LANES]);
-            w.0.iter_mut().for_each(|w| *w = wide.pair());
-            rows.0.iter_mut().for_each(|pair| *pair = wide.pair());
-            sums.0.iter_mut().for_each(|sum| *sum = wide.bits());
-            let got = all_kinds::<unit::Hardware>(n_rows, &w.0, &rows.0, &sums.0);
-            let expected = all_kinds::<Emulated>(n_rows, &w.0, &rows.0, &sums.0);
-            for (i, (a, b)) in got.iter().zip(&expected).enumerate() {
-                let same = a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
-                assert!(
-                    same,
-                    "{a:e} for {b:e} ({:08x}, {:08x}) at {i}, powers from {low}, {n_rows} rows",
-                    a.to_bits(),
-                    b.to_bits()
-                );
+            let pairs: [[u32; STEP_WORDS]; STEPS] =
+                std::array::from_fn(|_| std::array::from_fn(|_| wide.pair()));
+            let rows: [[u32; 16 * STEP_PAIRS]; STEPS] =
+                std::array::from_fn(|_| std::array::from_fn(|_| wide.pair()));
+            let sums: [[f32; LANES]; 16] =
+                std::array::from_fn(|_| std::array::from_fn(|_| f32::from_bits(wide.bits())));
+            for is_first in [false, true] {
+                let start = (!is_first).then_some(&sums[..]);
+                let got = products::<unit::Hardware>(n_rows, &rows, &pairs, start);
+                let expected = products::<Emulated>(n_rows, &rows, &pairs, start);
+                for (i, (a, b)) in got.iter().zip(&expected).enumerate() {
+                    let same = a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+                    assert!(
+                        same,
+                        "{a:e} for {b:e} ({:08x}, {:08x}) at {i}, powers from {low}, {n_rows} rows",
+                        a.to_bits(),
+                        b.to_bits()
+                    );
+                }
             }
         }
     }
+}
 
-    /// Sums after two blocks of 16 and `n_rows` rows, then after one block of `n_rows` by two tiles, then
-    /// by one.
-    fn all_kinds<U: TileUnit>(n_rows: usize, w: &[u32], rows: &[u32], sums: &[u32]) -> Vec<f32> {
-        let mut sums: Vec<[f32; LANES]> = sums
-            .as_chunks::<LANES>()
-            .0
-            .iter()
-            .map(|row| row.map(f32::from_bits))
-            .collect();
-        let a_tile = sums.len() / 2;
-        let start = sums.as_mut_ptr();
-        let operands = |tile: usize| Operands {
-            sums: start.wrapping_add(tile * a_tile).cast(),
-            w: w.as_ptr().wrapping_add(tile * w.len() / 2),
-            rows: rows.as_ptr(),
-            a_step: 2 * BLOCK_ROWS * STEP_PAIRS,
-            n_steps: w.len() / 2 / STEP_PAIRS / LANES,
-        };
-        // SAFETY: two tiles, two blocks of rows, and sums of two blocks for each tile.
-        #[allow(unsafe_code, reason = "operands are pointers")]
-        unsafe {
-            U::set([BLOCK_ROWS, n_rows]).two_blocks(&operands(0));
-            let unit = U::set([n_rows, n_rows]);
-            unit.two_tiles(&operands(0), &operands(1));
-            unit.one(&operands(1));
-        }
-        sums.into_flattened()
+/// Sums after some steps, from `start` on or from zeros.
+fn products<U: TileUnit>(
+    n_rows: usize,
+    rows: &[[u32; 16 * STEP_PAIRS]],
+    pairs: &[[u32; STEP_WORDS]],
+    start: Option<&[[f32; LANES]]>,
+) -> Vec<f32> {
+    let unit = U::set(n_rows);
+    match start {
+        Some(sums) => unit.load(sums),
+        None => unit.clear(),
     }
+    for (rows, pairs) in rows.iter().zip(pairs) {
+        unit.step(rows, pairs);
+    }
+    let mut sums = vec![[f32::NAN; LANES]; n_rows];
+    unit.store(&mut sums);
+    sums.into_flattened()
 }

@@ -4,47 +4,28 @@
 //! A block of assembly is a whole loop: tiles hold nothing that outlives it but their shapes, which a
 //! [`TileUnit`]'s value stands for.
 
-/// Four C, and of what they are products.
-///
-/// Sums are rows of 32 f32; `w` is a tile's pairs `[n_steps * 16][32]`; `rows` is a block of rows, of
-/// 16 pairs each, `a_step` words further on for each step.
-#[derive(Clone, Copy)]
-pub struct Operands {
-    pub sums: *mut f32,
-    pub w: *const u32,
-    pub rows: *const u32,
-    pub a_step: usize,
-    pub n_steps: usize,
-}
+use super::{LANES, STEP_PAIRS, STEP_WORDS};
 
-/// What multiplies tiles: the CPU's unit, or in tests its emulation.
-///
-/// The operands' memory must hold the rows that the unit was set to, and 16 where another block stands
-/// before it.
-#[allow(unsafe_code, reason = "operands are pointers")]
+/// What multiplies tiles: the CPU's unit, or in tests its emulation. It holds the sums of one block of
+/// rows by one tile of 32 lanes.
 pub trait TileUnit {
-    /// Until the value is dropped the thread's unit takes so many rows, at least 1, in first blocks and
-    /// in second ones.
-    fn set(n_rows: [usize; 2]) -> Self;
+    /// Until the value is dropped the thread's unit takes blocks of so many rows, 1 to 16.
+    fn set(n_rows: usize) -> Self;
 
-    /// Two blocks of rows by a tile; the first has 16 rows.
-    ///
-    /// # Safety
-    /// The operands lie in memory that may be read, and sums written.
-    unsafe fn two_blocks(&self, of: &Operands);
+    /// Sums begin as zeros.
+    fn clear(&self);
 
-    /// One block by two tiles, of the same rows; the unit was set to the same number of rows for both
-    /// blocks, or to one block alone.
+    /// Sums go on from these.
     ///
-    /// # Safety
-    /// As [`TileUnit::two_blocks`].
-    unsafe fn two_tiles(&self, low: &Operands, high: &Operands);
+    /// # Panics
+    /// When there are fewer rows than the unit was set to; so do the others.
+    fn load(&self, sums: &[[f32; LANES]]);
 
-    /// One block by one tile.
-    ///
-    /// # Safety
-    /// As [`TileUnit::two_blocks`].
-    unsafe fn one(&self, of: &Operands);
+    /// Adds the products of 32 k: of rows of [`STEP_PAIRS`] words, one behind the other, with a tile's pairs
+    /// `[16][32 lanes]`.
+    fn step(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]);
+
+    fn store(&self, sums: &mut [[f32; LANES]]);
 }
 
 /// Whether the CPU has AMX-BF16 and the system lets this process use it, which is asked for once.
@@ -60,25 +41,29 @@ pub fn is_available() -> bool {
 
 /// The CPU's unit. A thread's tiles are its own, so the value stays with its thread; dropping it, in a
 /// panic as well, leaves the thread without tiles, whose 8 KiB the system would save at each switch.
+///
+/// Between its calls sums stay in tiles 0 and 1. The compiler knows no use for tiles, so nothing that it
+/// puts between touches them.
 pub struct Hardware {
+    n_rows: usize,
     _of_thread: std::marker::PhantomData<*const ()>,
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-#[allow(unsafe_code, reason = "the trait's")]
 impl TileUnit for Hardware {
-    fn set(_: [usize; 2]) -> Self {
+    fn set(_: usize) -> Self {
         unreachable!("no unit");
     }
-    unsafe fn two_blocks(&self, _: &Operands) {}
-    unsafe fn two_tiles(&self, _: &Operands, _: &Operands) {}
-    unsafe fn one(&self, _: &Operands) {}
+    fn clear(&self) {}
+    fn load(&self, _: &[[f32; LANES]]) {}
+    fn step(&self, _: &[u32], _: &[u32; STEP_WORDS]) {}
+    fn store(&self, _: &mut [[f32; LANES]]) {}
 }
 
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code, reason = "instructions that Rust does not know")]
 mod x86 {
-    use super::{Hardware, Operands, TileUnit};
+    use super::{Hardware, LANES, STEP_PAIRS, STEP_WORDS, TileUnit};
     use std::arch::asm;
     use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
     use std::marker::PhantomData;
@@ -138,45 +123,14 @@ mod x86 {
     /// Bytes between rows of an A.
     const NARROW: usize = 64;
 
-    /// The loop over the steps of K of four or two C. Tiles 0 to 3 are C, 4 and 5 A, 6 and 7 B; `{c}`,
-    /// `{w}` and `{rows}` are where the operands begin, `{wide}` and `{narrow}` the strides above. C, then
-    /// each step, then C back: the lines in between are the caller's.
-    macro_rules! steps {
-        (
-            load: [$($load:literal),*], step: [$($step:literal),*], store: [$($store:literal),*],
-            $of:expr, $($operand:tt)*
-        ) => {
-            asm!(
-                $($load,)*
-                "2:",
-                $($step,)*
-                "add {rows}, {a_step}",
-                "add {w}, 2048",
-                "dec {n}",
-                "jnz 2b",
-                $($store,)*
-                w = inout(reg) $of.w => _,
-                rows = inout(reg) $of.rows => _,
-                n = inout(reg) $of.n_steps => _,
-                a_step = in(reg) $of.a_step * size_of::<u32>(),
-                c = in(reg) $of.sums,
-                wide = in(reg) WIDE,
-                narrow = in(reg) NARROW,
-                $($operand)*
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack),
-            )
-        };
-    }
-
+    // Tiles 0 and 1 are C, 2 is A, 3 is B. A core has few tiles beside those that programs name, and
+    // shares them with its other thread: where all eight are in use, a load waits until the product that
+    // read its tile is done. With four, as many are free, and while the other thread is busy a product
+    // takes 12 ns in place of 27; alone it takes 6.4 either way.
     impl TileUnit for Hardware {
-        fn set(n_rows: [usize; 2]) -> Self {
-            let n_rows = n_rows.map(|n| {
-                assert!((1..=16).contains(&n), "a tile has up to 16 rows");
-                n as u8
-            });
-            let [a, b] = n_rows;
+        fn set(n_rows: usize) -> Self {
+            assert!((1..=16).contains(&n_rows), "a tile has up to 16 rows");
+            let of_block = n_rows as u8;
             let mut shapes = Shapes {
                 palette: 1,
                 start_row: 0,
@@ -184,8 +138,8 @@ mod x86 {
                 row_bytes: [0; 16],
                 n_rows: [0; 16],
             };
-            shapes.row_bytes[..8].fill(64);
-            shapes.n_rows[..8].copy_from_slice(&[a, a, b, b, a, b, 16, 16]);
+            shapes.row_bytes[..4].fill(64);
+            shapes.n_rows[..4].copy_from_slice(&[of_block, of_block, of_block, 16]);
             // SAFETY: `path` and the tests make a unit only where there is one; it reads 64 bytes.
             unsafe {
                 asm!(
@@ -197,97 +151,72 @@ mod x86 {
                 );
             }
             Self {
+                n_rows,
                 _of_thread: PhantomData,
             }
         }
 
-        unsafe fn two_blocks(&self, of: &Operands) {
-            // SAFETY: the caller's; the value says that the unit is set. Lines 1024 and 2048 bytes on
-            // are those of 16 rows further on.
+        #[inline(always)]
+        fn clear(&self) {
+            // SAFETY: the value says that the unit is set.
             unsafe {
-                steps!(
-                    load: [
-                        "tileloadd tmm0, [{c} + {wide}]",
-                        "tileloadd tmm1, [{c} + {wide} + 64]",
-                        "tileloadd tmm2, [{c} + {wide} + 2048]",
-                        "tileloadd tmm3, [{c} + {wide} + 2112]"
-                    ],
-                    step: [
-                        "tileloadd tmm6, [{w} + {wide}]",
-                        "tileloadd tmm4, [{rows} + {narrow}]",
-                        "tdpbf16ps tmm0, tmm4, tmm6",
-                        "tileloadd tmm7, [{w} + {wide} + 64]",
-                        "tdpbf16ps tmm1, tmm4, tmm7",
-                        "tileloadd tmm5, [{rows} + {narrow} + 1024]",
-                        "tdpbf16ps tmm2, tmm5, tmm6",
-                        "tdpbf16ps tmm3, tmm5, tmm7"
-                    ],
-                    store: [
-                        "tilestored [{c} + {wide}], tmm0",
-                        "tilestored [{c} + {wide} + 64], tmm1",
-                        "tilestored [{c} + {wide} + 2048], tmm2",
-                        "tilestored [{c} + {wide} + 2112], tmm3"
-                    ],
-                    of,
+                asm!(
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    out("tmm0") _, out("tmm1") _,
+                    options(nostack, nomem),
                 );
             }
         }
 
-        unsafe fn two_tiles(&self, low: &Operands, high: &Operands) {
-            // SAFETY: as above; the tiles' pairs are a fixed distance apart.
+        #[inline(always)]
+        fn load(&self, sums: &[[f32; LANES]]) {
+            let sums = sums[..self.n_rows].as_ptr();
+            // SAFETY: as above, to so many rows.
             unsafe {
-                steps!(
-                    load: [
-                        "tileloadd tmm0, [{c} + {wide}]",
-                        "tileloadd tmm1, [{c} + {wide} + 64]",
-                        "tileloadd tmm2, [{c_high} + {wide}]",
-                        "tileloadd tmm3, [{c_high} + {wide} + 64]"
-                    ],
-                    step: [
-                        "tileloadd tmm4, [{rows} + {narrow}]",
-                        "tileloadd tmm6, [{w} + {wide}]",
-                        "tdpbf16ps tmm0, tmm4, tmm6",
-                        "tileloadd tmm7, [{w} + {wide} + 64]",
-                        "tdpbf16ps tmm1, tmm4, tmm7",
-                        "tileloadd tmm6, [{w_high} + {wide}]",
-                        "tdpbf16ps tmm2, tmm4, tmm6",
-                        "tileloadd tmm7, [{w_high} + {wide} + 64]",
-                        "tdpbf16ps tmm3, tmm4, tmm7",
-                        "add {w_high}, 2048"
-                    ],
-                    store: [
-                        "tilestored [{c} + {wide}], tmm0",
-                        "tilestored [{c} + {wide} + 64], tmm1",
-                        "tilestored [{c_high} + {wide}], tmm2",
-                        "tilestored [{c_high} + {wide} + 64], tmm3"
-                    ],
-                    low,
-                    w_high = inout(reg) high.w => _,
-                    c_high = in(reg) high.sums,
+                asm!(
+                    "tileloadd tmm0, [{sums} + {wide}]",
+                    "tileloadd tmm1, [{sums} + {wide} + 64]",
+                    sums = in(reg) sums,
+                    wide = in(reg) WIDE,
+                    out("tmm0") _, out("tmm1") _,
+                    options(nostack, readonly),
                 );
             }
         }
 
-        unsafe fn one(&self, of: &Operands) {
+        #[inline(always)]
+        fn step(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]) {
+            let rows = rows[..self.n_rows * STEP_PAIRS].as_ptr();
+            // SAFETY: as above; pairs are 16 rows.
+            unsafe {
+                asm!(
+                    "tileloadd tmm2, [{rows} + {narrow}]",
+                    "tileloadd tmm3, [{pairs} + {wide}]",
+                    "tdpbf16ps tmm0, tmm2, tmm3",
+                    "tileloadd tmm3, [{pairs} + {wide} + 64]",
+                    "tdpbf16ps tmm1, tmm2, tmm3",
+                    rows = in(reg) rows,
+                    pairs = in(reg) pairs.as_ptr(),
+                    wide = in(reg) WIDE,
+                    narrow = in(reg) NARROW,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    options(nostack, readonly),
+                );
+            }
+        }
+
+        #[inline(always)]
+        fn store(&self, sums: &mut [[f32; LANES]]) {
+            let sums = sums[..self.n_rows].as_mut_ptr();
             // SAFETY: as above.
             unsafe {
-                steps!(
-                    load: [
-                        "tileloadd tmm0, [{c} + {wide}]",
-                        "tileloadd tmm1, [{c} + {wide} + 64]"
-                    ],
-                    step: [
-                        "tileloadd tmm4, [{rows} + {narrow}]",
-                        "tileloadd tmm6, [{w} + {wide}]",
-                        "tdpbf16ps tmm0, tmm4, tmm6",
-                        "tileloadd tmm7, [{w} + {wide} + 64]",
-                        "tdpbf16ps tmm1, tmm4, tmm7"
-                    ],
-                    store: [
-                        "tilestored [{c} + {wide}], tmm0",
-                        "tilestored [{c} + {wide} + 64], tmm1"
-                    ],
-                    of,
+                asm!(
+                    "tilestored [{sums} + {wide}], tmm0",
+                    "tilestored [{sums} + {wide} + 64], tmm1",
+                    sums = in(reg) sums,
+                    wide = in(reg) WIDE,
+                    options(nostack),
                 );
             }
         }

@@ -93,8 +93,8 @@ pub fn prefetch<T>(packed: &[T], start: usize, n: usize) {
     }
 }
 
-/// Unpacks as many blocks, from byte `start` on, as `out` has room for. As many behind them are asked for,
-/// to be read during the products of these.
+/// Unpacks as many blocks, from byte `start` on, as `out` has room for. For each, one further on is asked
+/// for, to be there when its turn comes.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn unpack_blocks<const BYTES: usize>(
@@ -103,11 +103,12 @@ fn unpack_blocks<const BYTES: usize>(
     out: &mut [u32],
     unpack: impl Fn(&[u8; BYTES], &mut PairedBlock),
 ) {
+    /// Blocks ahead: 4 KiB of MXFP4.
+    const AHEAD: usize = 8;
     let out = out.as_chunks_mut::<{ BLOCK / 2 * LANES }>().0;
-    let n_bytes = out.len() * BYTES;
-    let blocks = packed[start..][..n_bytes].as_chunks::<BYTES>().0;
+    let blocks = packed[start..][..out.len() * BYTES].as_chunks::<BYTES>().0;
     for (i, (block, out)) in blocks.iter().zip(out).enumerate() {
-        prefetch(packed, start + n_bytes + i * BYTES, BYTES);
+        prefetch(packed, start + (i + AHEAD) * BYTES, BYTES);
         unpack(block, out);
     }
 }
@@ -273,7 +274,7 @@ pub(in crate::engine::cpu) mod tests {
     }
 
     /// A matrix that is unpacked to values alone.
-    struct ByValues<'a>(&'a Matrix);
+    pub struct ByValues<'a>(pub &'a Matrix);
 
     impl Tiles for ByValues<'_> {
         fn n_k(&self) -> usize {

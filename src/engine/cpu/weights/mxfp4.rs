@@ -120,7 +120,10 @@ impl Tiles for Mxfp4Tiles {
             // SAFETY: a path of this kind exists only where the CPU has its features.
             #[allow(unsafe_code, reason = "features were detected")]
             unsafe {
-                x86::unpack_mxfp4_pairs(block, out);
+                match path.kind() {
+                    Kind::Amx => x86::unpack_mxfp4_pairs::<true>(block, out),
+                    _ => x86::unpack_mxfp4_pairs::<false>(block, out),
+                }
             }
         });
     }
@@ -273,8 +276,19 @@ mod x86 {
         values
     };
 
-    /// Of 32 bytes of codes, 16 lanes of an even k and then of the odd one, the two of each lane. What
-    /// the other bytes of a word hold does not matter.
+    /// The values' low bytes, then their high ones, twice.
+    const BYTES_OF_VALUES: [u8; 64] = {
+        let mut bytes = [0; 64];
+        let mut i = 0;
+        while i < 64 {
+            bytes[i] = BF16_VALUES[i % 16].to_le_bytes()[i / 16 % 2];
+            i += 1;
+        }
+        bytes
+    };
+
+    /// Of 32 bytes of codes, 16 lanes of an even k and then of the odd one, the two of each lane, in both
+    /// bytes of a word.
     const LANES_OF_CODES: [i8; 64] = {
         let mut indices = [0; 64];
         let mut i = 0;
@@ -292,7 +306,10 @@ mod x86 {
     ///
     /// Registers are read and written as arrays: where debug assertions are compiled in, those of unaligned
     /// loads and stores would send every register through memory.
-    struct Unpacker<'a> {
+    ///
+    /// A code's value is looked up at once or, by `BYTES`, a byte at a time: the processors that have AMX
+    /// take two operations to look up words, on the one port that can, and one for bytes.
+    struct Unpacker<'a, const BYTES: bool> {
         values: __m512i,
         lanes: __m512i,
         /// What the exponents of a pair are too large by, of the lower and the upper lanes.
@@ -300,7 +317,7 @@ mod x86 {
         codes: &'a [[u8; LANES]; PAIRS],
     }
 
-    impl<'a> Unpacker<'a> {
+    impl<'a, const BYTES: bool> Unpacker<'a, BYTES> {
         #[inline]
         #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
         fn new(bytes: &'a Mxfp4Block) -> Self {
@@ -317,10 +334,12 @@ mod x86 {
             };
             // SAFETY: as above.
             let (values, lanes) = unsafe {
-                (
-                    std::mem::transmute::<[u16; 32], __m512i>(BF16_VALUES),
-                    std::mem::transmute::<[i8; 64], __m512i>(LANES_OF_CODES),
-                )
+                let values = match BYTES {
+                    true => std::mem::transmute::<[u8; 64], __m512i>(BYTES_OF_VALUES),
+                    false => std::mem::transmute::<[u16; 32], __m512i>(BF16_VALUES),
+                };
+                let lanes = std::mem::transmute::<[i8; 64], __m512i>(LANES_OF_CODES);
+                (values, lanes)
             };
             let codes = codes.as_chunks().0;
             Self {
@@ -338,9 +357,18 @@ mod x86 {
             // SAFETY: as above.
             let codes = unsafe { std::mem::transmute::<[u8; 32], __m256i>(self.codes[pair]) };
             let codes = _mm512_permutexvar_epi8(self.lanes, _mm512_castsi256_si512(codes));
-            // The permutation looks at the low five bits of each index alone.
             let value = |codes: __m512i, excess: __m512i| {
-                _mm512_subs_epu16(_mm512_permutexvar_epi16(codes, self.values), excess)
+                let value = if BYTES {
+                    // The low four bits of each byte, and a fifth in high bytes.
+                    const A_AND_B_OR_C: i32 = 0xEA;
+                    let (low, fifth) = (_mm512_set1_epi8(0xF), _mm512_set1_epi16(0x1000));
+                    let bytes = _mm512_ternarylogic_epi32::<A_AND_B_OR_C>(codes, low, fifth);
+                    _mm512_permutexvar_epi8(bytes, self.values)
+                } else {
+                    // The permutation looks at the low five bits of each index alone.
+                    _mm512_permutexvar_epi16(codes, self.values)
+                };
+                _mm512_subs_epu16(value, excess)
             };
             [
                 value(codes, self.excess[0]),
@@ -352,8 +380,8 @@ mod x86 {
     /// # Safety
     /// The CPU has AVX-512F, BW and VBMI.
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-    pub unsafe fn unpack_mxfp4_pairs(bytes: &Mxfp4Block, out: &mut PairedBlock) {
-        let block = Unpacker::new(bytes);
+    pub unsafe fn unpack_mxfp4_pairs<const BYTES: bool>(bytes: &Mxfp4Block, out: &mut PairedBlock) {
+        let block = Unpacker::<BYTES>::new(bytes);
         let (out, _) = out.as_chunks_mut::<LANES>();
         for (pair, out) in out.iter_mut().enumerate() {
             // SAFETY: two registers are 32 words.
@@ -383,7 +411,7 @@ mod x86 {
             }
         }
         for bytes in blocks {
-            let block = Unpacker::new(bytes);
+            let block = Unpacker::<false>::new(bytes);
             for pair in 0..PAIRS {
                 let [low, high] = block.pair(pair);
                 // SAFETY: each row has its factor; a register of words is one of bf16 pairs.
