@@ -17,7 +17,7 @@ use super::calls::Calls;
 use super::lanes::{LANES, fma_chain_in_pairs, for_each};
 use super::pairs::{self, MOST_JOINT, to_pairs};
 use super::path::{CpuPath, Kind};
-use super::weights::{CHUNK_K, Tiles};
+use super::weights::{CHUNK_K, Matrix, Tiles};
 use crate::engine::EngineError;
 use crate::engine::TILE_KEYS;
 
@@ -324,12 +324,46 @@ fn multiply_values<W: Tiles>(
     });
 }
 
-/// Tiles of one task: enough products to be worth a task, few enough for all threads to work.
-pub fn tiles_a_task(n_tiles: usize, n_rows: usize, n_k: usize) -> usize {
+/// Tiles of one task of a product of `n_sets` sets of about `n_rows` rows, each with `n_tiles` tiles: enough
+/// products to be worth a task, few enough for all threads to work.
+pub fn tiles_a_task(
+    exec: &Exec,
+    weights: &Matrix,
+    n_tiles: usize,
+    n_sets: usize,
+    n_rows: usize,
+) -> usize {
     /// Products that take some ten microseconds.
     const WORTH: usize = 1 << 20;
+    /// Tiles for which rows come from the second-level cache all but the first time.
+    const MANY: usize = 8;
+    /// Tasks of a thread, where sets are of unequal size.
+    const A_THREAD: usize = 32;
+    let n_k = weights.n_k();
+    let n_threads = rayon::current_num_threads();
     let worth = WORTH.div_ceil((n_rows * n_k * LANES).max(1));
-    let for_all_threads = n_tiles / (4 * rayon::current_num_threads()).max(1);
-    // More tiles a task let a group of rows stay in the second-level cache.
-    worth.clamp(1, 8).max(for_all_threads.min(8)).max(1)
+    let for_all_threads = n_tiles / (4 * n_threads).max(1);
+    let many = worth.clamp(1, MANY).max(for_all_threads.min(MANY)).max(1);
+    if Products::of(exec.path, exec.exact) != Products::Tiles {
+        return many;
+    }
+    if n_rows > GROUP_ROWS {
+        return many.min(tiles_that_stay(weights));
+    }
+    // No tile is met twice.
+    let of_sets = n_sets * n_tiles / (A_THREAD * n_threads).max(1);
+    if n_sets > 1 {
+        many.max(of_sets).min(n_tiles)
+    } else {
+        many
+    }
+}
+
+/// Tiles that stay in the second-level cache beside a group of rows of bf16, for the next group: where there
+/// is AMX it has 2 MiB.
+fn tiles_that_stay(weights: &Matrix) -> usize {
+    const ROOM: usize = 3 << 19;
+    let n_k = weights.n_k();
+    let rows = GROUP_ROWS * n_k * 2;
+    (ROOM.saturating_sub(rows) / Matrix::tile_bytes(weights.format(), n_k)).max(2)
 }

@@ -46,7 +46,7 @@ pub fn matmul(
     assert!(out.len() >= n_rows * n_out, "output too short");
     exec.calls.count(Op::Matmul, weights.tiles.format());
     let out = Disjoint::new(out);
-    let a_task = tiles_a_task(n_tiles, n_rows, n_k);
+    let a_task = tiles_a_task(exec, &weights.tiles, n_tiles, 1, n_rows);
     let rows = RowSets {
         n_k,
         offsets: &[0, n_rows as u32],

@@ -113,8 +113,11 @@ fn grouped(
     exec.calls.count(Op::MoeMatmul, weights.format());
     let n_tiles = weights.n_tiles() / routing.n_experts;
     let n_entries = routing.n_rows * routing.n_experts_per_token;
+    let n_hit = (0..routing.n_experts)
+        .filter(|&expert| !routing.of_expert(expert).is_empty())
+        .count();
     let mean_rows = n_entries.div_ceil(routing.n_experts);
-    let a_task = tiles_a_task(n_tiles, mean_rows, weights.n_k());
+    let a_task = tiles_a_task(exec, weights, n_tiles, n_hit, mean_rows);
     let n_tasks = n_tiles.div_ceil(a_task);
     let rows = RowSets {
         n_k: weights.n_k(),

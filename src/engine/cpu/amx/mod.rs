@@ -11,8 +11,8 @@
 //! paths.
 //!
 //! ```text
-//! rows     [group of a set][k / 32][rows of the group][16 pairs]: an A is up to 16 rows of 64 bytes,
-//!          one behind the other (see `join`)
+//! rows     [block of a set][k / 32][rows of the block][16 pairs]: an A is up to 16 rows of 64 bytes, one
+//!          behind the other, and behind it the next step's (see `join`)
 //! weights  [k / 2][32 lanes] pairs: a B is 16 rows of 64 bytes, 128 bytes apart
 //! sums     [rows][32 lanes]: as well
 //! ```
@@ -49,6 +49,9 @@ const BLOCK_ROWS: usize = 16;
 /// all blocks of rows. A divisor of the 90 of 2880.
 const RUN_STEPS: usize = 6;
 
+/// Steps by which a block's rows are asked for ahead of the first tile's products.
+const ROWS_AHEAD: usize = 4;
+
 /// Words of a step of a tile of weights.
 const STEP_WORDS: usize = STEP_PAIRS * LANES;
 
@@ -83,16 +86,19 @@ pub fn join(path: CpuPath, x: &[f32], rows: &RowSets, blocks: &mut [u32]) {
             return;
         }
         let n = GROUP_ROWS.min(set.end - first);
-        let mut starts = [0; GROUP_ROWS];
-        for (i, start) in starts[..n].iter_mut().enumerate() {
-            *start = (rows.start)(first + i) + part * PART_K;
-        }
         let part_k = PART_K.min(n_k - part * PART_K);
-        let start = first * n_k / 2 + part * PART_K / 2 * n;
-        // SAFETY: each part of a group of a set is written by one task.
-        #[allow(unsafe_code, reason = "parts are disjoint")]
-        let blocks = unsafe { blocks.slice_mut(start, part_k / 2 * n) };
-        join_steps(path, x, &starts[..n], blocks);
+        for first in (first..first + n).step_by(BLOCK_ROWS) {
+            let n = BLOCK_ROWS.min(set.end - first);
+            let mut starts = [0; BLOCK_ROWS];
+            for (i, start) in starts[..n].iter_mut().enumerate() {
+                *start = (rows.start)(first + i) + part * PART_K;
+            }
+            let start = first * n_k / 2 + part * PART_K / 2 * n;
+            // SAFETY: each part of a block of a set is written by one task.
+            #[allow(unsafe_code, reason = "parts are disjoint")]
+            let block = unsafe { blocks.slice_mut(start, part_k / 2 * n) };
+            join_steps(path, x, &starts[..n], block);
+        }
     });
 }
 
@@ -253,7 +259,7 @@ impl<W: Tiles> Steps for Unpacked<'_, W> {
 
 /// A group of rows.
 struct Rows<'a> {
-    /// `[n_steps][n][STEP_PAIRS]`, and more.
+    /// `[block][n_steps][rows of the block][STEP_PAIRS]`, and more.
     blocks: &'a [u32],
     n: usize,
     n_steps: usize,
@@ -283,6 +289,8 @@ impl Rows<'_> {
                 let at = tile * self.n_steps + first;
                 for block in 0..n_blocks {
                     let of_block = &mut sums.0[block * BLOCK_ROWS..];
+                    let blocks = &self.blocks[block * BLOCK_ROWS * self.n_steps * STEP_PAIRS..];
+                    let a_step = BLOCK_ROWS.min(self.n - block * BLOCK_ROWS) * STEP_PAIRS;
                     // Sums of a block without another stay where they are.
                     let is_alone = n_blocks == 1;
                     match run {
@@ -290,13 +298,16 @@ impl Rows<'_> {
                         _ if is_alone => {}
                         _ => unit.load(of_block),
                     }
-                    let mut row = (first * self.n + block * BLOCK_ROWS) * STEP_PAIRS;
-                    for step in at..at + n {
-                        if block == 0 && step + S::AHEAD < all {
+                    for step in 0..n {
+                        if block == 0 && at + step + S::AHEAD < all {
                             steps.bring();
                         }
-                        unit.step(&self.blocks[row..], steps.pairs(step));
-                        row += self.n * STEP_PAIRS;
+                        let start = (first + step) * a_step;
+                        if tile == 0 {
+                            // Another core may have written them.
+                            prefetch(blocks, start + ROWS_AHEAD * a_step, a_step);
+                        }
+                        unit.step(&blocks[start..], steps.pairs(at + step));
                     }
                     if !is_alone || run == n_runs - 1 {
                         unit.store(of_block);
