@@ -17,7 +17,7 @@ use super::calls::Calls;
 use super::lanes::{LANES, fma_chain_in_pairs, for_each};
 use super::pairs::{self, MOST_JOINT, to_pairs};
 use super::path::{CpuPath, Kind};
-use super::weights::{CHUNK_K, Matrix, Tiles};
+use super::weights::{CHUNK_K, FUSED_VALUE_ROWS, Matrix, Tiles};
 use crate::engine::EngineError;
 use crate::engine::TILE_KEYS;
 
@@ -312,6 +312,10 @@ fn multiply_values<W: Tiles>(
             }
             for tile in tiles.clone() {
                 acc.fill([0.0; LANES]);
+                if n <= FUSED_VALUE_ROWS && weights.fused_values(exec.path, tile, acc, x, starts) {
+                    finish(tile, group, acc);
+                    continue;
+                }
                 for k in (0..n_k).step_by(CHUNK_K) {
                     let n_k = CHUNK_K.min(n_k - k);
                     weights.unpack(exec.path, tile, k, n_k, &mut scratch.weights);

@@ -44,6 +44,11 @@ impl CpuPath {
         matches!(self.0, Kind::Avx512Bf16 | Kind::Amx)
     }
 
+    /// Whether the CPU has all of [`Kind::Avx2`].
+    pub fn has_avx2(self) -> bool {
+        self.0 != Kind::Portable
+    }
+
     /// The paths this CPU can run, slowest first.
     pub fn available() -> Vec<Self> {
         let mut paths = vec![Self::PORTABLE];

@@ -4,7 +4,7 @@
 //! [tile][k / 2][32 lanes]: words of the even k in the low half, the odd one in the high half
 //! ```
 
-use super::Tiles;
+use super::{BLOCK, Tiles, fused_values};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
 use crate::engine::cpu::lanes::LANES;
@@ -98,6 +98,25 @@ impl Tiles for Bf16Tiles {
         Some((&self.words[tile * n_words..], n_words))
     }
 
+    #[cfg(target_arch = "x86_64")]
+    fn fused_values(
+        &self,
+        path: CpuPath,
+        tile: usize,
+        acc: &mut [[f32; LANES]],
+        x: &[f32],
+        x_starts: &[usize],
+    ) -> bool {
+        if !path.has_avx2() {
+            return false;
+        }
+        let n_words = self.tile_words();
+        let words = &self.words[tile * n_words..][..n_words];
+        let blocks = words.as_chunks::<{ BLOCK / 2 * LANES }>().0;
+        fused_values!(x86::fused_values, blocks, acc, x, x_starts);
+        true
+    }
+
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
         let word = self.words[tile * self.tile_words() + k / 2 * LANES + lane];
         bf16::to_f32((word >> (k % 2 * 16)) as u16)
@@ -117,6 +136,66 @@ fn unpack_body(words: &[u32], out: &mut [f32]) {
         for lane in 0..LANES {
             even[lane] = f32::from_bits(words[lane] << 16);
             odd[lane] = f32::from_bits(words[lane] & 0xFFFF_0000);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code, reason = "SIMD loads through pointers")]
+#[allow(clippy::needless_range_loop, reason = "registers in lockstep")]
+mod x86 {
+    use super::{BLOCK, LANES};
+    use std::arch::x86_64::*;
+
+    /// # Safety
+    /// The CPU has AVX2 and FMA; `x` holds `BLOCK` values a block for each row.
+    #[target_feature(enable = "avx2,fma")]
+    pub unsafe fn fused_values<const T: usize>(
+        blocks: &[[u32; BLOCK / 2 * LANES]],
+        acc: [&mut [f32; LANES]; T],
+        x: &[f32],
+        x_starts: [usize; T],
+    ) {
+        let mut sums = [[_mm256_setzero_ps(); LANES / 8]; T];
+        let mut rows = [x.as_ptr(); T];
+        for t in 0..T {
+            rows[t] = x.as_ptr().wrapping_add(x_starts[t]);
+            for q in 0..LANES / 8 {
+                // SAFETY: 32 lanes a row.
+                sums[t][q] = unsafe { _mm256_loadu_ps(acc[t].as_ptr().wrapping_add(8 * q)) };
+            }
+        }
+        let odd_half = _mm256_set1_epi32(0xFFFF_0000_u32.cast_signed());
+        for words in blocks {
+            for pair in 0..BLOCK / 2 {
+                let words = words.as_ptr().wrapping_add(pair * LANES);
+                for odd in [true, false] {
+                    for q in 0..LANES / 8 {
+                        // SAFETY: 32 words a pair, and a factor of each row.
+                        unsafe {
+                            let words = _mm256_loadu_si256(words.wrapping_add(8 * q).cast());
+                            let w = _mm256_castsi256_ps(match odd {
+                                true => _mm256_and_si256(words, odd_half),
+                                false => _mm256_slli_epi32::<16>(words),
+                            });
+                            for t in 0..T {
+                                let factor = rows[t].wrapping_add(2 * pair + usize::from(odd));
+                                let factor = _mm256_set1_ps(factor.read_unaligned());
+                                sums[t][q] = _mm256_fmadd_ps(w, factor, sums[t][q]);
+                            }
+                        }
+                    }
+                }
+            }
+            for row in &mut rows {
+                *row = row.wrapping_add(BLOCK);
+            }
+        }
+        for t in 0..T {
+            for q in 0..LANES / 8 {
+                // SAFETY: 32 lanes a row.
+                unsafe { _mm256_storeu_ps(acc[t].as_mut_ptr().wrapping_add(8 * q), sums[t][q]) };
+            }
         }
     }
 }

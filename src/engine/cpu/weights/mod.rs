@@ -71,6 +71,20 @@ pub trait Tiles: Sync {
         false
     }
 
+    /// Continues the chains of up to [`FUSED_VALUE_ROWS`] rows over all of a tile's K, as
+    /// [`fma_chain_in_pairs`](super::lanes::fma_chain_in_pairs) does on what [`Tiles::unpack`] gives,
+    /// unpacking in registers; `false`, and nothing done, for a format or a path that has no such way.
+    fn fused_values(
+        &self,
+        _path: CpuPath,
+        _tile: usize,
+        _acc: &mut [[f32; LANES]],
+        _x: &[f32],
+        _x_starts: &[usize],
+    ) -> bool {
+        false
+    }
+
     /// One weight, for the reference kernels.
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32;
 }
@@ -119,6 +133,33 @@ type PairedBlock = [u32; BLOCK / 2 * LANES];
 
 /// The most rows of a fused chain: those whose sums lie in registers beside what is unpacked.
 pub const FUSED_ROWS: usize = 12;
+
+/// The same of f32 values: of more rows what is unpacked once serves enough of them.
+pub const FUSED_VALUE_ROWS: usize = 3;
+
+/// Runs `$fused::<T>` with T rows, `$acc` and `$starts` as arrays of as many.
+#[cfg(target_arch = "x86_64")]
+macro_rules! fused_values {
+    ($fused:path, $weights:expr, $acc:expr, $x:expr, $starts:expr) => {{
+        let (weights, acc, x, starts) = ($weights, $acc, $x, $starts);
+        let n_k = weights.len() * super::BLOCK;
+        assert_eq!(acc.len(), starts.len(), "one chain a row");
+        let furthest = starts.iter().copied().max().unwrap_or(0);
+        assert!(furthest + n_k <= x.len(), "rows too short");
+        // SAFETY: the caller's path has AVX2 and FMA; bounds were checked.
+        #[allow(unsafe_code, reason = "features were detected, bounds checked")]
+        unsafe {
+            match (acc, starts) {
+                ([a], [s]) => $fused(weights, [a], x, [*s]),
+                ([a, b], [s, t]) => $fused(weights, [a, b], x, [*s, *t]),
+                ([a, b, c], [s, t, u]) => $fused(weights, [a, b, c], x, [*s, *t, *u]),
+                (acc, _) => unreachable!("a fused chain of {} rows", acc.len()),
+            }
+        }
+    }};
+}
+#[cfg(target_arch = "x86_64")]
+use fused_values;
 
 /// K is a multiple of this.
 const BLOCK: usize = 32;
@@ -197,6 +238,17 @@ impl Tiles for Matrix {
         with_tiles!(self, tiles => tiles.fused_chain(path, tile, acc, x, x_starts))
     }
 
+    fn fused_values(
+        &self,
+        path: CpuPath,
+        tile: usize,
+        acc: &mut [[f32; LANES]],
+        x: &[f32],
+        x_starts: &[usize],
+    ) -> bool {
+        with_tiles!(self, tiles => tiles.fused_values(path, tile, acc, x, x_starts))
+    }
+
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
         with_tiles!(self, tiles => tiles.get(tile, lane, k))
     }
@@ -204,6 +256,7 @@ impl Tiles for Matrix {
 
 #[cfg(test)]
 pub(in crate::engine::cpu) mod tests {
+    use super::super::lanes::fma_chain_in_pairs;
     use super::*;
     use crate::quant;
 
@@ -291,6 +344,39 @@ pub(in crate::engine::cpu) mod tests {
 
         fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
             self.0.get(tile, lane, k)
+        }
+    }
+
+    #[test]
+    fn fused_chains_are_those_of_unpacked_values() {
+        let mut random = Random(32);
+        for (n_tiles, n_k) in [(1, 32), (3, 96), (2, 2880)] {
+            let matrices = formats(&mut random, n_tiles, n_k);
+            for n_rows in 1..=FUSED_VALUE_ROWS {
+                let x: Vec<f32> = (0..n_rows * n_k + 5).map(|_| random.value()).collect();
+                let starts: Vec<usize> = (0..n_rows).rev().map(|t| t * n_k + 5).collect();
+                let begun = vec![std::array::from_fn(|_| random.value()); n_rows];
+                for tile in 0..n_tiles {
+                    for path in CpuPath::available() {
+                        for matrix in &matrices {
+                            let mut got = begun.clone();
+                            let is_fused = matrix.fused_values(path, tile, &mut got, &x, &starts);
+                            let name = matrix.format().name();
+                            let has_way =
+                                path.has_avx2() && matrix.format() != MatrixFormat::Mxint8;
+                            assert_eq!(is_fused, has_way, "{name}, {path:?}");
+                            if !is_fused {
+                                continue;
+                            }
+                            let mut w = vec![0.0; n_k * LANES];
+                            matrix.unpack(path, tile, 0, n_k, &mut w);
+                            let mut expected: Vec<[f32; LANES]> = begun.clone();
+                            fma_chain_in_pairs(path, &mut expected, &w, &x, &starts, n_k);
+                            assert_eq!(got, expected, "{name}, {n_rows} rows, {path:?}");
+                        }
+                    }
+                }
+            }
         }
     }
 

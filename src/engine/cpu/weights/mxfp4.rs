@@ -6,7 +6,7 @@
 
 use super::Tiles;
 #[cfg(target_arch = "x86_64")]
-use super::{PairedBlock, unpack_blocks};
+use super::{PairedBlock, fused_values, unpack_blocks};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
 use crate::engine::cpu::lanes::LANES;
@@ -156,6 +156,26 @@ impl Tiles for Mxfp4Tiles {
         true
     }
 
+    #[cfg(target_arch = "x86_64")]
+    fn fused_values(
+        &self,
+        path: CpuPath,
+        tile: usize,
+        acc: &mut [[f32; LANES]],
+        x: &[f32],
+        x_starts: &[usize],
+    ) -> bool {
+        if !path.has_avx2() {
+            return false;
+        }
+        let n_bytes = Self::tile_bytes(self.n_k);
+        let blocks = self.bytes[tile * n_bytes..][..n_bytes]
+            .as_chunks::<BLOCK_BYTES>()
+            .0;
+        fused_values!(x86::fused_values, blocks, acc, x, x_starts);
+        true
+    }
+
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
         let start = tile * Self::tile_bytes(self.n_k) + k / mxfp4::BLOCK * BLOCK_BYTES;
         let bytes = &self.bytes[start..][..BLOCK_BYTES];
@@ -251,6 +271,90 @@ mod x86 {
                 let high = _mm512_mul_ps(_mm512_permutexvar_ps(high, values), high_scales);
                 _mm512_storeu_ps(out.as_mut_ptr().wrapping_add(k * LANES), low);
                 _mm512_storeu_ps(out.as_mut_ptr().wrapping_add(k * LANES + 16), high);
+            }
+        }
+    }
+
+    /// Twice the values: integers.
+    const TWICE_VALUES: [i8; 32] = {
+        let mut values = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            values[i] = (mxfp4::VALUES[i % 16] * 2.0) as i8;
+            i += 1;
+        }
+        values
+    };
+
+    /// A value is the integer that is twice as large, as f32, times half its scale.
+    ///
+    /// # Safety
+    /// The CPU has AVX2 and FMA; `x` holds 32 values a block for each row.
+    #[target_feature(enable = "avx2,fma")]
+    pub unsafe fn fused_values<const T: usize>(
+        blocks: &[Mxfp4Block],
+        acc: [&mut [f32; LANES]; T],
+        x: &[f32],
+        x_starts: [usize; T],
+    ) {
+        const QUARTERS: usize = LANES / 8;
+        let mut sums = [[_mm256_setzero_ps(); QUARTERS]; T];
+        let mut rows = [x.as_ptr(); T];
+        for t in 0..T {
+            rows[t] = x.as_ptr().wrapping_add(x_starts[t]);
+            for q in 0..QUARTERS {
+                // SAFETY: 32 lanes a row.
+                sums[t][q] = unsafe { _mm256_loadu_ps(acc[t].as_ptr().wrapping_add(8 * q)) };
+            }
+        }
+        // SAFETY: any bytes are a register.
+        let values = unsafe { std::mem::transmute::<[i8; 32], __m256i>(TWICE_VALUES) };
+        let low_half = _mm256_set1_epi8(0xF);
+        for block in blocks {
+            let (scales, codes) = block.split_at(LANES);
+            let scales: [__m256; QUARTERS] = std::array::from_fn(|q| {
+                // SAFETY: 32 scales.
+                let bytes = unsafe { _mm_loadl_epi64(scales.as_ptr().wrapping_add(8 * q).cast()) };
+                let scale = _mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(bytes));
+                _mm256_mul_ps(_mm256_castsi256_ps(scale), _mm256_set1_ps(0.5))
+            });
+            for pair in 0..PAIRS {
+                // SAFETY: 16 pairs of 32 bytes.
+                let codes =
+                    unsafe { _mm256_loadu_si256(codes.as_ptr().wrapping_add(32 * pair).cast()) };
+                // Lanes 0 to 15 of the even k and then of the odd one; lanes 16 to 31.
+                let look_up =
+                    |codes| _mm256_shuffle_epi8(values, _mm256_and_si256(codes, low_half));
+                let lanes = [look_up(codes), look_up(_mm256_srli_epi16::<4>(codes))];
+                for odd in [true, false] {
+                    for q in 0..QUARTERS {
+                        let of_k = match odd {
+                            true => _mm256_extracti128_si256::<1>(lanes[q / 2]),
+                            false => _mm256_castsi256_si128(lanes[q / 2]),
+                        };
+                        let of_quarter = match q % 2 {
+                            0 => of_k,
+                            _ => _mm_unpackhi_epi64(of_k, of_k),
+                        };
+                        let w = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(of_quarter));
+                        let w = _mm256_mul_ps(w, scales[q]);
+                        for t in 0..T {
+                            let factor = rows[t].wrapping_add(2 * pair + usize::from(odd));
+                            // SAFETY: a factor of each row.
+                            let factor = _mm256_set1_ps(unsafe { factor.read_unaligned() });
+                            sums[t][q] = _mm256_fmadd_ps(w, factor, sums[t][q]);
+                        }
+                    }
+                }
+            }
+            for row in &mut rows {
+                *row = row.wrapping_add(mxfp4::BLOCK);
+            }
+        }
+        for t in 0..T {
+            for q in 0..QUARTERS {
+                // SAFETY: 32 lanes a row.
+                unsafe { _mm256_storeu_ps(acc[t].as_mut_ptr().wrapping_add(8 * q), sums[t][q]) };
             }
         }
     }
