@@ -312,7 +312,7 @@ fn multiply_values<W: Tiles>(
             }
             for tile in tiles.clone() {
                 acc.fill([0.0; LANES]);
-                if n <= FUSED_VALUE_ROWS && weights.fused_values(exec.path, tile, acc, x, starts) {
+                if n <= FEW_ROWS && fused(exec, weights, tile, acc, x, starts) {
                     finish(tile, group, acc);
                     continue;
                 }
@@ -326,6 +326,33 @@ fn multiply_values<W: Tiles>(
             }
         }
     });
+}
+
+/// Rows for which a tile is unpacked in registers, again for every few of them.
+const FEW_ROWS: usize = 12;
+
+/// All of a tile's K for few rows, where its format is unpacked in registers; `false` where it is not.
+fn fused<W: Tiles>(
+    exec: &Exec,
+    weights: &W,
+    tile: usize,
+    acc: &mut [[f32; LANES]],
+    x: &[f32],
+    starts: &[usize],
+) -> bool {
+    /// Blocks of 32 k that stay in the first-level cache: 16 KiB of bf16.
+    const BLOCKS: usize = 8;
+    let n_blocks = weights.n_k() / 32;
+    let n = acc.len().div_ceil(acc.len().div_ceil(FUSED_VALUE_ROWS));
+    for first in (0..n_blocks).step_by(BLOCKS) {
+        let blocks = first..n_blocks.min(first + BLOCKS);
+        for (acc, starts) in acc.chunks_mut(n).zip(starts.chunks(n)) {
+            if !weights.fused_values(exec.path, tile, blocks.clone(), acc, x, starts) {
+                return false;
+            }
+        }
+    }
+    true
 }
 
 /// Tiles of one task of a product of `n_sets` sets of about `n_rows` rows, each with `n_tiles` tiles: enough

@@ -4,6 +4,8 @@
 //! [tile][k / 2][32 lanes]: words of the even k in the low half, the odd one in the high half
 //! ```
 
+use std::ops::Range;
+
 use super::{BLOCK, Tiles, fused_values};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
@@ -103,6 +105,7 @@ impl Tiles for Bf16Tiles {
         &self,
         path: CpuPath,
         tile: usize,
+        blocks: Range<usize>,
         acc: &mut [[f32; LANES]],
         x: &[f32],
         x_starts: &[usize],
@@ -112,8 +115,8 @@ impl Tiles for Bf16Tiles {
         }
         let n_words = self.tile_words();
         let words = &self.words[tile * n_words..][..n_words];
-        let blocks = words.as_chunks::<{ BLOCK / 2 * LANES }>().0;
-        fused_values!(x86::fused_values, blocks, acc, x, x_starts);
+        let of_tile = words.as_chunks::<{ BLOCK / 2 * LANES }>().0;
+        fused_values!(x86::fused_values, of_tile, blocks, acc, x, x_starts);
         true
     }
 

@@ -15,6 +15,8 @@ pub use mxfp4::{Mxfp4Tiles, pack_mxfp4_block, pack_mxfp4_lanes};
 pub use mxint8::{Mxint8Tiles, pack_mxint8_block};
 pub use vector::Vector;
 
+use std::ops::Range;
+
 use super::lanes::LANES;
 use super::path::CpuPath;
 use crate::engine::checkpoint::MatrixFormat;
@@ -71,13 +73,15 @@ pub trait Tiles: Sync {
         false
     }
 
-    /// Continues the chains of up to [`FUSED_VALUE_ROWS`] rows over all of a tile's K, as
+    /// Continues the chains of up to [`FUSED_VALUE_ROWS`] rows over some blocks of 32 of a tile's K, as
     /// [`fma_chain_in_pairs`](super::lanes::fma_chain_in_pairs) does on what [`Tiles::unpack`] gives,
     /// unpacking in registers; `false`, and nothing done, for a format or a path that has no such way.
+    /// Rows are those of K's begin.
     fn fused_values(
         &self,
         _path: CpuPath,
         _tile: usize,
+        _blocks: Range<usize>,
         _acc: &mut [[f32; LANES]],
         _x: &[f32],
         _x_starts: &[usize],
@@ -140,12 +144,16 @@ pub const FUSED_VALUE_ROWS: usize = 3;
 /// Runs `$fused::<T>` with T rows, `$acc` and `$starts` as arrays of as many.
 #[cfg(target_arch = "x86_64")]
 macro_rules! fused_values {
-    ($fused:path, $weights:expr, $acc:expr, $x:expr, $starts:expr) => {{
-        let (weights, acc, x, starts) = ($weights, $acc, $x, $starts);
-        let n_k = weights.len() * super::BLOCK;
+    ($fused:path, $weights:expr, $blocks:expr, $acc:expr, $x:expr, $starts:expr) => {{
+        let (blocks, acc, x, starts) = ($blocks, $acc, $x, $starts);
         assert_eq!(acc.len(), starts.len(), "one chain a row");
         let furthest = starts.iter().copied().max().unwrap_or(0);
-        assert!(furthest + n_k <= x.len(), "rows too short");
+        assert!(
+            furthest + blocks.end * super::BLOCK <= x.len(),
+            "rows too short"
+        );
+        let x = &x[blocks.start * super::BLOCK..];
+        let weights = &$weights[blocks];
         // SAFETY: the caller's path has AVX2 and FMA; bounds were checked.
         #[allow(unsafe_code, reason = "features were detected, bounds checked")]
         unsafe {
@@ -242,11 +250,12 @@ impl Tiles for Matrix {
         &self,
         path: CpuPath,
         tile: usize,
+        blocks: Range<usize>,
         acc: &mut [[f32; LANES]],
         x: &[f32],
         x_starts: &[usize],
     ) -> bool {
-        with_tiles!(self, tiles => tiles.fused_values(path, tile, acc, x, x_starts))
+        with_tiles!(self, tiles => tiles.fused_values(path, tile, blocks, acc, x, x_starts))
     }
 
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
@@ -360,7 +369,11 @@ pub(in crate::engine::cpu) mod tests {
                     for path in CpuPath::available() {
                         for matrix in &matrices {
                             let mut got = begun.clone();
-                            let is_fused = matrix.fused_values(path, tile, &mut got, &x, &starts);
+                            let (middle, end) = (n_k / BLOCK / 2, n_k / BLOCK);
+                            let mut go_on = |blocks| {
+                                matrix.fused_values(path, tile, blocks, &mut got, &x, &starts)
+                            };
+                            let is_fused = go_on(0..middle) && go_on(middle..end);
                             let name = matrix.format().name();
                             let has_way =
                                 path.has_avx2() && matrix.format() != MatrixFormat::Mxint8;

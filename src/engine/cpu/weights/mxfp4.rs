@@ -4,6 +4,8 @@
 //! [tile][k / 32] { 32 scale bytes | [32 k][16 bytes]: byte j = lane j low, lane 16 + j high }
 //! ```
 
+use std::ops::Range;
+
 use super::Tiles;
 #[cfg(target_arch = "x86_64")]
 use super::{PairedBlock, fused_values, unpack_blocks};
@@ -161,6 +163,7 @@ impl Tiles for Mxfp4Tiles {
         &self,
         path: CpuPath,
         tile: usize,
+        blocks: Range<usize>,
         acc: &mut [[f32; LANES]],
         x: &[f32],
         x_starts: &[usize],
@@ -169,10 +172,10 @@ impl Tiles for Mxfp4Tiles {
             return false;
         }
         let n_bytes = Self::tile_bytes(self.n_k);
-        let blocks = self.bytes[tile * n_bytes..][..n_bytes]
+        let of_tile = self.bytes[tile * n_bytes..][..n_bytes]
             .as_chunks::<BLOCK_BYTES>()
             .0;
-        fused_values!(x86::fused_values, blocks, acc, x, x_starts);
+        fused_values!(x86::fused_values, of_tile, blocks, acc, x, x_starts);
         true
     }
 
