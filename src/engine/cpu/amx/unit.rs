@@ -4,7 +4,7 @@
 //! A block of assembly is a whole loop: tiles hold nothing that outlives it but their shapes, which a
 //! [`TileUnit`]'s value stands for.
 
-use super::{LANES, STEP_PAIRS, STEP_WORDS};
+use super::{LANES, STEP_WORDS};
 
 /// What multiplies tiles: the CPU's unit, or in tests its emulation. It holds the sums of one block of
 /// rows by one tile of 32 lanes.
@@ -21,7 +21,7 @@ pub trait TileUnit {
     /// When there are fewer rows than the unit was set to; so do the others.
     fn load(&self, sums: &[[f32; LANES]]);
 
-    /// Adds the products of 32 k: of rows of [`STEP_PAIRS`] words, one behind the other, with a tile's pairs
+    /// Adds the products of 32 k: of rows of [`STEP_PAIRS`](super::STEP_PAIRS) words, one behind the other, with a tile's pairs
     /// `[16][32 lanes]`.
     fn step(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]);
 
@@ -63,7 +63,8 @@ impl TileUnit for Hardware {
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code, reason = "instructions that Rust does not know")]
 mod x86 {
-    use super::{Hardware, LANES, STEP_PAIRS, STEP_WORDS, TileUnit};
+    use super::super::STEP_PAIRS;
+    use super::{Hardware, LANES, STEP_WORDS, TileUnit};
     use std::arch::asm;
     use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
     use std::marker::PhantomData;

@@ -4,9 +4,9 @@
 //! [tile][k / 2][32 lanes]: words of the even k in the low half, the odd one in the high half
 //! ```
 
-use std::ops::Range;
-
-use super::{BLOCK, Tiles, fused_values};
+use super::Tiles;
+#[cfg(target_arch = "x86_64")]
+use super::{BLOCK, fused_values};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
 use crate::engine::cpu::lanes::LANES;
@@ -105,7 +105,7 @@ impl Tiles for Bf16Tiles {
         &self,
         path: CpuPath,
         tile: usize,
-        blocks: Range<usize>,
+        blocks: std::ops::Range<usize>,
         acc: &mut [[f32; LANES]],
         x: &[f32],
         x_starts: &[usize],

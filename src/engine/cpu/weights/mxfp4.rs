@@ -4,8 +4,6 @@
 //! [tile][k / 32] { 32 scale bytes | [32 k][16 bytes]: byte j = lane j low, lane 16 + j high }
 //! ```
 
-use std::ops::Range;
-
 use super::Tiles;
 #[cfg(target_arch = "x86_64")]
 use super::{PairedBlock, fused_values, unpack_blocks};
@@ -163,7 +161,7 @@ impl Tiles for Mxfp4Tiles {
         &self,
         path: CpuPath,
         tile: usize,
-        blocks: Range<usize>,
+        blocks: std::ops::Range<usize>,
         acc: &mut [[f32; LANES]],
         x: &[f32],
         x_starts: &[usize],
