@@ -138,7 +138,7 @@ type PairedBlock = [u32; BLOCK / 2 * LANES];
 /// The most rows of a fused chain: those whose sums lie in registers beside what is unpacked.
 pub const FUSED_ROWS: usize = 12;
 
-/// The same of f32 values: of more rows what is unpacked once serves enough of them.
+/// The same of f32 values, in 16 registers of 8 lanes; more rows are taken so many at a time.
 pub const FUSED_VALUE_ROWS: usize = 3;
 
 /// Runs `$fused::<T>` with T rows, `$acc` and `$starts` as arrays of as many.
