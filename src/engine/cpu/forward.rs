@@ -371,7 +371,7 @@ fn attend_sliding<E: KvElement>(
     let attended = Disjoint::new(&mut work.attended);
     let qkv: &Buffer<f32> = &work.qkv;
     let ring_len = geometry.ring_tiles * geometry.tile_len();
-    for_each(batch.segments.len() * n_heads, 1, |task| {
+    for_each_in_turn(batch.segments.len() * n_heads, |task| {
         let (segment, head) = (batch.segments[task / n_heads], task % n_heads);
         let start = geometry.ring(segment.sequence, layer.kind_index, head);
         // SAFETY: a task has its own (sequence, head); a sequence is in the pass once.

@@ -17,7 +17,7 @@ use super::calls::Calls;
 use super::lanes::{LANES, fma_chain_in_pairs, for_each};
 use super::pairs::{self, MOST_JOINT, to_pairs};
 use super::path::{CpuPath, Kind};
-use super::weights::{CHUNK_K, FUSED_VALUE_ROWS, Matrix, Tiles};
+use super::weights::{CHUNK_K, FUSED_VALUE_ROWS, Matrix, Tiles, with_tiles};
 use crate::engine::EngineError;
 use crate::engine::TILE_KEYS;
 
@@ -270,9 +270,9 @@ impl Exec {
     clippy::too_many_arguments,
     reason = "a kernel takes its shapes one by one"
 )]
-pub fn multiply<W: Tiles>(
+pub fn multiply(
     exec: &Exec,
-    weights: &W,
+    weights: &Matrix,
     tiles: Range<usize>,
     x: Inputs,
     rows: &RowSets,
@@ -287,7 +287,9 @@ pub fn multiply<W: Tiles>(
             let start = |i| start(i) / 2;
             pairs::multiply(exec, weights, tiles, x, n_rows, start, finish);
         }
-        Inputs::Blocks(x) => amx::multiply(exec, weights, tiles, x, of_set, finish),
+        Inputs::Blocks(x) => {
+            with_tiles!(weights, w => amx::multiply(exec, w, tiles, x, of_set, finish));
+        }
     }
 }
 

@@ -345,12 +345,16 @@ pub fn for_each(n: usize, min: usize, task: impl Fn(usize) + Send + Sync) {
     }
 }
 
-/// Runs `task` on `0..n` in parallel: a thread that is free takes the next one. For tasks of unequal
-/// size, the largest first.
+/// Runs `task` on `0..n` in parallel: a thread that is free takes the next one. For large tasks, which
+/// [`for_each`] would share out many at a time, and so unevenly where they or the threads' speeds are unequal;
+/// of unequal ones the largest come first.
 pub fn for_each_in_turn(n: usize, task: impl Fn(usize) + Send + Sync) {
     use rayon::prelude::*;
     let next = AtomicUsize::new(0);
     let n_threads = rayon::current_num_threads().min(n);
+    if n_threads <= 1 {
+        return (0..n).for_each(task);
+    }
     (0..n_threads)
         .into_par_iter()
         .with_max_len(1)

@@ -6,7 +6,7 @@
 use super::buffer::Disjoint;
 use super::calls::Op;
 use super::gemm::{Exec, Inputs, RowSets, multiply, tiles_a_task};
-use super::lanes::{LANES, for_each};
+use super::lanes::{LANES, for_each_in_turn};
 use super::weights::{Matrix, Tiles, Vector};
 
 /// A projection: packed weights of `n_out` rows (the last tile is padded) and their bias.
@@ -53,7 +53,7 @@ pub fn matmul(
         start: &|row| row * n_k,
     };
     let product = |x: Inputs| {
-        for_each(n_tiles.div_ceil(a_task), 1, |task| {
+        for_each_in_turn(n_tiles.div_ceil(a_task), |task| {
             let first = first_tile + task * a_task;
             let tiles = first..(first + a_task).min(first_tile + n_tiles);
             let finish = |tile: usize, first: usize, rows: &mut [[f32; LANES]]| {

@@ -12,7 +12,7 @@
 use super::buffer::Disjoint;
 use super::calls::Op;
 use super::gemm::{Exec, Inputs, RowSets, multiply, tiles_a_task};
-use super::lanes::{LANES, for_each};
+use super::lanes::{LANES, for_each_in_turn};
 use super::swiglu::{self, PAIRS};
 use super::topk_routing::Routing;
 use super::weights::{Matrix, Tiles, Vector};
@@ -125,7 +125,7 @@ fn grouped(
         start: &|i| row_start(routing.entries()[i]),
     };
     let product = |x: Inputs| {
-        for_each(routing.n_experts * n_tasks, 1, |task| {
+        for_each_in_turn(routing.n_experts * n_tasks, |task| {
             let (expert, part) = (task / n_tasks, task % n_tasks);
             let entries = routing.of_expert(expert);
             if entries.is_empty() {

@@ -11,8 +11,8 @@
 //! paths.
 //!
 //! ```text
-//! rows     [block of a set][k / 32][rows of the block][16 pairs]: an A is up to 16 rows of 64 bytes, one
-//!          behind the other, and behind it the next step's (see `join`)
+//! rows     [group of a set][block][k / 32][rows of the block][16 pairs]: an A is up to 16 rows of 64 bytes,
+//!          one behind the other, and behind it the next step's (see `join`)
 //! weights  [k / 2][32 lanes] pairs: a B is 16 rows of 64 bytes, 128 bytes apart
 //! sums     [rows][32 lanes]: as well
 //! ```
@@ -31,7 +31,7 @@ use super::buffer::Disjoint;
 use super::gemm::{Exec, GROUP_ROWS, RowSets};
 use super::lanes::{LANES, for_each};
 use super::path::{CpuPath, on_each_path};
-use super::weights::{Tiles, prefetch};
+use super::weights::{Tiles, prefetch, prefetch_near};
 use unit::TileUnit;
 
 pub use unit::is_available;
@@ -49,18 +49,21 @@ const BLOCK_ROWS: usize = 16;
 /// all blocks of rows. A divisor of the 90 of 2880.
 const RUN_STEPS: usize = 6;
 
-/// Steps by which a block's rows are asked for ahead of the first tile's products.
-const ROWS_AHEAD: usize = 4;
-
 /// Words of a step of a tile of weights.
 const STEP_WORDS: usize = STEP_PAIRS * LANES;
 
-/// Words that may be read behind the last row: a block of a large group is always 16 rows.
+/// Words that may be read behind the last row: where there are several blocks, as many rows are read of the
+/// last as of the others.
 pub const SLACK: usize = (BLOCK_ROWS - 1) * STEP_PAIRS;
 
 /// Sums of a group of rows. A row is two lines of the cache, and no more.
 #[repr(align(64))]
 struct Sums([[f32; LANES]; GROUP_ROWS]);
+
+/// Rows of each block of a group: as many in all but the last, for the unit takes as long as there are rows.
+fn block_rows(n_rows: usize) -> usize {
+    n_rows.div_ceil(n_rows.div_ceil(BLOCK_ROWS))
+}
 
 /// Writes rows of bf16 values as the blocks that [`multiply`] takes: those of a set, wherever in `x`
 /// they are, one behind the other.
@@ -87,8 +90,9 @@ pub fn join(path: CpuPath, x: &[f32], rows: &RowSets, blocks: &mut [u32]) {
         }
         let n = GROUP_ROWS.min(set.end - first);
         let part_k = PART_K.min(n_k - part * PART_K);
-        for first in (first..first + n).step_by(BLOCK_ROWS) {
-            let n = BLOCK_ROWS.min(set.end - first);
+        let group = first..first + n;
+        for first in group.clone().step_by(block_rows(n)) {
+            let n = block_rows(n).min(group.end - first);
             let mut starts = [0; BLOCK_ROWS];
             for (i, start) in starts[..n].iter_mut().enumerate() {
                 *start = (rows.start)(first + i) + part * PART_K;
@@ -149,12 +153,6 @@ fn multiply_by<U: TileUnit, W: Tiles>(
     rows: Range<usize>,
     mut finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
 ) {
-    if rows.is_empty() {
-        return;
-    }
-    // One block is of the rows that there are. Of more, all are full and the last takes what lies behind
-    // its rows, so that the unit is set once.
-    let unit = U::set(rows.len().min(BLOCK_ROWS));
     let n_steps = weights.n_k() / STEP_K;
     exec.with_scratch(|scratch| {
         for group in (0..rows.len()).step_by(GROUP_ROWS) {
@@ -164,10 +162,11 @@ fn multiply_by<U: TileUnit, W: Tiles>(
                 n,
                 n_steps,
             };
+            let unit = U::set(block_rows(n));
             let finish = |tile, sums: &mut [_]| finish(tiles.start + tile, group, sums);
             match weights.packed_pairs(tiles.start) {
-                Some((words, _)) => {
-                    let packed = Packed { words, asked: 0 };
+                Some((words, a_tile)) => {
+                    let packed = Packed::new(&words[..tiles.len() * a_tile]);
                     rows.multiply(&unit, packed, tiles.len(), finish);
                 }
                 None => {
@@ -175,8 +174,9 @@ fn multiply_by<U: TileUnit, W: Tiles>(
                         weights,
                         path: exec.path,
                         ring: scratch.pairs.first_chunk_mut().expect("as many words"),
-                        n_unpacked: 0,
-                        next: (tiles.start, 0),
+                        next: tiles.start * n_steps,
+                        first: tiles.start * n_steps,
+                        end: tiles.end * n_steps,
                     };
                     rows.multiply(&unit, unpacked, tiles.len(), finish);
                 }
@@ -187,30 +187,66 @@ fn multiply_by<U: TileUnit, W: Tiles>(
 
 /// Steps of a task's tiles as pairs, numbered through all of them.
 trait Steps {
-    /// Steps by which [`Steps::bring`] is ahead of the products.
-    const AHEAD: usize;
+    /// Has the first steps on their way.
+    fn begin(&mut self);
 
-    /// Has the next step on its way.
-    fn bring(&mut self);
+    /// While a step's pairs are multiplied with the `block`th of `n_blocks` blocks of rows: has a share of
+    /// what comes a few steps later on its way.
+    fn bring(&mut self, block: usize, n_blocks: usize);
 
-    /// A step that was brought, of the last `RUN_STEPS + AHEAD`.
+    /// A step that was brought.
     fn pairs(&self, step: usize) -> &[u32; STEP_WORDS];
 }
 
 /// Weights that are pairs as they lie, brought from memory.
 struct Packed<'a> {
     words: &'a [u32],
+    /// Words that were asked for.
     asked: usize,
+    /// Lines to ask for, times the number of blocks.
+    due: usize,
+}
+
+/// Words of a line of the cache.
+const LINE_WORDS: usize = 16;
+
+impl<'a> Packed<'a> {
+    /// Steps by which memory is asked ahead: 16 KiB.
+    const AHEAD: usize = 8;
+
+    fn new(words: &'a [u32]) -> Self {
+        Self {
+            words,
+            asked: 0,
+            due: 0,
+        }
+    }
 }
 
 impl Steps for Packed<'_> {
-    /// 16 KiB.
-    const AHEAD: usize = 8;
+    fn begin(&mut self) {
+        prefetch(self.words, 0, Self::AHEAD * STEP_WORDS);
+        self.asked = Self::AHEAD * STEP_WORDS;
+    }
 
+    /// Memory answers at a steady pace, so what is asked of it is spread over all blocks. Of many blocks it
+    /// goes to the second-level cache: the first holds what they are multiplied with.
     #[inline(always)]
-    fn bring(&mut self) {
-        prefetch(self.words, self.asked, STEP_WORDS);
-        self.asked += STEP_WORDS;
+    fn bring(&mut self, _: usize, n_blocks: usize) {
+        if self.asked >= self.words.len() {
+            return;
+        }
+        if n_blocks == 1 {
+            prefetch(self.words, self.asked, STEP_WORDS);
+            self.asked += STEP_WORDS;
+            return;
+        }
+        self.due += STEP_WORDS / LINE_WORDS;
+        while self.due >= n_blocks {
+            self.due -= n_blocks;
+            prefetch_near(self.words, self.asked, LINE_WORDS);
+            self.asked += LINE_WORDS;
+        }
     }
 
     #[inline(always)]
@@ -228,26 +264,41 @@ struct Unpacked<'a, W> {
     weights: &'a W,
     path: CpuPath,
     ring: &'a mut [u32; RING_STEPS * STEP_WORDS],
-    n_unpacked: usize,
-    /// The next tile, and k of it.
-    next: (usize, usize),
+    /// Steps numbered through all of the weights' tiles: the task's first, the next to be unpacked, and
+    /// that behind the last.
+    first: usize,
+    next: usize,
+    end: usize,
 }
 
-impl<W: Tiles> Steps for Unpacked<'_, W> {
-    /// What is unpacked during a step's products is out of the store buffer when it is loaded, and still
-    /// in the cache.
+impl<W: Tiles> Unpacked<'_, W> {
+    /// Steps by which unpacking is ahead: what is unpacked during a step's products is out of the store
+    /// buffer when it is loaded, and still in the cache.
     const AHEAD: usize = RING_STEPS - RUN_STEPS;
 
     #[inline(always)]
-    fn bring(&mut self) {
-        let (tile, k) = self.next;
-        let to = &mut self.ring[self.n_unpacked % RING_STEPS * STEP_WORDS..][..STEP_WORDS];
-        self.weights.unpack_pairs(self.path, tile, k, STEP_K, to);
-        self.n_unpacked += 1;
-        self.next = match k + STEP_K {
-            k if k == self.weights.n_k() => (tile + 1, 0),
-            k => (tile, k),
-        };
+    fn unpack_next(&mut self) {
+        if self.next < self.end {
+            let at = (self.next - self.first) % RING_STEPS * STEP_WORDS;
+            let to = self.ring[at..].first_chunk_mut();
+            let to = to.expect("the ring is whole steps");
+            self.weights.unpack_block(self.path, self.next, to);
+            self.next += 1;
+        }
+    }
+}
+
+impl<W: Tiles> Steps for Unpacked<'_, W> {
+    fn begin(&mut self) {
+        (0..Self::AHEAD).for_each(|_| self.unpack_next());
+    }
+
+    /// All by the first block, since the others need it at once.
+    #[inline(always)]
+    fn bring(&mut self, block: usize, _: usize) {
+        if block == 0 {
+            self.unpack_next();
+        }
     }
 
     #[inline(always)]
@@ -266,10 +317,8 @@ struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    /// Multiplies all rows with `n_tiles` tiles and hands the sums of each to `finish`.
-    ///
-    /// A tile's steps are taken in runs, each by all blocks of rows. While the first block is multiplied,
-    /// steps a little further on are brought: memory and what unpacks work beside the unit.
+    /// Multiplies all rows with `n_tiles` tiles and hands the sums of each to `finish`. While steps are
+    /// multiplied, those a little further on are brought: memory and what unpacks work beside the unit.
     fn multiply<U: TileUnit, S: Steps>(
         &self,
         unit: &U,
@@ -278,54 +327,90 @@ impl Rows<'_> {
         mut finish: impl FnMut(usize, &mut [[f32; LANES]]),
     ) {
         let mut sums = Sums([[0.0; LANES]; GROUP_ROWS]);
-        let n_blocks = self.n.div_ceil(BLOCK_ROWS);
-        let n_runs = self.n_steps.div_ceil(RUN_STEPS);
-        let all = n_tiles * self.n_steps;
-        (0..S::AHEAD.min(all)).for_each(|_| steps.bring());
+        steps.begin();
         for tile in 0..n_tiles {
-            for run in 0..n_runs {
-                let first = run * self.n_steps / n_runs;
-                let n = (run + 1) * self.n_steps / n_runs - first;
-                let at = tile * self.n_steps + first;
-                for block in 0..n_blocks {
-                    let of_block = &mut sums.0[block * BLOCK_ROWS..];
-                    let blocks = &self.blocks[block * BLOCK_ROWS * self.n_steps * STEP_PAIRS..];
-                    let a_step = BLOCK_ROWS.min(self.n - block * BLOCK_ROWS) * STEP_PAIRS;
-                    // Sums of a block without another stay where they are.
-                    let is_alone = n_blocks == 1;
-                    match run {
-                        0 => unit.clear(),
-                        _ if is_alone => {}
-                        _ => unit.load(of_block),
-                    }
-                    for step in 0..n {
-                        if block == 0 && at + step + S::AHEAD < all {
-                            steps.bring();
-                        }
-                        let start = (first + step) * a_step;
-                        if tile == 0 {
-                            // Another core may have written them.
-                            prefetch(blocks, start + ROWS_AHEAD * a_step, a_step);
-                        }
-                        unit.step(&blocks[start..], steps.pairs(at + step));
-                    }
-                    if !is_alone || run == n_runs - 1 {
-                        unit.store(of_block);
-                    }
-                }
+            if self.n <= BLOCK_ROWS {
+                self.multiply_block(unit, &mut steps, tile, &mut sums);
+            } else {
+                self.multiply_blocks(unit, &mut steps, tile, &mut sums);
             }
             finish(tile, &mut sums.0[..self.n]);
         }
     }
+
+    /// One block with a tile: its sums stay where they are through all steps.
+    #[inline(always)]
+    fn multiply_block<U: TileUnit, S: Steps>(
+        &self,
+        unit: &U,
+        steps: &mut S,
+        tile: usize,
+        sums: &mut Sums,
+    ) {
+        unit.clear();
+        let a_step = self.n * STEP_PAIRS;
+        let rows = self.blocks.chunks_exact(a_step).take(self.n_steps);
+        for (step, rows) in rows.enumerate() {
+            steps.bring(0, 1);
+            if tile == 0 {
+                ask_ahead(rows, 0, a_step);
+            }
+            unit.step(rows, steps.pairs(tile * self.n_steps + step));
+        }
+        unit.store(&mut sums.0);
+    }
+
+    /// Several blocks with a tile. Its steps are taken in runs, each by all blocks.
+    #[inline(always)]
+    fn multiply_blocks<U: TileUnit, S: Steps>(
+        &self,
+        unit: &U,
+        steps: &mut S,
+        tile: usize,
+        sums: &mut Sums,
+    ) {
+        let block_rows = block_rows(self.n);
+        let n_blocks = self.n.div_ceil(block_rows);
+        let n_runs = self.n_steps.div_ceil(RUN_STEPS);
+        for run in 0..n_runs {
+            let of_run = run * self.n_steps / n_runs..(run + 1) * self.n_steps / n_runs;
+            for block in 0..n_blocks {
+                let first = block * block_rows;
+                let of_block = &mut sums.0[first..];
+                let blocks = &self.blocks[first * self.n_steps * STEP_PAIRS..];
+                let a_step = block_rows.min(self.n - first) * STEP_PAIRS;
+                match run {
+                    0 => unit.clear(),
+                    _ => unit.load(of_block),
+                }
+                for step in of_run.clone() {
+                    steps.bring(block, n_blocks);
+                    if tile == 0 {
+                        ask_ahead(blocks, step * a_step, a_step);
+                    }
+                    let rows = &blocks[step * a_step..];
+                    unit.step(rows, steps.pairs(tile * self.n_steps + step));
+                }
+                unit.store(of_block);
+            }
+        }
+    }
+}
+
+/// Asks for a block's rows of a later step. For a task's first tile: another core may have written them.
+#[inline(always)]
+fn ask_ahead(rows: &[u32], start: usize, a_step: usize) {
+    const AHEAD: usize = 4;
+    prefetch(rows, start + AHEAD * a_step, a_step);
 }
 
 /// One run's steps, over and over, in the cache.
 struct Held<'a>(&'a [[u32; STEP_WORDS]; RUN_STEPS]);
 
 impl Steps for Held<'_> {
-    const AHEAD: usize = 0;
+    fn begin(&mut self) {}
 
-    fn bring(&mut self) {}
+    fn bring(&mut self, _: usize, _: usize) {}
 
     #[inline(always)]
     fn pairs(&self, step: usize) -> &[u32; STEP_WORDS] {

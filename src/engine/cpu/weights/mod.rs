@@ -37,18 +37,24 @@ pub trait Tiles: Sync {
     /// The same as pairs of bf16: 32 lanes a pair of k, the even one in the low half. Where a value
     /// is subnormal it may be 0.
     fn unpack_pairs(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [u32]) {
+        let first = (tile * self.n_k() + k) / BLOCK;
+        let (blocks, _) = out[..n_k / 2 * LANES].as_chunks_mut();
+        for (i, out) in blocks.iter_mut().enumerate() {
+            self.unpack_block(path, first + i, out);
+        }
+    }
+
+    /// The same of 32 k, numbered through all tiles. The next call may be of those behind them.
+    fn unpack_block(&self, path: CpuPath, block: usize, out: &mut PairedBlock) {
+        let a_tile = self.n_k() / BLOCK;
         let mut values = [0.0; BLOCK * LANES];
-        for (i, out) in out[..n_k / 2 * LANES]
-            .chunks_mut(BLOCK / 2 * LANES)
-            .enumerate()
-        {
-            self.unpack(path, tile, k + i * BLOCK, BLOCK, &mut values);
-            let rows = values.as_chunks::<LANES>().0.as_chunks::<2>().0;
-            for (pairs, [even, odd]) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(rows) {
-                for lane in 0..LANES {
-                    let (even, odd) = (even[lane].to_bits(), odd[lane].to_bits());
-                    pairs[lane] = even >> 16 | odd & 0xFFFF_0000;
-                }
+        let (tile, k) = (block / a_tile, block % a_tile * BLOCK);
+        self.unpack(path, tile, k, BLOCK, &mut values);
+        let rows = values.as_chunks::<LANES>().0.as_chunks::<2>().0;
+        for (pairs, [even, odd]) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(rows) {
+            for lane in 0..LANES {
+                let (even, odd) = (even[lane].to_bits(), odd[lane].to_bits());
+                pairs[lane] = even >> 16 | odd & 0xFFFF_0000;
             }
         }
     }
@@ -93,47 +99,53 @@ pub trait Tiles: Sync {
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32;
 }
 
-/// Asks for `n` values of packed weights ahead of their use; they need not exist.
+/// Asks for `n` values ahead of their use, to the first-level cache; they need not exist.
 #[inline(always)]
-pub fn prefetch<T>(packed: &[T], start: usize, n: usize) {
+pub fn prefetch<T>(values: &[T], start: usize, n: usize) {
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        const LINE: usize = 64;
-        let at = packed.as_ptr().wrapping_add(start).cast::<i8>();
-        for line in (0..n * size_of::<T>()).step_by(LINE) {
-            // SAFETY: a hint, which touches no memory and faults at no address.
-            #[allow(unsafe_code, reason = "see above")]
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line));
-            }
+        use std::arch::x86_64::_MM_HINT_T0;
+        ask::<_MM_HINT_T0, T>(values, start, n);
+    }
+}
+
+/// As [`prefetch`], to the second-level cache.
+#[inline(always)]
+pub fn prefetch_near<T>(values: &[T], start: usize, n: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::_MM_HINT_T1;
+        ask::<_MM_HINT_T1, T>(values, start, n);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn ask<const HINT: i32, T>(values: &[T], start: usize, n: usize) {
+    const LINE: usize = 64;
+    let at = values.as_ptr().wrapping_add(start).cast::<i8>();
+    for line in (0..n * size_of::<T>()).step_by(LINE) {
+        // SAFETY: a hint, which touches no memory and faults at no address.
+        #[allow(unsafe_code, reason = "see above")]
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<HINT>(at.wrapping_add(line));
         }
     }
 }
 
-/// Unpacks as many blocks, from byte `start` on, as `out` has room for. For each, one further on is asked
-/// for, to be there when its turn comes.
+/// A block of packed weights. One further on is asked for, to be there when its turn comes.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn unpack_blocks<const BYTES: usize>(
-    packed: &[u8],
-    start: usize,
-    out: &mut [u32],
-    unpack: impl Fn(&[u8; BYTES], &mut PairedBlock),
-) {
+fn block_of<const BYTES: usize>(packed: &[u8], block: usize) -> &[u8; BYTES] {
     /// Blocks ahead: 4 KiB of MXFP4.
     const AHEAD: usize = 8;
-    let out = out.as_chunks_mut::<{ BLOCK / 2 * LANES }>().0;
-    let blocks = packed[start..][..out.len() * BYTES].as_chunks::<BYTES>().0;
-    for (i, (block, out)) in blocks.iter().zip(out).enumerate() {
-        prefetch(packed, start + (i + AHEAD) * BYTES, BYTES);
-        unpack(block, out);
-    }
+    prefetch(packed, (block + AHEAD) * BYTES, BYTES);
+    let bytes = packed[block * BYTES..].first_chunk();
+    bytes.expect("packed weights are whole blocks")
 }
 
-/// Pairs of a block of a tile.
-#[cfg(target_arch = "x86_64")]
-type PairedBlock = [u32; BLOCK / 2 * LANES];
+/// Pairs of 32 k of a tile.
+pub type PairedBlock = [u32; BLOCK / 2 * LANES];
 
 /// The most rows of a fused chain: those whose sums lie in registers beside what is unpacked.
 pub const FUSED_ROWS: usize = 12;
@@ -191,6 +203,8 @@ macro_rules! with_tiles {
     };
 }
 
+pub(super) use with_tiles;
+
 impl Matrix {
     /// Bytes of one tile of a format.
     pub const fn tile_bytes(format: MatrixFormat, n_k: usize) -> usize {
@@ -229,6 +243,10 @@ impl Tiles for Matrix {
 
     fn unpack_pairs(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [u32]) {
         with_tiles!(self, tiles => tiles.unpack_pairs(path, tile, k, n_k, out));
+    }
+
+    fn unpack_block(&self, path: CpuPath, block: usize, out: &mut PairedBlock) {
+        with_tiles!(self, tiles => tiles.unpack_block(path, block, out));
     }
 
     fn packed_pairs(&self, tile: usize) -> Option<(&[u32], usize)> {

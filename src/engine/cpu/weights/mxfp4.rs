@@ -6,7 +6,7 @@
 
 use super::Tiles;
 #[cfg(target_arch = "x86_64")]
-use super::{PairedBlock, fused_values, unpack_blocks};
+use super::{PairedBlock, block_of, fused_values};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
 use crate::engine::cpu::lanes::LANES;
@@ -112,20 +112,17 @@ impl Tiles for Mxfp4Tiles {
 
     #[cfg(target_arch = "x86_64")]
     #[inline]
-    fn unpack_pairs(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [u32]) {
+    fn unpack_block(&self, path: CpuPath, block: usize, out: &mut PairedBlock) {
         assert!(path.has_pairs(), "it takes pairs");
-        let start = tile * Self::tile_bytes(self.n_k) + k / mxfp4::BLOCK * BLOCK_BYTES;
-        let out = &mut out[..n_k / 2 * LANES];
-        unpack_blocks::<BLOCK_BYTES>(&self.bytes, start, out, |block, out| {
-            // SAFETY: a path of this kind exists only where the CPU has its features.
-            #[allow(unsafe_code, reason = "features were detected")]
-            unsafe {
-                match path.kind() {
-                    Kind::Amx => x86::unpack_mxfp4_pairs::<true>(block, out),
-                    _ => x86::unpack_mxfp4_pairs::<false>(block, out),
-                }
+        let block = block_of(&self.bytes, block);
+        // SAFETY: a path of this kind exists only where the CPU has its features.
+        #[allow(unsafe_code, reason = "features were detected")]
+        unsafe {
+            match path.kind() {
+                Kind::Amx => x86::unpack_mxfp4_pairs::<true>(block, out),
+                _ => x86::unpack_mxfp4_pairs::<false>(block, out),
             }
-        });
+        }
     }
 
     #[cfg(target_arch = "x86_64")]

@@ -6,7 +6,7 @@
 
 use super::Tiles;
 #[cfg(target_arch = "x86_64")]
-use super::{PairedBlock, unpack_blocks};
+use super::{PairedBlock, block_of};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
 use crate::engine::cpu::lanes::LANES;
@@ -86,17 +86,14 @@ impl Tiles for Mxint8Tiles {
 
     #[cfg(target_arch = "x86_64")]
     #[inline]
-    fn unpack_pairs(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [u32]) {
+    fn unpack_block(&self, path: CpuPath, block: usize, out: &mut PairedBlock) {
         assert!(path.has_pairs(), "it takes pairs");
-        let start = tile * Self::tile_bytes(self.n_k) + k / mxint8::BLOCK * BLOCK_BYTES;
-        let out = &mut out[..n_k / 2 * LANES];
-        unpack_blocks::<BLOCK_BYTES>(&self.bytes, start, out, |block, out| {
-            // SAFETY: a path of this kind exists only where the CPU has its features.
-            #[allow(unsafe_code, reason = "features were detected")]
-            unsafe {
-                x86::unpack_pairs(block, out);
-            }
-        });
+        let block = block_of(&self.bytes, block);
+        // SAFETY: a path of this kind exists only where the CPU has its features.
+        #[allow(unsafe_code, reason = "features were detected")]
+        unsafe {
+            x86::unpack_pairs(block, out);
+        }
     }
 
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
