@@ -144,6 +144,7 @@ fn check_attention<E: KvElement>(exact: bool, tolerance: f32) {
                     sinks: &sinks,
                     first_sink: group,
                     exact,
+                    by_tiles: false,
                 };
                 let what = format!("rows {first}+{n_rows}, {group} x {head_dim}, {window:?}");
                 let tile_of = |_, tile: usize| &tiles[tile][..];
@@ -226,6 +227,7 @@ fn check_shared_pages<E: KvElement>(exact: bool, tolerance: f32) {
                 sinks: &sinks,
                 first_sink: group,
                 exact,
+                by_tiles: false,
             };
             let tile_of =
                 |sequence: usize, tile: usize| &pages[of_group[sequence].0[tile / 4]][tile % 4][..];
@@ -280,6 +282,7 @@ fn a_shared_page_is_read_for_one_row_alone() {
         sinks: &sinks,
         first_sink: 0,
         exact: false,
+        by_tiles: false,
     };
     let asked = std::cell::RefCell::new(std::collections::BTreeSet::new());
     let tile_of = |sequence: usize, tile: usize| {

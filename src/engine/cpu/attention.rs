@@ -12,6 +12,7 @@
 
 use std::ops::Range;
 
+use super::amx;
 use super::gemm::{AttentionScratch, MAX_QUERIES};
 use super::kv_cache::{KvElement, KvGeometry, PAGE_TILES};
 use super::lanes::{LANES, exp, fma_chain, larger, max_lanes, sum_lanes};
@@ -46,6 +47,9 @@ pub struct Queries<'a> {
     /// The first of the group's sinks.
     pub first_sink: usize,
     pub exact: bool,
+    /// Products are done as pairs of bf16 by the tile unit, in its order, where keys and values are bf16 and
+    /// a head's dimensions are whole tiles.
+    pub by_tiles: bool,
 }
 
 impl Queries<'_> {
@@ -96,6 +100,10 @@ pub fn attend<'t, 'o, E: KvElement>(
         let row = &rows[query / group];
         starts.q[query] = row.index * queries.q_stride + query % group * head_dim;
         starts.p[query] = query * TILE_KEYS;
+    }
+    if queries.by_tiles && head_dim == padded {
+        let to = &mut scratch.q_pairs;
+        amx::join_rows(path, queries.q, &starts.q[..n_queries], head_dim, to);
     }
     let mut split = [EMPTY; MAX_QUERIES];
     let mut folded = [EMPTY; MAX_QUERIES];
@@ -203,38 +211,75 @@ fn attend_tile<E: KvElement>(
     }
     let rows = &queries.rows[from..to];
     let (keys, values) = tile.split_at(TILE_KEYS * head_dim);
-    let keys = unpack(path, keys, &mut scratch.keys);
     // Values of keys that no row sees are left alone.
     let (first_key, end_key) = (seen(&rows[0]).0, seen(&rows[rows.len() - 1]).1);
     let values = &values[first_key * padded..end_key * padded];
-    let values = unpack(path, values, &mut scratch.values);
+    let in_pairs = E::as_bf16(keys).zip(E::as_bf16(values));
+    let in_pairs = in_pairs.filter(|_| queries.by_tiles && head_dim == padded);
     let all = from * group..to * group;
-    for half in first_key / LANES..end_key.div_ceil(LANES) {
-        let scores = &mut lanes_of(&mut scratch.scores, half)[all.clone()];
-        scores.fill([0.0; LANES]);
-        let starts = &starts.q[all.clone()];
-        let keys = &keys[half * LANES..];
-        fma_chain(path, scores, keys, TILE_KEYS, queries.q, starts, head_dim);
+    if let Some((keys, _)) = in_pairs {
+        let tiles = scratch.tile_pairs.as_chunks_mut().0;
+        amx::pair_rows(path, keys, TILE_KEYS, 0, tiles);
+        let n_queries = queries.rows.len() * group;
+        let sums = &mut scratch.scores.as_chunks_mut().0[all.start..];
+        amx::multiply_held(
+            &scratch.q_pairs,
+            n_queries,
+            all.clone(),
+            tiles,
+            head_dim,
+            sums,
+        );
+    } else {
+        let keys = unpack(path, keys, &mut scratch.keys);
+        for half in first_key / LANES..end_key.div_ceil(LANES) {
+            let scores = &mut lanes_of(&mut scratch.scores, half)[all.clone()];
+            scores.fill([0.0; LANES]);
+            let starts = &starts.q[all.clone()];
+            let keys = &keys[half * LANES..];
+            fma_chain(path, scores, keys, TILE_KEYS, queries.q, starts, head_dim);
+        }
     }
     // Rows that see the same keys go on together.
+    let mut decay = [0.0; MAX_QUERIES];
     let mut first = all.start;
-    for rows in rows.chunk_by(|a, b| seen(a) == seen(b)) {
-        let (low, high) = seen(&rows[0]);
+    let alike = || rows.chunk_by(|a, b| seen(a) == seen(b));
+    for rows in alike() {
         let some = first..first + rows.len() * group;
         first = some.end;
-        let mut decay = [0.0; MAX_QUERIES];
         let (scores_low, scores_high) = scratch.scores.split_at(MAX_QUERIES * LANES);
         softmax_tile(
             path,
             &scores_low.as_chunks::<LANES>().0[some.clone()],
             &scores_high.as_chunks::<LANES>().0[some.clone()],
-            (low, high),
+            seen(&rows[0]),
             scale,
             queries.exact,
             &mut split[some.clone()],
             &mut decay[some.clone()],
-            &mut scratch.probabilities.as_chunks_mut::<TILE_KEYS>().0[some.clone()],
+            &mut scratch.probabilities.as_chunks_mut::<TILE_KEYS>().0[some],
         );
+    }
+    if let Some((_, values)) = in_pairs {
+        let tiles = scratch.tile_pairs.as_chunks_mut().0;
+        amx::pair_rows(path, values, padded, first_key, tiles);
+        let (p, p_pairs) = (&scratch.probabilities, &mut scratch.p_pairs);
+        amx::join_rows(path, p, &starts.p[all.clone()], TILE_KEYS, p_pairs);
+        let sums = scratch.values.as_chunks_mut().0;
+        amx::multiply_held(p_pairs, all.len(), 0..all.len(), tiles, TILE_KEYS, sums);
+        for block in 0..padded / LANES {
+            let out = &mut lanes_of(&mut scratch.split, block)[all.clone()];
+            let sums = &lanes_of(&mut scratch.values, block)[..all.len()];
+            decay_and_add(path, &decay[all.clone()], sums, out);
+        }
+        return;
+    }
+    let values = unpack(path, values, &mut scratch.values);
+    let mut first = all.start;
+    for rows in alike() {
+        let (low, high) = seen(&rows[0]);
+        let some = first..first + rows.len() * group;
+        first = some.end;
         for block in 0..padded / LANES {
             let out = &mut lanes_of(&mut scratch.split, block)[some.clone()];
             decay_all(path, &decay[some.clone()], out);
@@ -355,6 +400,20 @@ fn decay_all_body(decay: &[f32], out: &mut [[f32; LANES]]) {
 }
 
 on_each_path! {
+    fn decay_and_add(decay: &[f32], sums: &[[f32; LANES]], out: &mut [[f32; LANES]])
+        = decay_and_add_body
+}
+
+#[inline(always)]
+fn decay_and_add_body(decay: &[f32], sums: &[[f32; LANES]], out: &mut [[f32; LANES]]) {
+    for ((&decay, sums), out) in decay.iter().zip(sums).zip(out) {
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = out.mul_add(decay, *sum);
+        }
+    }
+}
+
+on_each_path! {
     /// Folds a split (or the sink) into what came before it; returns the factors of the old and
     /// the new output.
     fn fold(folded: &mut State, split: State) -> (f32, f32) = fold_body
@@ -443,3 +502,6 @@ pub fn reference<'t, 'o, E: KvElement>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::attention::{Queries, Row, attend};
 use super::buffer::{Buffer, Disjoint};
 use super::embed::embed;
-use super::gemm::{Exec, MAX_QUERIES};
+use super::gemm::{Exec, MAX_QUERIES, Products};
 use super::kv_append::kv_append;
 use super::kv_cache::{KvCache, KvElement};
 use super::lanes::{for_each, for_each_in_turn};
@@ -433,6 +433,7 @@ fn queries<'a>(
         sinks: &layer.sinks,
         first_sink: head * group,
         exact: exec.exact,
+        by_tiles: Products::of(exec.path, exec.exact) == Products::Tiles,
     }
 }
 

@@ -120,6 +120,12 @@ pub struct AttentionScratch {
     pub split: Buffer<f32>,
     /// Outputs folded so far, of the same shape.
     pub folded: Buffer<f32>,
+    /// Queries joined to pairs, for the tile unit.
+    pub q_pairs: Buffer<u32>,
+    /// Probabilities of a tile, as well.
+    pub p_pairs: Buffer<u32>,
+    /// Keys of a tile in pairs, and then its values.
+    pub tile_pairs: Buffer<u32>,
 }
 
 /// `head_dim` rounded up to whole lanes: the row length of a V tile.
@@ -141,6 +147,9 @@ impl Scratch {
                 probabilities: Buffer::zeroed(what, MAX_QUERIES * TILE_KEYS)?,
                 split: Buffer::zeroed(what, padded * MAX_QUERIES)?,
                 folded: Buffer::zeroed(what, padded * MAX_QUERIES)?,
+                q_pairs: Buffer::zeroed(what, padded / 2 * MAX_QUERIES)?,
+                p_pairs: Buffer::zeroed(what, TILE_KEYS / 2 * MAX_QUERIES)?,
+                tile_pairs: Buffer::zeroed(what, TILE_KEYS / 2 * padded)?,
             },
         })
     }
@@ -155,6 +164,9 @@ impl Scratch {
             + attention.probabilities.n_bytes()
             + attention.split.n_bytes()
             + attention.folded.n_bytes()
+            + attention.q_pairs.n_bytes()
+            + attention.p_pairs.n_bytes()
+            + attention.tile_pairs.n_bytes()
     }
 
     /// Bytes of one thread's scratch, as planned.
@@ -166,7 +178,9 @@ impl Scratch {
             + TILE_KEYS * padded
             + 2 * MAX_QUERIES * LANES
             + MAX_QUERIES * TILE_KEYS
-            + 2 * padded * MAX_QUERIES;
+            + 2 * padded * MAX_QUERIES
+            + (padded + TILE_KEYS) / 2 * MAX_QUERIES
+            + TILE_KEYS / 2 * padded;
         (values * size_of::<f32>()) as u64
     }
 }

@@ -24,6 +24,9 @@ pub trait KvElement: Plain {
 
     /// `source` as f32, unpacked into `scratch` where it is not f32 already.
     fn as_f32<'a>(source: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
+
+    /// `source`, where it is bf16.
+    fn as_bf16(source: &[Self]) -> Option<&[u16]>;
 }
 
 impl KvElement for f32 {
@@ -35,6 +38,11 @@ impl KvElement for f32 {
     #[inline(always)]
     fn as_f32<'a>(source: &'a [Self], _scratch: &'a mut [f32]) -> &'a [f32] {
         source
+    }
+
+    #[inline(always)]
+    fn as_bf16(_source: &[Self]) -> Option<&[u16]> {
+        None
     }
 }
 
@@ -51,6 +59,11 @@ impl KvElement for u16 {
             *out = bf16::to_f32(bits);
         }
         scratch
+    }
+
+    #[inline(always)]
+    fn as_bf16(source: &[Self]) -> Option<&[u16]> {
+        Some(source)
     }
 }
 

@@ -17,6 +17,7 @@
 //! sums     [rows][32 lanes]: as well
 //! ```
 
+mod held;
 mod unit;
 
 #[cfg(test)]
@@ -34,6 +35,7 @@ use super::path::{CpuPath, on_each_path};
 use super::weights::{Tiles, prefetch, prefetch_near};
 use unit::TileUnit;
 
+pub use held::{join_rows, multiply_held, pair_rows};
 pub use unit::is_available;
 
 /// k of one instruction.
