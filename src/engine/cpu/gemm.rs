@@ -103,6 +103,8 @@ pub struct Scratch {
     pub weights: Buffer<f32>,
     /// The same of some tiles as pairs `[MOST_JOINT][CHUNK_K / 2][LANES]`, or of as many words.
     pub pairs: Buffer<u32>,
+    /// Sums of tiles ([`amx::SUMS`]).
+    pub sums: Buffer<f32>,
     pub attention: AttentionScratch,
 }
 
@@ -140,6 +142,7 @@ impl Scratch {
         Ok(Self {
             weights: Buffer::zeroed(what, CHUNK_K * LANES)?,
             pairs: Buffer::zeroed(what, MOST_JOINT * CHUNK_K / 2 * LANES)?,
+            sums: Buffer::zeroed(what, amx::SUMS)?,
             attention: AttentionScratch {
                 keys: Buffer::zeroed(what, head_dim * TILE_KEYS)?,
                 values: Buffer::zeroed(what, TILE_KEYS * padded)?,
@@ -158,6 +161,7 @@ impl Scratch {
         let attention = &self.attention;
         self.weights.n_bytes()
             + self.pairs.n_bytes()
+            + self.sums.n_bytes()
             + attention.keys.n_bytes()
             + attention.values.n_bytes()
             + attention.scores.n_bytes()
@@ -174,6 +178,7 @@ impl Scratch {
         let padded = padded_head_dim(head_dim);
         let values = CHUNK_K * LANES
             + MOST_JOINT * CHUNK_K / 2 * LANES
+            + amx::SUMS
             + head_dim * TILE_KEYS
             + TILE_KEYS * padded
             + 2 * MAX_QUERIES * LANES

@@ -58,10 +58,6 @@ const STEP_WORDS: usize = STEP_PAIRS * LANES;
 /// last as of the others.
 pub const SLACK: usize = (BLOCK_ROWS - 1) * STEP_PAIRS;
 
-/// Sums of a group of rows. A row is two lines of the cache, and no more.
-#[repr(align(64))]
-struct Sums([[f32; LANES]; GROUP_ROWS]);
-
 /// Rows of each block of a group: as many in all but the last, for the unit takes as long as there are rows.
 fn block_rows(n_rows: usize) -> usize {
     n_rows.div_ceil(n_rows.div_ceil(BLOCK_ROWS))
@@ -165,11 +161,12 @@ fn multiply_by<U: TileUnit, W: Tiles>(
                 n_steps,
             };
             let unit = U::set(block_rows(n));
-            let finish = |tile, sums: &mut [_]| finish(tiles.start + tile, group, sums);
+            let finish = |tile, row, sums: &mut [_]| finish(tiles.start + tile, group + row, sums);
+            let sums = &mut scratch.sums;
             match weights.packed_pairs(tiles.start) {
                 Some((words, a_tile)) => {
                     let packed = Packed::new(&words[..tiles.len() * a_tile]);
-                    rows.multiply(&unit, packed, tiles.len(), finish);
+                    rows.multiply(&unit, packed, tiles.len(), sums, finish);
                 }
                 None => {
                     let unpacked = Unpacked {
@@ -180,7 +177,7 @@ fn multiply_by<U: TileUnit, W: Tiles>(
                         first: tiles.start * n_steps,
                         end: tiles.end * n_steps,
                     };
-                    rows.multiply(&unit, unpacked, tiles.len(), finish);
+                    rows.multiply(&unit, unpacked, tiles.len(), sums, finish);
                 }
             }
         }
@@ -318,26 +315,49 @@ struct Rows<'a> {
     n_steps: usize,
 }
 
+/// Rows that are finished during a step.
+const FINISH_ROWS: usize = 4;
+
+/// Sums that [`Rows::multiply`] works in: of a group of rows with two tiles.
+pub const SUMS: usize = 2 * GROUP_ROWS * LANES;
+
 impl Rows<'_> {
-    /// Multiplies all rows with `n_tiles` tiles and hands the sums of each to `finish`. While steps are
-    /// multiplied, those a little further on are brought: memory and what unpacks work beside the unit.
+    /// Multiplies all rows with `n_tiles` tiles and hands the sums of each to `finish(tile, first row,
+    /// sums)`. While steps are multiplied, those a little further on are brought, and rows of the tile
+    /// before are finished: memory, what unpacks and what finishes work beside the unit.
     fn multiply<U: TileUnit, S: Steps>(
         &self,
         unit: &U,
         mut steps: S,
         n_tiles: usize,
-        mut finish: impl FnMut(usize, &mut [[f32; LANES]]),
+        sums: &mut [f32],
+        mut finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
     ) {
-        let mut sums = Sums([[0.0; LANES]; GROUP_ROWS]);
+        let (sums, _) = sums.as_chunks_mut::<LANES>();
+        let (mut sums, mut before) = sums.split_at_mut(GROUP_ROWS);
         steps.begin();
         for tile in 0..n_tiles {
+            let n_before = if tile == 0 { 0 } else { self.n };
+            let mut next = 0;
+            let mut finish_some = || {
+                if next < n_before {
+                    let some = next..n_before.min(next + FINISH_ROWS);
+                    next = some.end;
+                    finish(tile - 1, some.start, &mut before[some]);
+                }
+            };
             if self.n <= BLOCK_ROWS {
-                self.multiply_block(unit, &mut steps, tile, &mut sums);
+                self.multiply_block(unit, &mut steps, tile, sums, &mut finish_some);
             } else {
-                self.multiply_blocks(unit, &mut steps, tile, &mut sums);
+                self.multiply_blocks(unit, &mut steps, tile, sums, &mut finish_some);
             }
-            finish(tile, &mut sums.0[..self.n]);
+            // More rows than steps.
+            if next < n_before {
+                finish(tile - 1, next, &mut before[next..n_before]);
+            }
+            std::mem::swap(&mut sums, &mut before);
         }
+        finish(n_tiles - 1, 0, &mut before[..self.n]);
     }
 
     /// One block with a tile: its sums stay where they are through all steps.
@@ -347,7 +367,8 @@ impl Rows<'_> {
         unit: &U,
         steps: &mut S,
         tile: usize,
-        sums: &mut Sums,
+        sums: &mut [[f32; LANES]],
+        finish_some: &mut impl FnMut(),
     ) {
         unit.clear();
         let a_step = self.n * STEP_PAIRS;
@@ -358,8 +379,9 @@ impl Rows<'_> {
                 ask_ahead(rows, 0, a_step);
             }
             unit.step(rows, steps.pairs(tile * self.n_steps + step));
+            finish_some();
         }
-        unit.store(&mut sums.0);
+        unit.store(sums);
     }
 
     /// Several blocks with a tile. Its steps are taken in runs, each by all blocks.
@@ -369,7 +391,8 @@ impl Rows<'_> {
         unit: &U,
         steps: &mut S,
         tile: usize,
-        sums: &mut Sums,
+        sums: &mut [[f32; LANES]],
+        finish_some: &mut impl FnMut(),
     ) {
         let block_rows = block_rows(self.n);
         let n_blocks = self.n.div_ceil(block_rows);
@@ -378,7 +401,7 @@ impl Rows<'_> {
             let of_run = run * self.n_steps / n_runs..(run + 1) * self.n_steps / n_runs;
             for block in 0..n_blocks {
                 let first = block * block_rows;
-                let of_block = &mut sums.0[first..];
+                let of_block = &mut sums[first..];
                 let blocks = &self.blocks[first * self.n_steps * STEP_PAIRS..];
                 let a_step = block_rows.min(self.n - first) * STEP_PAIRS;
                 match run {
@@ -392,6 +415,7 @@ impl Rows<'_> {
                     }
                     let rows = &blocks[step * a_step..];
                     unit.step(rows, steps.pairs(tile * self.n_steps + step));
+                    finish_some();
                 }
                 unit.store(of_block);
             }
@@ -434,6 +458,7 @@ pub fn multiply_from_cache(n_rounds: usize) -> usize {
     // Pairs of 0.5 in bf16.
     let pairs = Lines([[0x3F00_3F00; STEP_WORDS]; RUN_STEPS]);
     let blocks = Lines([0x3F00_3F00; RUN_STEPS * STEP_PAIRS * N_ROWS]);
+    let mut sums = Lines([0.0; SUMS]);
     let unit = unit::Hardware::set(BLOCK_ROWS);
     let rows = Rows {
         blocks: &blocks.0,
@@ -441,7 +466,8 @@ pub fn multiply_from_cache(n_rounds: usize) -> usize {
         n_steps: RUN_STEPS,
     };
     for _ in 0..n_rounds {
-        rows.multiply(&unit, Held(black_box(&pairs.0)), N_TILES, |_, sums| {
+        let held = Held(black_box(&pairs.0));
+        rows.multiply(&unit, held, N_TILES, &mut sums.0, |_, _, sums| {
             black_box(sums);
         });
     }
