@@ -15,7 +15,7 @@ use std::ops::Range;
 use super::amx;
 use super::gemm::{AttentionScratch, MAX_QUERIES};
 use super::kv_cache::{KvElement, KvGeometry, PAGE_TILES};
-use super::lanes::{LANES, exp, fma_chain, larger, max_lanes, sum_lanes};
+use super::lanes::{LANES, REGISTER, exp, fma_chain, larger, max_lanes, sum_lanes};
 use super::path::{CpuPath, Kind, on_each_path};
 use super::weights::Vector;
 use crate::engine::TILE_KEYS;
@@ -48,7 +48,7 @@ pub struct Queries<'a> {
     pub first_sink: usize,
     pub exact: bool,
     /// Products are done as pairs of bf16 by the tile unit, in its order, where keys and values are bf16 and
-    /// a head's dimensions are whole tiles.
+    /// it takes such heads.
     pub by_tiles: bool,
 }
 
@@ -101,7 +101,7 @@ pub fn attend<'t, 'o, E: KvElement>(
         starts.q[query] = row.index * queries.q_stride + query % group * head_dim;
         starts.p[query] = query * TILE_KEYS;
     }
-    if queries.by_tiles && head_dim == padded {
+    if queries.by_tiles && amx::takes_heads(head_dim) {
         let to = &mut scratch.q_pairs;
         amx::join_rows(path, queries.q, &starts.q[..n_queries], head_dim, to);
     }
@@ -215,7 +215,7 @@ fn attend_tile<E: KvElement>(
     let (first_key, end_key) = (seen(&rows[0]).0, seen(&rows[rows.len() - 1]).1);
     let values = &values[first_key * padded..end_key * padded];
     let in_pairs = E::as_bf16(keys).zip(E::as_bf16(values));
-    let in_pairs = in_pairs.filter(|_| queries.by_tiles && head_dim == padded);
+    let in_pairs = in_pairs.filter(|_| queries.by_tiles && amx::takes_heads(head_dim));
     let all = from * group..to * group;
     if let Some((keys, _)) = in_pairs {
         let tiles = scratch.tile_pairs.as_chunks_mut().0;
@@ -350,6 +350,7 @@ fn softmax_tile_body(
     let (scores_low, scores_high) = (&scores_low[..n], &scores_high[..n]);
     let (decay, probabilities) = (&mut decay[..n], &mut probabilities[..n]);
     let (from, to) = (seen.0 as u32, seen.1 as u32);
+    let mut sums = [0.0; MAX_QUERIES];
     for query in 0..n {
         let mut scores = [f32::NEG_INFINITY; TILE_KEYS];
         for lane in 0..LANES {
@@ -368,21 +369,26 @@ fn softmax_tile_body(
                 f32::NEG_INFINITY
             };
         }
-        let state = &mut states[query];
-        let max = larger(state.max, max_lanes(scores));
-        decay[query] = exp(state.max - max);
+        // In every lane the same.
+        let state = states[query].max;
+        let max = max_lanes(scores).map(|max| larger(state, max));
         let mut p = [0.0; TILE_KEYS];
         for lane in 0..TILE_KEYS {
             let key = lane as u32;
             let visible = key >= from && key < to;
-            let e = exp(scores[lane] - max);
+            let e = exp(scores[lane] - max[lane % REGISTER]);
             p[lane] = if visible { e } else { 0.0 };
         }
-        state.sum = state.sum.mul_add(decay[query], sum_lanes(p));
-        state.max = max;
+        decay[query] = state - max[0];
+        states[query].max = max[0];
+        sums[query] = sum_lanes(p);
         for (out, p) in probabilities[query].iter_mut().zip(p) {
             *out = if exact { p } else { bf16::round(p) };
         }
+    }
+    for ((state, decay), sum) in states.iter_mut().zip(decay).zip(sums) {
+        *decay = exp(*decay);
+        state.sum = state.sum.mul_add(*decay, sum);
     }
 }
 

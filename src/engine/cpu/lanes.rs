@@ -7,6 +7,7 @@
 //! pairs have an order of their own ([`super::amx`]). Lanes are output rows, keys, or value dims, never
 //! parts of a sum, so an output is one chain whatever the path and however many `t` run together.
 
+use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::path::{CpuPath, Kind, on_each_path};
@@ -300,10 +301,29 @@ pub fn exp(x: f32) -> f32 {
     y * f32::from_bits(power)
 }
 
+/// Lanes of a register, at most.
+pub const REGISTER: usize = 16;
+
+/// Halves onto halves, down to a register.
+#[inline(always)]
+fn halved<const N: usize>(mut lanes: [f32; N], onto: impl Fn(f32, f32) -> f32) -> [f32; REGISTER] {
+    const { assert!(N.is_power_of_two() && N >= REGISTER) };
+    let mut n = N;
+    while n > REGISTER {
+        n /= 2;
+        for i in 0..n {
+            lanes[i] = onto(lanes[i], lanes[i + n]);
+        }
+    }
+    std::array::from_fn(|i| lanes[i])
+}
+
 /// The sum of all lanes, halves added to halves: one order on every path.
 #[inline(always)]
-pub fn sum_lanes<const N: usize>(mut lanes: [f32; N]) -> f32 {
-    let mut n = N;
+pub fn sum_lanes<const N: usize>(lanes: [f32; N]) -> f32 {
+    // Else the compiler takes registers apart from the first addition on, since one lane is asked for.
+    let mut lanes = black_box(halved(lanes, |a, b| a + b));
+    let mut n = REGISTER;
     while n > 1 {
         n /= 2;
         for i in 0..n {
@@ -313,17 +333,17 @@ pub fn sum_lanes<const N: usize>(mut lanes: [f32; N]) -> f32 {
     lanes[0]
 }
 
-/// The largest lane; a NaN may be passed over, its `exp` is not.
+/// The largest lane, in all lanes of a register, where it is found and used without leaving it; a NaN may
+/// be passed over, its `exp` is not.
 #[inline(always)]
-pub fn max_lanes<const N: usize>(mut lanes: [f32; N]) -> f32 {
-    let mut n = N;
+pub fn max_lanes<const N: usize>(lanes: [f32; N]) -> [f32; REGISTER] {
+    let mut lanes = halved(lanes, larger);
+    let mut n = REGISTER;
     while n > 1 {
         n /= 2;
-        for i in 0..n {
-            lanes[i] = larger(lanes[i], lanes[i + n]);
-        }
+        lanes = std::array::from_fn(|i| larger(lanes[i], lanes[(i + n) % REGISTER]));
     }
-    lanes[0]
+    lanes
 }
 
 #[inline(always)]

@@ -16,6 +16,14 @@ use super::super::weights::PairedBlock;
 use super::unit::{self, TileUnit};
 use super::{BLOCK_ROWS, STEP_K, STEP_PAIRS, join_steps};
 
+/// Lanes of all tiles, at most: keys of a tile, or a head's dimensions.
+const MAX_LANES: usize = 512;
+
+/// Whether attention by heads of so many dimensions can be done here: they are whole tiles, and not too many.
+pub fn takes_heads(head_dim: usize) -> bool {
+    head_dim.is_multiple_of(LANES) && head_dim <= MAX_LANES
+}
+
 /// Joins rows of bf16 values, `n_k` from each start.
 pub fn join_rows(path: CpuPath, x: &[f32], starts: &[usize], n_k: usize, rows: &mut [u32]) {
     join_steps(path, x, starts, &mut rows[..starts.len() * n_k / 2]);
@@ -30,20 +38,19 @@ on_each_path! {
 
 #[inline(always)]
 fn pair_rows_body(values: &[u16], n_lanes: usize, from: usize, tiles: &mut [PairedBlock]) {
-    const NONE: [u16; LANES] = [0; LANES];
+    const NONE: &[u16] = &[0; MAX_LANES];
     let n_steps = tiles.len() / (n_lanes / LANES);
-    let (lanes, _) = values.as_chunks::<LANES>();
+    let of_k = |k: usize| {
+        let row = k.checked_sub(from).map(|row| row * n_lanes);
+        let row = row.and_then(|row| values.get(row..row + n_lanes));
+        row.unwrap_or(&NONE[..n_lanes]).as_chunks::<LANES>().0
+    };
     for pair in 0..n_steps * STEP_PAIRS {
-        for tile in 0..n_lanes / LANES {
-            let of_k = |k: usize| {
-                let row = k
-                    .checked_sub(from)
-                    .map(|row| row * (n_lanes / LANES) + tile);
-                row.and_then(|at| lanes.get(at)).unwrap_or(&NONE)
-            };
-            let (even, odd) = (of_k(2 * pair), of_k(2 * pair + 1));
-            let to = &mut tiles[tile * n_steps + pair / STEP_PAIRS];
-            let to = &mut to[pair % STEP_PAIRS * LANES..][..LANES];
+        let (step, at) = (pair / STEP_PAIRS, pair % STEP_PAIRS * LANES);
+        let of_step = tiles.iter_mut().skip(step).step_by(n_steps);
+        let rows = of_k(2 * pair).iter().zip(of_k(2 * pair + 1));
+        for (to, (even, odd)) in of_step.zip(rows) {
+            let to: &mut [u32; LANES] = to[at..].first_chunk_mut().expect("a row of a tile");
             for lane in 0..LANES {
                 to[lane] = u32::from(even[lane]) | u32::from(odd[lane]) << 16;
             }
@@ -76,14 +83,21 @@ fn multiply_by<U: TileUnit>(
     n_k: usize,
     sums: &mut [[f32; LANES]],
 ) {
-    for first in some.clone().step_by(BLOCK_ROWS) {
-        let unit = U::set(BLOCK_ROWS.min(some.end - first));
-        for (tile, steps) in tiles.chunks_exact(n_k / STEP_K).enumerate() {
-            unit.clear();
-            for (step, pairs) in steps.iter().enumerate() {
-                unit.step(&rows[(step * n_rows + first) * STEP_PAIRS..], pairs);
+    let end_whole = some.end - some.len() % BLOCK_ROWS;
+    // The unit is set once for all whole blocks.
+    for blocks in [some.start..end_whole, end_whole..some.end] {
+        if blocks.is_empty() {
+            continue;
+        }
+        let unit = U::set(BLOCK_ROWS.min(blocks.len()));
+        for first in blocks.step_by(BLOCK_ROWS) {
+            for (tile, steps) in tiles.chunks_exact(n_k / STEP_K).enumerate() {
+                unit.clear();
+                for (step, pairs) in steps.iter().enumerate() {
+                    unit.step(&rows[(step * n_rows + first) * STEP_PAIRS..], pairs);
+                }
+                unit.store(&mut sums[tile * MAX_QUERIES + first - some.start..]);
             }
-            unit.store(&mut sums[tile * MAX_QUERIES + first - some.start..]);
         }
     }
 }

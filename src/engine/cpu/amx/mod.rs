@@ -35,7 +35,7 @@ use super::path::{CpuPath, on_each_path};
 use super::weights::{Tiles, prefetch, prefetch_near};
 use unit::TileUnit;
 
-pub use held::{join_rows, multiply_held, pair_rows};
+pub use held::{join_rows, multiply_held, pair_rows, takes_heads};
 pub use unit::is_available;
 
 /// k of one instruction.
@@ -161,7 +161,7 @@ fn multiply_by<U: TileUnit, W: Tiles>(
                 n_steps,
             };
             let unit = U::set(block_rows(n));
-            let finish = |tile, row, sums: &mut [_]| finish(tiles.start + tile, group + row, sums);
+            let finish = |tile, sums: &mut [_]| finish(tiles.start + tile, group, sums);
             let sums = &mut scratch.sums;
             match weights.packed_pairs(tiles.start) {
                 Some((words, a_tile)) => {
@@ -315,49 +315,30 @@ struct Rows<'a> {
     n_steps: usize,
 }
 
-/// Rows that are finished during a step.
-const FINISH_ROWS: usize = 4;
-
-/// Sums that [`Rows::multiply`] works in: of a group of rows with two tiles.
-pub const SUMS: usize = 2 * GROUP_ROWS * LANES;
+/// Sums that [`Rows::multiply`] works in: of a group of rows with a tile.
+pub const SUMS: usize = GROUP_ROWS * LANES;
 
 impl Rows<'_> {
-    /// Multiplies all rows with `n_tiles` tiles and hands the sums of each to `finish(tile, first row,
-    /// sums)`. While steps are multiplied, those a little further on are brought, and rows of the tile
-    /// before are finished: memory, what unpacks and what finishes work beside the unit.
+    /// Multiplies all rows with `n_tiles` tiles and hands the sums of each to `finish`. While steps are
+    /// multiplied, those a little further on are brought: memory and what unpacks work beside the unit.
     fn multiply<U: TileUnit, S: Steps>(
         &self,
         unit: &U,
         mut steps: S,
         n_tiles: usize,
         sums: &mut [f32],
-        mut finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
+        mut finish: impl FnMut(usize, &mut [[f32; LANES]]),
     ) {
         let (sums, _) = sums.as_chunks_mut::<LANES>();
-        let (mut sums, mut before) = sums.split_at_mut(GROUP_ROWS);
         steps.begin();
         for tile in 0..n_tiles {
-            let n_before = if tile == 0 { 0 } else { self.n };
-            let mut next = 0;
-            let mut finish_some = || {
-                if next < n_before {
-                    let some = next..n_before.min(next + FINISH_ROWS);
-                    next = some.end;
-                    finish(tile - 1, some.start, &mut before[some]);
-                }
-            };
             if self.n <= BLOCK_ROWS {
-                self.multiply_block(unit, &mut steps, tile, sums, &mut finish_some);
+                self.multiply_block(unit, &mut steps, tile, sums);
             } else {
-                self.multiply_blocks(unit, &mut steps, tile, sums, &mut finish_some);
+                self.multiply_blocks(unit, &mut steps, tile, sums);
             }
-            // More rows than steps.
-            if next < n_before {
-                finish(tile - 1, next, &mut before[next..n_before]);
-            }
-            std::mem::swap(&mut sums, &mut before);
+            finish(tile, &mut sums[..self.n]);
         }
-        finish(n_tiles - 1, 0, &mut before[..self.n]);
     }
 
     /// One block with a tile: its sums stay where they are through all steps.
@@ -368,7 +349,6 @@ impl Rows<'_> {
         steps: &mut S,
         tile: usize,
         sums: &mut [[f32; LANES]],
-        finish_some: &mut impl FnMut(),
     ) {
         unit.clear();
         let a_step = self.n * STEP_PAIRS;
@@ -379,7 +359,6 @@ impl Rows<'_> {
                 ask_ahead(rows, 0, a_step);
             }
             unit.step(rows, steps.pairs(tile * self.n_steps + step));
-            finish_some();
         }
         unit.store(sums);
     }
@@ -392,7 +371,6 @@ impl Rows<'_> {
         steps: &mut S,
         tile: usize,
         sums: &mut [[f32; LANES]],
-        finish_some: &mut impl FnMut(),
     ) {
         let block_rows = block_rows(self.n);
         let n_blocks = self.n.div_ceil(block_rows);
@@ -415,7 +393,6 @@ impl Rows<'_> {
                     }
                     let rows = &blocks[step * a_step..];
                     unit.step(rows, steps.pairs(tile * self.n_steps + step));
-                    finish_some();
                 }
                 unit.store(of_block);
             }
@@ -467,7 +444,7 @@ pub fn multiply_from_cache(n_rounds: usize) -> usize {
     };
     for _ in 0..n_rounds {
         let held = Held(black_box(&pairs.0));
-        rows.multiply(&unit, held, N_TILES, &mut sums.0, |_, _, sums| {
+        rows.multiply(&unit, held, N_TILES, &mut sums.0, |_, sums| {
             black_box(sums);
         });
     }
