@@ -371,13 +371,18 @@ fn softmax_tile_body(
         }
         // In every lane the same.
         let state = states[query].max;
-        let max = max_lanes(scores).map(|max| larger(state, max));
+        let mut max = max_lanes(scores);
+        for max in &mut max {
+            *max = larger(state, *max);
+        }
         let mut p = [0.0; TILE_KEYS];
-        for lane in 0..TILE_KEYS {
-            let key = lane as u32;
-            let visible = key >= from && key < to;
-            let e = exp(scores[lane] - max[lane % REGISTER]);
-            p[lane] = if visible { e } else { 0.0 };
+        for first in (0..TILE_KEYS).step_by(REGISTER) {
+            for i in 0..REGISTER {
+                let key = (first + i) as u32;
+                let visible = key >= from && key < to;
+                let e = exp(scores[first + i] - max[i]);
+                p[first + i] = if visible { e } else { 0.0 };
+            }
         }
         decay[query] = state - max[0];
         states[query].max = max[0];

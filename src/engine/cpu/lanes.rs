@@ -315,7 +315,12 @@ fn halved<const N: usize>(mut lanes: [f32; N], onto: impl Fn(f32, f32) -> f32) -
             lanes[i] = onto(lanes[i], lanes[i + n]);
         }
     }
-    std::array::from_fn(|i| lanes[i])
+    let mut register = [0.0; REGISTER];
+    // A loop: what the library would do it by is not compiled for the path's instructions.
+    for (i, lane) in register.iter_mut().enumerate() {
+        *lane = lanes[i];
+    }
+    register
 }
 
 /// The sum of all lanes, halves added to halves: one order on every path.
@@ -341,7 +346,10 @@ pub fn max_lanes<const N: usize>(lanes: [f32; N]) -> [f32; REGISTER] {
     let mut n = REGISTER;
     while n > 1 {
         n /= 2;
-        lanes = std::array::from_fn(|i| larger(lanes[i], lanes[(i + n) % REGISTER]));
+        let others = lanes;
+        for i in 0..REGISTER {
+            lanes[i] = larger(lanes[i], others[(i + n) % REGISTER]);
+        }
     }
     lanes
 }
