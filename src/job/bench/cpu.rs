@@ -19,7 +19,7 @@ use crate::engine::cpu::lanes::{LANES, fma_chain_in_pairs};
 use crate::engine::cpu::model::CpuModel;
 use crate::engine::cpu::numa;
 use crate::engine::cpu::pairs::pair_chain;
-use crate::engine::cpu::path::CpuPath;
+use crate::engine::cpu::path::{CpuPath, on_each_path};
 use crate::engine::cpu::weights::prefetch;
 use crate::engine::cpu::{CpuBackend, CpuOptions, thread_pool};
 use crate::engine::{Backend, EngineError};
@@ -54,7 +54,7 @@ pub fn bench(args: &BenchArgs, model: &Synthetic) -> Result<u8, JobError> {
     };
     let pool = thread_pool(options.n_threads)?;
     let limits = Limits {
-        bytes_per_s: read_bandwidth(&pool)?,
+        bytes_per_s: read_bandwidth(&pool, path)?,
         bytes_are: "read",
         flops_per_s: Some(multiply_rate(&pool, path, options.exact)),
         flops_are: "measured",
@@ -119,32 +119,38 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 /// Bytes a second that all threads together read from memory, in huge pages where there are such: by
 /// the faster way, since which lines a CPU asks for by itself differs.
-fn read_bandwidth(pool: &ThreadPool) -> Result<f64, EngineError> {
+fn read_bandwidth(pool: &ThreadPool, path: CpuPath) -> Result<f64, EngineError> {
     const WORDS: usize = 1 << 28;
     let words: Buffer<u32> = Buffer::zeroed("memory to read", WORDS)?;
     let a_thread = WORDS.div_ceil(pool.current_num_threads());
-    let rate = |sum_of: fn(&[u32]) -> u32| {
+    let rate = |ahead: usize| {
         let rates = (0..REPEATS).map(|_| {
             let begun = Instant::now();
-            let sum: u32 = pool.install(|| words.par_chunks(a_thread).map(sum_of).sum());
+            let parts = words.par_chunks(a_thread);
+            let sum: u32 = pool.install(|| parts.map(|part| sum_of(path, part, ahead)).sum());
             black_box(sum);
             words.n_bytes() as f64 / begun.elapsed().as_secs_f64()
         });
         median(rates.collect())
     };
-    Ok(rate(sum_of::<0>).max(rate(sum_of::<2048>)))
+    Ok(rate(0).max(rate(2048)))
 }
 
-/// Several sums side by side, so that memory is waited for and not the additions; lines are asked for
-/// so many words ahead, if any.
-fn sum_of<const AHEAD: usize>(words: &[u32]) -> u32 {
+on_each_path! {
+    /// Several sums side by side, so that memory is waited for and not the additions; lines are asked for
+    /// so many words ahead, if any.
+    fn sum_of(words: &[u32], ahead: usize) -> u32 = sum_of_body
+}
+
+#[inline(always)]
+fn sum_of_body(words: &[u32], ahead: usize) -> u32 {
     let mut sums = [0u32; 64];
     for (i, step) in words.as_chunks::<64>().0.iter().enumerate() {
-        if AHEAD > 0 {
-            prefetch(words, i * 64 + AHEAD, 64);
+        if ahead > 0 {
+            prefetch(words, i * 64 + ahead, 64);
         }
-        for (sum, word) in sums.iter_mut().zip(step) {
-            *sum = sum.wrapping_add(*word);
+        for i in 0..sums.len() {
+            sums[i] = sums[i].wrapping_add(step[i]);
         }
     }
     sums.iter().fold(0, |sum, &one| sum.wrapping_add(one))
