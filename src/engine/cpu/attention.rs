@@ -4,7 +4,8 @@
 //! softmax; on full layers a split of 256 keys begins from zero and finished splits are folded in
 //! position order; on sliding layers all tiles are one split. The sink joins maximum and
 //! denominator last, unscaled. A masked key is never multiplied: its score is not looked at and
-//! its V is skipped, so the cache may hold anything there.
+//! its V is skipped, so the cache may hold anything there. By the tile unit zeros stand for the V of
+//! keys that no row of a task sees, and a row's probability of 0 meets the V of those that others see.
 //!
 //! Neighbours whose split lies in the same memory, be they rows of one sequence or of several that
 //! share a page, go through it together: it is read and unpacked once for all of them. A query is

@@ -1,5 +1,5 @@
-//! Products of rows with a few tiles that are in the cache: those of attention, whose keys and values are
-//! made pairs of for some queries and are small.
+//! Products of rows with a few tiles that are in the cache: those of attention. A tile of keys or values is
+//! made pairs once for all queries of a task.
 //!
 //! ```text
 //! rows   [k / 32][rows][16 pairs]: any rows that follow each other are an A

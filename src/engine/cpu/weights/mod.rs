@@ -44,7 +44,7 @@ pub trait Tiles: Sync {
         }
     }
 
-    /// The same of 32 k, numbered through all tiles. The next call may be of those behind them.
+    /// The same of a block of 32 k, numbered through all tiles. Blocks further on may be asked for.
     fn unpack_block(&self, path: CpuPath, block: usize, out: &mut PairedBlock) {
         let a_tile = self.n_k() / BLOCK;
         let mut values = [0.0; BLOCK * LANES];
