@@ -315,7 +315,7 @@ struct Rows<'a> {
     n_steps: usize,
 }
 
-/// Sums that [`Rows::multiply`] works in: of a group of rows with a tile.
+/// Sums that a task works in: of a group of rows with a tile.
 pub const SUMS: usize = GROUP_ROWS * LANES;
 
 impl Rows<'_> {
