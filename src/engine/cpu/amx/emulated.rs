@@ -105,6 +105,10 @@ impl TileUnit for Emulated {
         }
     }
 
+    fn step_passing(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]) {
+        self.step(rows, pairs);
+    }
+
     fn store(&self, sums: &mut [[f32; LANES]]) {
         let [low, high] = &*self.sums.borrow();
         for (row, sums) in sums[..self.n_rows].iter_mut().enumerate() {

@@ -47,10 +47,6 @@ const STEP_PAIRS: usize = STEP_K / 2;
 /// Rows of an A.
 const BLOCK_ROWS: usize = 16;
 
-/// Steps of K between which sums lie in tiles, so that a step's weights are in the first-level cache for
-/// all blocks of rows. A divisor of the 90 of 2880.
-const RUN_STEPS: usize = 6;
-
 /// Words of a step of a tile of weights.
 const STEP_WORDS: usize = STEP_PAIRS * LANES;
 
@@ -58,7 +54,7 @@ const STEP_WORDS: usize = STEP_PAIRS * LANES;
 /// last as of the others.
 pub const SLACK: usize = (BLOCK_ROWS - 1) * STEP_PAIRS;
 
-/// Rows of each block of a group: as many in all but the last, for the unit takes as long as there are rows.
+/// Rows of each block of a group: as many in all but the last, of which as many are read.
 fn block_rows(n_rows: usize) -> usize {
     n_rows.div_ceil(n_rows.div_ceil(BLOCK_ROWS))
 }
@@ -169,14 +165,9 @@ fn multiply_by<U: TileUnit, W: Tiles>(
                     rows.multiply(&unit, packed, tiles.len(), sums, finish);
                 }
                 None => {
-                    let unpacked = Unpacked {
-                        weights,
-                        path: exec.path,
-                        ring: scratch.pairs.first_chunk_mut().expect("as many words"),
-                        next: tiles.start * n_steps,
-                        first: tiles.start * n_steps,
-                        end: tiles.end * n_steps,
-                    };
+                    let steps = tiles.start * n_steps..tiles.end * n_steps;
+                    let ring = scratch.pairs.first_chunk_mut().expect("as many words");
+                    let unpacked = Unpacked::new(weights, exec.path, steps, ring);
                     rows.multiply(&unit, unpacked, tiles.len(), sums, finish);
                 }
             }
@@ -186,6 +177,13 @@ fn multiply_by<U: TileUnit, W: Tiles>(
 
 /// Steps of a task's tiles as pairs, numbered through all of them.
 trait Steps {
+    /// Steps of K between which the sums of several blocks lie in tiles: as many as there is room for in the
+    /// first-level cache, where they stay for all blocks. A divisor of the 90 of 2880.
+    const RUN: usize;
+
+    /// Whether rows of several blocks pass through the first-level cache: they are too many to stay.
+    const ROWS_PASS: bool = true;
+
     /// Has the first steps on their way.
     fn begin(&mut self);
 
@@ -197,55 +195,80 @@ trait Steps {
     fn pairs(&self, step: usize) -> &[u32; STEP_WORDS];
 }
 
-/// Weights that are pairs as they lie, brought from memory.
-struct Packed<'a> {
-    words: &'a [u32],
-    /// Words that were asked for.
+/// What a task reads of memory, in order, and asks for some steps ahead.
+struct Ahead<'a, T> {
+    values: &'a [T],
+    /// Values that were asked for.
     asked: usize,
-    /// Lines to ask for, times the number of blocks.
+    /// Values to ask for, times the number of blocks.
     due: usize,
 }
 
-/// Words of a line of the cache.
-const LINE_WORDS: usize = 16;
+impl<'a, T> Ahead<'a, T> {
+    /// Steps by which it is ahead: 16 KiB of pairs, 4 KiB of MXFP4.
+    const STEPS: usize = 8;
 
-impl<'a> Packed<'a> {
-    /// Steps by which memory is asked ahead: 16 KiB.
-    const AHEAD: usize = 8;
+    /// Values of a line of the cache.
+    const LINE: usize = 64 / size_of::<T>();
 
-    fn new(words: &'a [u32]) -> Self {
+    fn new(values: &'a [T]) -> Self {
         Self {
-            words,
+            values,
             asked: 0,
             due: 0,
         }
     }
-}
 
-impl Steps for Packed<'_> {
-    fn begin(&mut self) {
-        prefetch(self.words, 0, Self::AHEAD * STEP_WORDS);
-        self.asked = Self::AHEAD * STEP_WORDS;
+    fn begin(&mut self, a_step: usize) {
+        self.asked = Self::STEPS * a_step;
+        prefetch(self.values, 0, self.asked.min(self.values.len()));
     }
 
-    /// Memory answers at a steady pace, so what is asked of it is spread over all blocks. Of many blocks it
+    /// Memory answers at a steady pace, and whatever waits for it keeps a place that rows of the
+    /// second-level cache need as well. So what is asked of it is spread over all blocks. Of many blocks it
     /// goes to the second-level cache: the first holds what they are multiplied with.
     #[inline(always)]
-    fn bring(&mut self, _: usize, n_blocks: usize) {
-        if self.asked >= self.words.len() {
+    fn ask(&mut self, a_step: usize, n_blocks: usize) {
+        if self.asked >= self.values.len() {
             return;
         }
         if n_blocks == 1 {
-            prefetch(self.words, self.asked, STEP_WORDS);
-            self.asked += STEP_WORDS;
+            prefetch(self.values, self.asked, a_step);
+            self.asked += a_step;
             return;
         }
-        self.due += STEP_WORDS / LINE_WORDS;
-        while self.due >= n_blocks {
-            self.due -= n_blocks;
-            prefetch_near(self.words, self.asked, LINE_WORDS);
-            self.asked += LINE_WORDS;
+        self.due += a_step;
+        while self.due >= n_blocks * Self::LINE {
+            self.due -= n_blocks * Self::LINE;
+            prefetch_near(self.values, self.asked, Self::LINE);
+            self.asked += Self::LINE;
         }
+    }
+}
+
+/// Weights that are pairs as they lie, brought from memory.
+struct Packed<'a> {
+    words: &'a [u32],
+    ahead: Ahead<'a, u32>,
+}
+
+impl<'a> Packed<'a> {
+    fn new(words: &'a [u32]) -> Self {
+        let ahead = Ahead::new(words);
+        Self { words, ahead }
+    }
+}
+
+impl Steps for Packed<'_> {
+    const RUN: usize = 9;
+
+    fn begin(&mut self) {
+        self.ahead.begin(STEP_WORDS);
+    }
+
+    #[inline(always)]
+    fn bring(&mut self, _: usize, n_blocks: usize) {
+        self.ahead.ask(STEP_WORDS, n_blocks);
     }
 
     #[inline(always)]
@@ -268,12 +291,31 @@ struct Unpacked<'a, W> {
     first: usize,
     next: usize,
     end: usize,
+    ahead: Ahead<'a, u8>,
 }
 
-impl<W: Tiles> Unpacked<'_, W> {
+impl<'a, W: Tiles> Unpacked<'a, W> {
     /// Steps by which unpacking is ahead: what is unpacked during a step's products is out of the store
     /// buffer when it is loaded, and still in the cache.
-    const AHEAD: usize = RING_STEPS - RUN_STEPS;
+    const AHEAD: usize = RING_STEPS - Self::RUN;
+
+    fn new(
+        weights: &'a W,
+        path: CpuPath,
+        steps: Range<usize>,
+        ring: &'a mut [u32; RING_STEPS * STEP_WORDS],
+    ) -> Self {
+        let (packed, a_step) = weights.packed_blocks();
+        Self {
+            weights,
+            path,
+            ring,
+            first: steps.start,
+            next: steps.start,
+            end: steps.end,
+            ahead: Ahead::new(&packed[steps.start * a_step..steps.end * a_step]),
+        }
+    }
 
     #[inline(always)]
     fn unpack_next(&mut self) {
@@ -288,13 +330,17 @@ impl<W: Tiles> Unpacked<'_, W> {
 }
 
 impl<W: Tiles> Steps for Unpacked<'_, W> {
+    const RUN: usize = 6;
+
     fn begin(&mut self) {
+        self.ahead.begin(self.weights.packed_blocks().1);
         (0..Self::AHEAD).for_each(|_| self.unpack_next());
     }
 
-    /// All by the first block, since the others need it at once.
+    /// All is unpacked by the first block, since the others need it at once.
     #[inline(always)]
-    fn bring(&mut self, block: usize, _: usize) {
+    fn bring(&mut self, block: usize, n_blocks: usize) {
+        self.ahead.ask(self.weights.packed_blocks().1, n_blocks);
         if block == 0 {
             self.unpack_next();
         }
@@ -374,7 +420,7 @@ impl Rows<'_> {
     ) {
         let block_rows = block_rows(self.n);
         let n_blocks = self.n.div_ceil(block_rows);
-        let n_runs = self.n_steps.div_ceil(RUN_STEPS);
+        let n_runs = self.n_steps.div_ceil(S::RUN);
         for run in 0..n_runs {
             let of_run = run * self.n_steps / n_runs..(run + 1) * self.n_steps / n_runs;
             for block in 0..n_blocks {
@@ -392,7 +438,11 @@ impl Rows<'_> {
                         ask_ahead(blocks, step * a_step, a_step);
                     }
                     let rows = &blocks[step * a_step..];
-                    unit.step(rows, steps.pairs(tile * self.n_steps + step));
+                    let pairs = steps.pairs(tile * self.n_steps + step);
+                    match S::ROWS_PASS {
+                        true => unit.step_passing(rows, pairs),
+                        false => unit.step(rows, pairs),
+                    }
                 }
                 unit.store(of_block);
             }
@@ -407,17 +457,23 @@ fn ask_ahead(rows: &[u32], start: usize, a_step: usize) {
     prefetch(rows, start + AHEAD * a_step, a_step);
 }
 
+/// Steps of 12 KiB of pairs.
+const HELD_STEPS: usize = 6;
+
 /// One run's steps, over and over, in the cache.
-struct Held<'a>(&'a [[u32; STEP_WORDS]; RUN_STEPS]);
+struct Held<'a>(&'a [[u32; STEP_WORDS]; HELD_STEPS]);
 
 impl Steps for Held<'_> {
+    const RUN: usize = HELD_STEPS;
+    const ROWS_PASS: bool = false;
+
     fn begin(&mut self) {}
 
     fn bring(&mut self, _: usize, _: usize) {}
 
     #[inline(always)]
     fn pairs(&self, step: usize) -> &[u32; STEP_WORDS] {
-        &self.0[step % RUN_STEPS]
+        &self.0[step % HELD_STEPS]
     }
 }
 
@@ -433,14 +489,14 @@ pub fn multiply_from_cache(n_rounds: usize) -> usize {
     struct Lines<T>(T);
     assert!(is_available(), "no unit");
     // Pairs of 0.5 in bf16.
-    let pairs = Lines([[0x3F00_3F00; STEP_WORDS]; RUN_STEPS]);
-    let blocks = Lines([0x3F00_3F00; RUN_STEPS * STEP_PAIRS * N_ROWS]);
+    let pairs = Lines([[0x3F00_3F00; STEP_WORDS]; HELD_STEPS]);
+    let blocks = Lines([0x3F00_3F00; HELD_STEPS * STEP_PAIRS * N_ROWS]);
     let mut sums = Lines([0.0; SUMS]);
     let unit = unit::Hardware::set(BLOCK_ROWS);
     let rows = Rows {
         blocks: &blocks.0,
         n: N_ROWS,
-        n_steps: RUN_STEPS,
+        n_steps: HELD_STEPS,
     };
     for _ in 0..n_rounds {
         let held = Held(black_box(&pairs.0));
@@ -448,5 +504,5 @@ pub fn multiply_from_cache(n_rounds: usize) -> usize {
             black_box(sums);
         });
     }
-    n_rounds * N_ROWS * N_TILES * LANES * RUN_STEPS * STEP_K
+    n_rounds * N_ROWS * N_TILES * LANES * HELD_STEPS * STEP_K
 }

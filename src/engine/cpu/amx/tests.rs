@@ -357,10 +357,10 @@ fn amx_instruction_is_its_emulation() {
                 std::array::from_fn(|_| std::array::from_fn(|_| wide.pair()));
             let sums: [[f32; LANES]; 16] =
                 std::array::from_fn(|_| std::array::from_fn(|_| f32::from_bits(wide.bits())));
-            for is_first in [false, true] {
+            for (is_first, passing) in [(false, false), (true, false), (false, true)] {
                 let start = (!is_first).then_some(&sums[..]);
-                let got = products::<unit::Hardware>(n_rows, &rows, &pairs, start);
-                let expected = products::<Emulated>(n_rows, &rows, &pairs, start);
+                let got = products::<unit::Hardware>(n_rows, &rows, &pairs, start, passing);
+                let expected = products::<Emulated>(n_rows, &rows, &pairs, start, passing);
                 for (i, (a, b)) in got.iter().zip(&expected).enumerate() {
                     let same = a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
                     assert!(
@@ -381,6 +381,7 @@ fn products<U: TileUnit>(
     rows: &[[u32; 16 * STEP_PAIRS]],
     pairs: &[[u32; STEP_WORDS]],
     start: Option<&[[f32; LANES]]>,
+    passing: bool,
 ) -> Vec<f32> {
     let unit = U::set(n_rows);
     match start {
@@ -388,7 +389,10 @@ fn products<U: TileUnit>(
         None => unit.clear(),
     }
     for (rows, pairs) in rows.iter().zip(pairs) {
-        unit.step(rows, pairs);
+        match passing {
+            false => unit.step(rows, pairs),
+            true => unit.step_passing(rows, pairs),
+        }
     }
     let mut sums = vec![[f32::NAN; LANES]; n_rows];
     unit.store(&mut sums);

@@ -25,6 +25,9 @@ pub trait TileUnit {
     /// `[16][32 lanes]`.
     fn step(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]);
 
+    /// The same of rows that are not met again soon: they need not stay in the first-level cache.
+    fn step_passing(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]);
+
     fn store(&self, sums: &mut [[f32; LANES]]);
 }
 
@@ -57,6 +60,7 @@ impl TileUnit for Hardware {
     fn clear(&self) {}
     fn load(&self, _: &[[f32; LANES]]) {}
     fn step(&self, _: &[u32], _: &[u32; STEP_WORDS]) {}
+    fn step_passing(&self, _: &[u32], _: &[u32; STEP_WORDS]) {}
     fn store(&self, _: &mut [[f32; LANES]]) {}
 }
 
@@ -124,6 +128,29 @@ mod x86 {
     /// Bytes between rows of an A.
     const NARROW: usize = 64;
 
+    /// A step whose rows are loaded by `$load`.
+    macro_rules! step {
+        ($load:literal, $unit:expr, $rows:expr, $pairs:expr) => {{
+            let rows = $rows[..$unit.n_rows * STEP_PAIRS].as_ptr();
+            // SAFETY: the value says that the unit is set, to so many rows; pairs are 16 rows.
+            unsafe {
+                asm!(
+                    concat!($load, " tmm2, [{rows} + {narrow}]"),
+                    "tileloadd tmm3, [{pairs} + {wide}]",
+                    "tdpbf16ps tmm0, tmm2, tmm3",
+                    "tileloadd tmm3, [{pairs} + {wide} + 64]",
+                    "tdpbf16ps tmm1, tmm2, tmm3",
+                    rows = in(reg) rows,
+                    pairs = in(reg) $pairs.as_ptr(),
+                    wide = in(reg) WIDE,
+                    narrow = in(reg) NARROW,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    options(nostack, readonly),
+                );
+            }
+        }};
+    }
+
     // Tiles 0 and 1 are C, 2 is A, 3 is B. A core has few tiles beside those that programs name, and
     // shares them with its other thread: where all eight are in use, a load waits until the product that
     // read its tile is done. With four, as many are free, and while the other thread is busy a product
@@ -188,23 +215,12 @@ mod x86 {
 
         #[inline(always)]
         fn step(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]) {
-            let rows = rows[..self.n_rows * STEP_PAIRS].as_ptr();
-            // SAFETY: as above; pairs are 16 rows.
-            unsafe {
-                asm!(
-                    "tileloadd tmm2, [{rows} + {narrow}]",
-                    "tileloadd tmm3, [{pairs} + {wide}]",
-                    "tdpbf16ps tmm0, tmm2, tmm3",
-                    "tileloadd tmm3, [{pairs} + {wide} + 64]",
-                    "tdpbf16ps tmm1, tmm2, tmm3",
-                    rows = in(reg) rows,
-                    pairs = in(reg) pairs.as_ptr(),
-                    wide = in(reg) WIDE,
-                    narrow = in(reg) NARROW,
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                    options(nostack, readonly),
-                );
-            }
+            step!("tileloadd", self, rows, pairs);
+        }
+
+        #[inline(always)]
+        fn step_passing(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]) {
+            step!("tileloaddt1", self, rows, pairs);
         }
 
         #[inline(always)]

@@ -37,14 +37,18 @@ pub trait Tiles: Sync {
     /// The same as pairs of bf16: 32 lanes a pair of k, the even one in the low half. Where a value
     /// is subnormal it may be 0.
     fn unpack_pairs(&self, path: CpuPath, tile: usize, k: usize, n_k: usize, out: &mut [u32]) {
+        /// Blocks to ask for memory ahead: 4 KiB of MXFP4.
+        const AHEAD: usize = 8;
+        let (packed, a_block) = self.packed_blocks();
         let first = (tile * self.n_k() + k) / BLOCK;
         let (blocks, _) = out[..n_k / 2 * LANES].as_chunks_mut();
         for (i, out) in blocks.iter_mut().enumerate() {
+            prefetch(packed, (first + i + AHEAD) * a_block, a_block);
             self.unpack_block(path, first + i, out);
         }
     }
 
-    /// The same of a block of 32 k, numbered through all tiles. Blocks further on may be asked for.
+    /// The same of a block of 32 k, numbered through all tiles.
     fn unpack_block(&self, path: CpuPath, block: usize, out: &mut PairedBlock) {
         let a_tile = self.n_k() / BLOCK;
         let mut values = [0.0; BLOCK * LANES];
@@ -57,6 +61,12 @@ pub trait Tiles: Sync {
                 pairs[lane] = even >> 16 | odd & 0xFFFF_0000;
             }
         }
+    }
+
+    /// All blocks as [`Tiles::unpack_block`] reads them, one behind the other, and the bytes of one: to ask
+    /// for them ahead. Nothing, where they lie otherwise.
+    fn packed_blocks(&self) -> (&[u8], usize) {
+        (&[], 0)
     }
 
     /// The pairs of a tile and of those behind it, and how many words a tile has, where they are packed
@@ -133,13 +143,10 @@ fn ask<const HINT: i32, T>(values: &[T], start: usize, n: usize) {
     }
 }
 
-/// A block of packed weights. One further on is asked for, to be there when its turn comes.
+/// A block of packed weights.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn block_of<const BYTES: usize>(packed: &[u8], block: usize) -> &[u8; BYTES] {
-    /// Blocks ahead: 4 KiB of MXFP4.
-    const AHEAD: usize = 8;
-    prefetch(packed, (block + AHEAD) * BYTES, BYTES);
     let bytes = packed[block * BYTES..].first_chunk();
     bytes.expect("packed weights are whole blocks")
 }
@@ -247,6 +254,10 @@ impl Tiles for Matrix {
 
     fn unpack_block(&self, path: CpuPath, block: usize, out: &mut PairedBlock) {
         with_tiles!(self, tiles => tiles.unpack_block(path, block, out));
+    }
+
+    fn packed_blocks(&self) -> (&[u8], usize) {
+        with_tiles!(self, tiles => tiles.packed_blocks())
     }
 
     fn packed_pairs(&self, tile: usize) -> Option<(&[u32], usize)> {

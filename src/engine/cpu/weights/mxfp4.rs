@@ -125,6 +125,11 @@ impl Tiles for Mxfp4Tiles {
         }
     }
 
+    #[inline(always)]
+    fn packed_blocks(&self) -> (&[u8], usize) {
+        (&self.bytes, BLOCK_BYTES)
+    }
+
     #[cfg(target_arch = "x86_64")]
     fn fused_chain(
         &self,

@@ -96,6 +96,11 @@ impl Tiles for Mxint8Tiles {
         }
     }
 
+    #[inline(always)]
+    fn packed_blocks(&self) -> (&[u8], usize) {
+        (&self.bytes, BLOCK_BYTES)
+    }
+
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
         let start = tile * Self::tile_bytes(self.n_k) + k / mxint8::BLOCK * BLOCK_BYTES;
         let bytes = &self.bytes[start..][..BLOCK_BYTES];
