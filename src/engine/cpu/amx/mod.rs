@@ -29,9 +29,9 @@ use std::hint::black_box;
 use std::ops::Range;
 
 use super::buffer::Disjoint;
-use super::gemm::{Exec, GROUP_ROWS, RowSets};
+use super::gemm::{Exec, GROUP_ROWS, RowSets, Scratch};
 use super::lanes::{LANES, for_each};
-use super::path::{CpuPath, on_each_path};
+use super::path::{CpuPath, Kind, on_each_path};
 use super::weights::{Tiles, prefetch, prefetch_near};
 use unit::TileUnit;
 
@@ -124,6 +124,9 @@ fn join_steps_body(x: &[f32], starts: &[usize], blocks: &mut [u32]) {
 
 /// Multiplies tiles with the rows of a set; as [`multiply`](super::gemm::multiply), on blocks that
 /// [`join`] wrote, with [`SLACK`] words behind them.
+///
+/// # Panics
+/// When the path is another.
 pub fn multiply<W: Tiles>(
     exec: &Exec,
     weights: &W,
@@ -132,27 +135,68 @@ pub fn multiply<W: Tiles>(
     rows: Range<usize>,
     finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
 ) {
-    #[cfg(test)]
-    if !is_available() {
-        return multiply_by::<emulated::Emulated, W>(exec, weights, tiles, blocks, rows, finish);
-    }
-    multiply_by::<unit::Hardware, W>(exec, weights, tiles, blocks, rows, finish);
+    let path = exec.path;
+    assert_eq!(path.kind(), Kind::Amx, "products of tiles");
+    let product = Product {
+        path,
+        weights,
+        tiles,
+        blocks,
+        rows,
+    };
+    exec.with_scratch(|scratch| {
+        #[cfg(test)]
+        if !is_available() {
+            return product.multiply_by::<emulated::Emulated, false>(scratch, finish);
+        }
+        // SAFETY: a path of this kind exists only where the CPU has its features.
+        #[allow(unsafe_code, reason = "features were detected")]
+        unsafe {
+            product.multiply(scratch, finish);
+        }
+    });
 }
 
-fn multiply_by<U: TileUnit, W: Tiles>(
-    exec: &Exec,
-    weights: &W,
+/// Some tiles times the rows of a set.
+struct Product<'a, W> {
+    path: CpuPath,
+    weights: &'a W,
     tiles: Range<usize>,
-    blocks: &[u32],
+    blocks: &'a [u32],
     rows: Range<usize>,
-    mut finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
-) {
-    let n_steps = weights.n_k() / STEP_K;
-    exec.with_scratch(|scratch| {
-        for group in (0..rows.len()).step_by(GROUP_ROWS) {
-            let n = GROUP_ROWS.min(rows.len() - group);
+}
+
+impl<W: Tiles> Product<'_, W> {
+    /// By the CPU's unit, with the loops compiled for what comes with it.
+    ///
+    /// # Safety
+    /// The CPU has all of [`Kind::Amx`].
+    #[cfg_attr(
+        target_arch = "x86_64",
+        target_feature(enable = "avx512f,avx512bw,avx512vbmi")
+    )]
+    #[allow(unsafe_code, reason = "features were detected")]
+    unsafe fn multiply(
+        &self,
+        scratch: &mut Scratch,
+        finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
+    ) {
+        self.multiply_by::<unit::Hardware, true>(scratch, finish);
+    }
+
+    /// `HERE`: as part of [`Product::multiply`].
+    #[inline(always)]
+    fn multiply_by<U: TileUnit, const HERE: bool>(
+        &self,
+        scratch: &mut Scratch,
+        mut finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
+    ) {
+        let (weights, tiles) = (self.weights, &self.tiles);
+        let n_steps = weights.n_k() / STEP_K;
+        for group in (0..self.rows.len()).step_by(GROUP_ROWS) {
+            let n = GROUP_ROWS.min(self.rows.len() - group);
             let rows = Rows {
-                blocks: &blocks[(rows.start + group) * n_steps * STEP_PAIRS..],
+                blocks: &self.blocks[(self.rows.start + group) * n_steps * STEP_PAIRS..],
                 n,
                 n_steps,
             };
@@ -165,17 +209,26 @@ fn multiply_by<U: TileUnit, W: Tiles>(
                     rows.multiply(&unit, packed, tiles.len(), sums, finish);
                 }
                 None => {
-                    let steps = tiles.start * n_steps..tiles.end * n_steps;
-                    let ring = scratch.pairs.first_chunk_mut().expect("as many words");
-                    let unpacked = Unpacked::new(weights, exec.path, steps, ring);
+                    let ring = scratch.pairs.as_chunks_mut().0;
+                    let unpacked = Unpacked::<W, HERE> {
+                        weights,
+                        path: self.path,
+                        ring: ring.first_chunk_mut().expect("as many words"),
+                        first: tiles.start * n_steps,
+                        next: 0,
+                        n: tiles.len() * n_steps,
+                        ahead: Ahead::of(weights, tiles.start * n_steps..tiles.end * n_steps),
+                    };
                     rows.multiply(&unit, unpacked, tiles.len(), sums, finish);
                 }
             }
         }
-    });
+    }
 }
 
 /// Steps of a task's tiles as pairs, numbered through all of them.
+///
+/// Counters wrap here and in all that a step does: a check of each would cost as much as a product.
 trait Steps {
     /// Steps of K between which the sums of several blocks lie in tiles: as many as there is room for in the
     /// first-level cache, where they stay for all blocks. A divisor of the 90 of 2880.
@@ -184,12 +237,12 @@ trait Steps {
     /// Whether rows of several blocks pass through the first-level cache: they are too many to stay.
     const ROWS_PASS: bool = true;
 
-    /// Has the first steps on their way.
-    fn begin(&mut self);
+    /// Has the first steps on their way, to be multiplied with so many blocks of rows.
+    fn begin(&mut self, n_blocks: usize);
 
-    /// While a step's pairs are multiplied with the `block`th of `n_blocks` blocks of rows: has a share of
-    /// what comes a few steps later on its way.
-    fn bring(&mut self, block: usize, n_blocks: usize);
+    /// While a step is multiplied with a block, which is the first or the `ONLY` one or another: has a share
+    /// of what comes a few steps later on its way.
+    fn bring<const FIRST: bool, const ONLY: bool>(&mut self, step: usize, block: usize);
 
     /// A step that was brought.
     fn pairs(&self, step: usize) -> &[u32; STEP_WORDS];
@@ -198,10 +251,10 @@ trait Steps {
 /// What a task reads of memory, in order, and asks for some steps ahead.
 struct Ahead<'a, T> {
     values: &'a [T],
-    /// Values that were asked for.
-    asked: usize,
-    /// Values to ask for, times the number of blocks.
-    due: usize,
+    /// Values of a step.
+    a_step: usize,
+    /// Values from one line of the cache that a block asks for to the next.
+    stride: usize,
 }
 
 impl<'a, T> Ahead<'a, T> {
@@ -211,145 +264,149 @@ impl<'a, T> Ahead<'a, T> {
     /// Values of a line of the cache.
     const LINE: usize = 64 / size_of::<T>();
 
-    fn new(values: &'a [T]) -> Self {
+    fn new(values: &'a [T], a_step: usize) -> Self {
         Self {
             values,
-            asked: 0,
-            due: 0,
+            a_step,
+            stride: Self::LINE,
         }
     }
 
-    fn begin(&mut self, a_step: usize) {
-        self.asked = Self::STEPS * a_step;
-        prefetch(self.values, 0, self.asked.min(self.values.len()));
+    #[inline(always)]
+    fn begin(&mut self, n_blocks: usize) {
+        self.stride = n_blocks * Self::LINE;
+        let n = Self::STEPS * self.a_step;
+        prefetch(self.values, 0, n.min(self.values.len()));
     }
 
     /// Memory answers at a steady pace, and whatever waits for it keeps a place that rows of the
     /// second-level cache need as well. So what is asked of it is spread over all blocks. Of many blocks it
     /// goes to the second-level cache: the first holds what they are multiplied with.
     #[inline(always)]
-    fn ask(&mut self, a_step: usize, n_blocks: usize) {
-        if self.asked >= self.values.len() {
+    fn ask<const ONLY: bool>(&self, step: usize, block: usize) {
+        let start = step.wrapping_add(Self::STEPS).wrapping_mul(self.a_step);
+        if start >= self.values.len() {
             return;
         }
-        if n_blocks == 1 {
-            prefetch(self.values, self.asked, a_step);
-            self.asked += a_step;
+        if ONLY {
+            prefetch(self.values, start, self.a_step);
             return;
         }
-        self.due += a_step;
-        while self.due >= n_blocks * Self::LINE {
-            self.due -= n_blocks * Self::LINE;
-            prefetch_near(self.values, self.asked, Self::LINE);
-            self.asked += Self::LINE;
+        let mut at = block.wrapping_mul(Self::LINE);
+        while at < self.a_step {
+            prefetch_near(self.values, start.wrapping_add(at), Self::LINE);
+            at = at.wrapping_add(self.stride);
         }
+    }
+}
+
+impl<'a> Ahead<'a, u8> {
+    /// What is packed of some steps.
+    #[inline(always)]
+    fn of<W: Tiles>(weights: &'a W, steps: Range<usize>) -> Self {
+        let (packed, a_step) = weights.packed_blocks();
+        Self::new(&packed[steps.start * a_step..steps.end * a_step], a_step)
     }
 }
 
 /// Weights that are pairs as they lie, brought from memory.
 struct Packed<'a> {
-    words: &'a [u32],
+    steps: &'a [[u32; STEP_WORDS]],
     ahead: Ahead<'a, u32>,
 }
 
 impl<'a> Packed<'a> {
     fn new(words: &'a [u32]) -> Self {
-        let ahead = Ahead::new(words);
-        Self { words, ahead }
+        Self {
+            steps: words.as_chunks().0,
+            ahead: Ahead::new(words, STEP_WORDS),
+        }
     }
 }
 
 impl Steps for Packed<'_> {
     const RUN: usize = 9;
 
-    fn begin(&mut self) {
-        self.ahead.begin(STEP_WORDS);
+    #[inline(always)]
+    fn begin(&mut self, n_blocks: usize) {
+        self.ahead.begin(n_blocks);
     }
 
     #[inline(always)]
-    fn bring(&mut self, _: usize, n_blocks: usize) {
-        self.ahead.ask(STEP_WORDS, n_blocks);
+    fn bring<const FIRST: bool, const ONLY: bool>(&mut self, step: usize, block: usize) {
+        self.ahead.ask::<ONLY>(step, block);
     }
 
     #[inline(always)]
     fn pairs(&self, step: usize) -> &[u32; STEP_WORDS] {
-        let pairs = self.words[step * STEP_WORDS..].first_chunk();
-        pairs.expect("a task's tiles are there")
+        &self.steps[step]
     }
 }
 
 /// Steps that [`Unpacked`] has room for.
 const RING_STEPS: usize = 8;
 
-/// Weights that are unpacked.
-struct Unpacked<'a, W> {
+/// Weights that are unpacked, where `HERE` by instructions that become part of the loop.
+struct Unpacked<'a, W, const HERE: bool> {
     weights: &'a W,
     path: CpuPath,
-    ring: &'a mut [u32; RING_STEPS * STEP_WORDS],
-    /// Steps numbered through all of the weights' tiles: the task's first, the next to be unpacked, and
-    /// that behind the last.
+    ring: &'a mut [[u32; STEP_WORDS]; RING_STEPS],
+    /// The first, numbered through all of the weights' tiles.
     first: usize,
+    /// Steps that were unpacked, of `n`.
     next: usize,
-    end: usize,
+    n: usize,
     ahead: Ahead<'a, u8>,
 }
 
-impl<'a, W: Tiles> Unpacked<'a, W> {
+impl<W: Tiles, const HERE: bool> Unpacked<'_, W, HERE> {
     /// Steps by which unpacking is ahead: what is unpacked during a step's products is out of the store
     /// buffer when it is loaded, and still in the cache.
     const AHEAD: usize = RING_STEPS - Self::RUN;
 
-    fn new(
-        weights: &'a W,
-        path: CpuPath,
-        steps: Range<usize>,
-        ring: &'a mut [u32; RING_STEPS * STEP_WORDS],
-    ) -> Self {
-        let (packed, a_step) = weights.packed_blocks();
-        Self {
-            weights,
-            path,
-            ring,
-            first: steps.start,
-            next: steps.start,
-            end: steps.end,
-            ahead: Ahead::new(&packed[steps.start * a_step..steps.end * a_step]),
-        }
-    }
-
     #[inline(always)]
     fn unpack_next(&mut self) {
-        if self.next < self.end {
-            let at = (self.next - self.first) % RING_STEPS * STEP_WORDS;
-            let to = self.ring[at..].first_chunk_mut();
-            let to = to.expect("the ring is whole steps");
-            self.weights.unpack_block(self.path, self.next, to);
-            self.next += 1;
+        if self.next >= self.n {
+            return;
         }
+        let to = &mut self.ring[self.next % RING_STEPS];
+        let block = self.first.wrapping_add(self.next);
+        if HERE {
+            // SAFETY: as `Product::multiply` asks.
+            #[allow(unsafe_code, reason = "features were detected")]
+            unsafe {
+                self.weights.unpack_block_here(self.path, block, to);
+            }
+        } else {
+            self.weights.unpack_block(self.path, block, to);
+        }
+        self.next = self.next.wrapping_add(1);
     }
 }
 
-impl<W: Tiles> Steps for Unpacked<'_, W> {
+impl<W: Tiles, const HERE: bool> Steps for Unpacked<'_, W, HERE> {
     const RUN: usize = 6;
 
-    fn begin(&mut self) {
-        self.ahead.begin(self.weights.packed_blocks().1);
-        (0..Self::AHEAD).for_each(|_| self.unpack_next());
+    #[inline(always)]
+    fn begin(&mut self, n_blocks: usize) {
+        self.ahead.begin(n_blocks);
+        for _ in 0..Self::AHEAD {
+            self.unpack_next();
+        }
     }
 
     /// All is unpacked by the first block, since the others need it at once.
     #[inline(always)]
-    fn bring(&mut self, block: usize, n_blocks: usize) {
-        self.ahead.ask(self.weights.packed_blocks().1, n_blocks);
-        if block == 0 {
+    fn bring<const FIRST: bool, const ONLY: bool>(&mut self, step: usize, block: usize) {
+        self.ahead.ask::<ONLY>(step, block);
+        if FIRST {
             self.unpack_next();
         }
     }
 
     #[inline(always)]
     fn pairs(&self, step: usize) -> &[u32; STEP_WORDS] {
-        let pairs = self.ring[step % RING_STEPS * STEP_WORDS..].first_chunk();
-        pairs.expect("the ring is whole steps")
+        &self.ring[step % RING_STEPS]
     }
 }
 
@@ -367,6 +424,7 @@ pub const SUMS: usize = GROUP_ROWS * LANES;
 impl Rows<'_> {
     /// Multiplies all rows with `n_tiles` tiles and hands the sums of each to `finish`. While steps are
     /// multiplied, those a little further on are brought: memory and what unpacks work beside the unit.
+    #[inline(always)]
     fn multiply<U: TileUnit, S: Steps>(
         &self,
         unit: &U,
@@ -376,85 +434,119 @@ impl Rows<'_> {
         mut finish: impl FnMut(usize, &mut [[f32; LANES]]),
     ) {
         let (sums, _) = sums.as_chunks_mut::<LANES>();
-        steps.begin();
+        steps.begin(self.n.div_ceil(BLOCK_ROWS));
         for tile in 0..n_tiles {
-            if self.n <= BLOCK_ROWS {
-                self.multiply_block(unit, &mut steps, tile, sums);
-            } else {
-                self.multiply_blocks(unit, &mut steps, tile, sums);
+            match (self.n <= BLOCK_ROWS, tile) {
+                (true, 0) => self.multiply_block::<U, S, true>(unit, &mut steps, tile, sums),
+                (true, _) => self.multiply_block::<U, S, false>(unit, &mut steps, tile, sums),
+                (false, 0) => self.multiply_blocks::<U, S, true>(unit, &mut steps, tile, sums),
+                (false, _) => self.multiply_blocks::<U, S, false>(unit, &mut steps, tile, sums),
             }
             finish(tile, &mut sums[..self.n]);
         }
     }
 
-    /// One block with a tile: its sums stay where they are through all steps.
+    /// One block with a tile, which may be a task's first: its sums stay where they are through all steps.
     #[inline(always)]
-    fn multiply_block<U: TileUnit, S: Steps>(
+    fn multiply_block<U: TileUnit, S: Steps, const FIRST_TILE: bool>(
         &self,
         unit: &U,
         steps: &mut S,
         tile: usize,
         sums: &mut [[f32; LANES]],
     ) {
-        unit.clear();
         let a_step = self.n * STEP_PAIRS;
-        let rows = self.blocks.chunks_exact(a_step).take(self.n_steps);
-        for (step, rows) in rows.enumerate() {
-            steps.bring(0, 1);
-            if tile == 0 {
-                ask_ahead(rows, 0, a_step);
+        let mut at = tile * self.n_steps;
+        unit.clear();
+        for rows in self.blocks[..self.n_steps * a_step].chunks_exact(a_step) {
+            steps.bring::<true, true>(at, 0);
+            if FIRST_TILE {
+                ask_ahead(rows, a_step);
             }
-            unit.step(rows, steps.pairs(tile * self.n_steps + step));
+            unit.step(rows, steps.pairs(at));
+            at = at.wrapping_add(1);
         }
         unit.store(sums);
     }
 
     /// Several blocks with a tile. Its steps are taken in runs, each by all blocks.
     #[inline(always)]
-    fn multiply_blocks<U: TileUnit, S: Steps>(
+    fn multiply_blocks<U: TileUnit, S: Steps, const FIRST_TILE: bool>(
         &self,
         unit: &U,
         steps: &mut S,
         tile: usize,
         sums: &mut [[f32; LANES]],
     ) {
-        let block_rows = block_rows(self.n);
-        let n_blocks = self.n.div_ceil(block_rows);
+        let a_block = block_rows(self.n);
         let n_runs = self.n_steps.div_ceil(S::RUN);
         for run in 0..n_runs {
             let of_run = run * self.n_steps / n_runs..(run + 1) * self.n_steps / n_runs;
-            for block in 0..n_blocks {
-                let first = block * block_rows;
-                let of_block = &mut sums[first..];
-                let blocks = &self.blocks[first * self.n_steps * STEP_PAIRS..];
-                let a_step = block_rows.min(self.n - first) * STEP_PAIRS;
+            for (block, first) in (0..self.n).step_by(a_block).enumerate() {
+                let sums = &mut sums[first..];
+                let a_step = a_block.min(self.n - first) * STEP_PAIRS;
+                let block = Block {
+                    number: block,
+                    rows: &self.blocks[first * self.n_steps * STEP_PAIRS + of_run.start * a_step..],
+                    a_step,
+                    first_step: tile * self.n_steps + of_run.start,
+                    n_steps: of_run.len(),
+                };
                 match run {
                     0 => unit.clear(),
-                    _ => unit.load(of_block),
+                    _ => unit.load(sums),
                 }
-                for step in of_run.clone() {
-                    steps.bring(block, n_blocks);
-                    if tile == 0 {
-                        ask_ahead(blocks, step * a_step, a_step);
-                    }
-                    let rows = &blocks[step * a_step..];
-                    let pairs = steps.pairs(tile * self.n_steps + step);
-                    match S::ROWS_PASS {
-                        true => unit.step_passing(rows, pairs),
-                        false => unit.step(rows, pairs),
-                    }
+                match first {
+                    0 => block.multiply::<U, S, true, FIRST_TILE>(unit, steps),
+                    _ => block.multiply::<U, S, false, FIRST_TILE>(unit, steps),
                 }
-                unit.store(of_block);
+                unit.store(sums);
             }
+        }
+    }
+}
+
+/// Some steps of one of several blocks.
+struct Block<'a> {
+    number: usize,
+    /// From the first step on.
+    rows: &'a [u32],
+    /// Words of a step.
+    a_step: usize,
+    first_step: usize,
+    n_steps: usize,
+}
+
+impl Block<'_> {
+    #[inline(always)]
+    fn multiply<U: TileUnit, S: Steps, const FIRST: bool, const FIRST_TILE: bool>(
+        &self,
+        unit: &U,
+        steps: &mut S,
+    ) {
+        let (mut start, mut at) = (0usize, self.first_step);
+        for _ in 0..self.n_steps {
+            steps.bring::<FIRST, false>(at, self.number);
+            let rows = &self.rows[start..];
+            if FIRST_TILE {
+                ask_ahead(rows, self.a_step);
+            }
+            let pairs = steps.pairs(at);
+            match S::ROWS_PASS {
+                true => unit.step_passing(rows, pairs),
+                false => unit.step(rows, pairs),
+            }
+            start = start.wrapping_add(self.a_step);
+            at = at.wrapping_add(1);
         }
     }
 }
 
 /// Asks for a block's rows of a later step. For a task's first tile: another core may have written them.
 #[inline(always)]
-fn ask_ahead(rows: &[u32], start: usize, a_step: usize) {
+fn ask_ahead(rows: &[u32], a_step: usize) {
     const AHEAD: usize = 4;
-    prefetch(rows, start + AHEAD * a_step, a_step);
+    prefetch(rows, a_step.wrapping_mul(AHEAD), a_step);
 }
 
 /// Steps of 12 KiB of pairs.
@@ -467,9 +559,9 @@ impl Steps for Held<'_> {
     const RUN: usize = HELD_STEPS;
     const ROWS_PASS: bool = false;
 
-    fn begin(&mut self) {}
+    fn begin(&mut self, _: usize) {}
 
-    fn bring(&mut self, _: usize, _: usize) {}
+    fn bring<const FIRST: bool, const ONLY: bool>(&mut self, _: usize, _: usize) {}
 
     #[inline(always)]
     fn pairs(&self, step: usize) -> &[u32; STEP_WORDS] {

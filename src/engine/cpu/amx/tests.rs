@@ -188,12 +188,20 @@ fn emulated<W: Tiles>(
     for set in 0..sets.n_sets() {
         let rows = sets.of_set(set);
         let base = rows.start;
-        let tiles = 0..weights.n_tiles();
-        multiply_by::<Emulated, W>(exec, weights, tiles, &blocks, rows, |tile, first, sums| {
-            for (i, lanes) in sums.iter().enumerate() {
-                let start = (base + first + i) * n_out + tile * LANES;
-                out[start..start + LANES].copy_from_slice(lanes);
-            }
+        let product = Product {
+            path: exec.path,
+            weights,
+            tiles: 0..weights.n_tiles(),
+            blocks: &blocks,
+            rows,
+        };
+        exec.with_scratch(|scratch| {
+            product.multiply_by::<Emulated, false>(scratch, |tile, first, sums| {
+                for (i, lanes) in sums.iter().enumerate() {
+                    let start = (base + first + i) * n_out + tile * LANES;
+                    out[start..start + LANES].copy_from_slice(lanes);
+                }
+            });
         });
     }
     out

@@ -49,6 +49,8 @@ pub fn is_available() -> bool {
 /// puts between touches them.
 pub struct Hardware {
     n_rows: usize,
+    /// Words of as many rows.
+    n_words: usize,
     _of_thread: std::marker::PhantomData<*const ()>,
 }
 
@@ -131,7 +133,7 @@ mod x86 {
     /// A step whose rows are loaded by `$load`.
     macro_rules! step {
         ($load:literal, $unit:expr, $rows:expr, $pairs:expr) => {{
-            let rows = $rows[..$unit.n_rows * STEP_PAIRS].as_ptr();
+            let rows = $rows[..$unit.n_words].as_ptr();
             // SAFETY: the value says that the unit is set, to so many rows; pairs are 16 rows.
             unsafe {
                 asm!(
@@ -180,6 +182,7 @@ mod x86 {
             }
             Self {
                 n_rows,
+                n_words: n_rows * STEP_PAIRS,
                 _of_thread: PhantomData,
             }
         }

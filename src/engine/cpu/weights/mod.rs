@@ -63,6 +63,17 @@ pub trait Tiles: Sync {
         }
     }
 
+    /// As [`Tiles::unpack_block`], as part of a caller that was compiled for all of
+    /// [`Kind::Amx`](super::path::Kind::Amx), with nothing between.
+    ///
+    /// # Safety
+    /// The CPU has all of it.
+    #[allow(unsafe_code, reason = "features were detected")]
+    #[inline(always)]
+    unsafe fn unpack_block_here(&self, path: CpuPath, block: usize, out: &mut PairedBlock) {
+        self.unpack_block(path, block, out);
+    }
+
     /// All blocks as [`Tiles::unpack_block`] reads them, one behind the other, and the bytes of one: to ask
     /// for them ahead. Nothing, where they lie otherwise.
     fn packed_blocks(&self) -> (&[u8], usize) {
@@ -147,8 +158,7 @@ fn ask<const HINT: i32, T>(values: &[T], start: usize, n: usize) {
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn block_of<const BYTES: usize>(packed: &[u8], block: usize) -> &[u8; BYTES] {
-    let bytes = packed[block * BYTES..].first_chunk();
-    bytes.expect("packed weights are whole blocks")
+    &packed.as_chunks().0[block]
 }
 
 /// Pairs of 32 k of a tile.

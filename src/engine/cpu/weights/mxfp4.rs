@@ -125,6 +125,14 @@ impl Tiles for Mxfp4Tiles {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code, reason = "features were detected")]
+    #[inline(always)]
+    unsafe fn unpack_block_here(&self, _: CpuPath, block: usize, out: &mut PairedBlock) {
+        // SAFETY: as the caller says.
+        unsafe { x86::unpack_mxfp4_pairs_here::<true>(block_of(&self.bytes, block), out) }
+    }
+
     #[inline(always)]
     fn packed_blocks(&self) -> (&[u8], usize) {
         (&self.bytes, BLOCK_BYTES)
@@ -394,13 +402,27 @@ mod x86 {
         bytes
     };
 
+    /// Bytes before a pair's codes that are loaded with them: a block begins with as many.
+    const BEFORE: usize = LANES;
+
     /// Of 32 bytes of codes, 16 lanes of an even k and then of the odd one, the two of each lane, in both
     /// bytes of a word.
-    const LANES_OF_CODES: [i8; 64] = {
+    const LANES_OF_CODES: [u8; 64] = {
         let mut indices = [0; 64];
         let mut i = 0;
         while i < 64 {
-            indices[i] = (i / 4 + i % 4 / 2 * 16) as i8;
+            indices[i] = (BEFORE + i / 4 + i % 4 / 2 * 16) as u8;
+            i += 1;
+        }
+        indices
+    };
+
+    /// Of 32 scales, those of the lower lanes and those of the upper ones: each in all bytes of its pair.
+    const LANES_OF_SCALES: [[u8; 64]; 2] = {
+        let mut indices = [[0; 64]; 2];
+        let mut i = 0;
+        while i < 128 {
+            indices[i / 64][i % 64] = (i / 4) as u8;
             i += 1;
         }
         indices
@@ -421,39 +443,34 @@ mod x86 {
         lanes: __m512i,
         /// What the exponents of a pair are too large by, of the lower and the upper lanes.
         excess: [__m512i; 2],
-        codes: &'a [[u8; LANES]; PAIRS],
+        bytes: &'a Mxfp4Block,
     }
 
     impl<'a, const BYTES: bool> Unpacker<'a, BYTES> {
         #[inline]
         #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
         fn new(bytes: &'a Mxfp4Block) -> Self {
-            let (scales, codes) = bytes.split_at(LANES);
-            let scales = scales.as_chunks::<16>().0;
-            let excess = |scales: [u8; 16]| {
-                // SAFETY: any bytes are a register.
-                let bytes = unsafe { std::mem::transmute::<[u8; 16], __m128i>(scales) };
-                let most = _mm512_set1_epi32(i32::from(EXPONENT) + 127);
-                let excess = _mm512_sub_epi32(most, _mm512_cvtepu8_epi32(bytes));
-                let low =
-                    _mm512_and_si512(_mm512_slli_epi32::<7>(excess), _mm512_set1_epi32(0xFFFF));
-                _mm512_or_si512(low, _mm512_slli_epi32::<16>(low))
+            /// The upper byte of each word.
+            const UPPER: u64 = 0xAAAA_AAAA_AAAA_AAAA;
+            // SAFETY: any bytes are a register.
+            let register = |bytes| unsafe { std::mem::transmute::<[u8; 64], __m512i>(bytes) };
+            let scales: &[u8; 64] = bytes.first_chunk().expect("a block is longer");
+            let scales = register(*scales);
+            let most = _mm512_set1_epi16(((EXPONENT + 127) << 7).cast_signed());
+            let excess = |lanes| {
+                let shifted = _mm512_maskz_permutexvar_epi8(UPPER, register(lanes), scales);
+                _mm512_sub_epi16(most, _mm512_srli_epi16::<1>(shifted))
             };
-            // SAFETY: as above.
-            let (values, lanes) = unsafe {
-                let values = match BYTES {
-                    true => std::mem::transmute::<[u8; 64], __m512i>(BYTES_OF_VALUES),
-                    false => std::mem::transmute::<[u16; 32], __m512i>(BF16_VALUES),
-                };
-                let lanes = std::mem::transmute::<[i8; 64], __m512i>(LANES_OF_CODES);
-                (values, lanes)
+            let values = match BYTES {
+                true => register(BYTES_OF_VALUES),
+                // SAFETY: as above.
+                false => unsafe { std::mem::transmute::<[u16; 32], __m512i>(BF16_VALUES) },
             };
-            let codes = codes.as_chunks().0;
             Self {
                 values,
-                lanes,
-                excess: [excess(scales[0]), excess(scales[1])],
-                codes: codes.try_into().expect("a block has 16 pairs"),
+                lanes: register(LANES_OF_CODES),
+                excess: [excess(LANES_OF_SCALES[0]), excess(LANES_OF_SCALES[1])],
+                bytes,
             }
         }
 
@@ -461,9 +478,13 @@ mod x86 {
         #[inline]
         #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
         fn pair(&self, pair: usize) -> [__m512i; 2] {
+            // With what lies before them, so that one instruction loads and permutes.
+            let codes: &[u8; BEFORE + 32] = self.bytes[32 * pair..]
+                .first_chunk()
+                .expect("a block has 16 pairs");
             // SAFETY: as above.
-            let codes = unsafe { std::mem::transmute::<[u8; 32], __m256i>(self.codes[pair]) };
-            let codes = _mm512_permutexvar_epi8(self.lanes, _mm512_castsi256_si512(codes));
+            let codes = unsafe { std::mem::transmute::<[u8; 64], __m512i>(*codes) };
+            let codes = _mm512_permutexvar_epi8(self.lanes, codes);
             let value = |codes: __m512i, excess: __m512i| {
                 let value = if BYTES {
                     // The low four bits of each byte, and a fifth in high bytes.
@@ -488,11 +509,26 @@ mod x86 {
     /// The CPU has AVX-512F, BW and VBMI.
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
     pub unsafe fn unpack_mxfp4_pairs<const BYTES: bool>(bytes: &Mxfp4Block, out: &mut PairedBlock) {
-        let block = Unpacker::<BYTES>::new(bytes);
+        // SAFETY: as above.
+        unsafe { unpack_mxfp4_pairs_here::<BYTES>(bytes, out) }
+    }
+
+    /// As part of its caller, which was compiled for the features.
+    ///
+    /// # Safety
+    /// As above.
+    #[inline(always)]
+    pub unsafe fn unpack_mxfp4_pairs_here<const BYTES: bool>(
+        bytes: &Mxfp4Block,
+        out: &mut PairedBlock,
+    ) {
+        // SAFETY: as above.
+        let block = unsafe { Unpacker::<BYTES>::new(bytes) };
         let (out, _) = out.as_chunks_mut::<LANES>();
-        for (pair, out) in out.iter_mut().enumerate() {
-            // SAFETY: two registers are 32 words.
-            *out = unsafe { std::mem::transmute::<[__m512i; 2], [u32; LANES]>(block.pair(pair)) };
+        for pair in 0..PAIRS {
+            // SAFETY: as above; two registers are 32 words.
+            out[pair] =
+                unsafe { std::mem::transmute::<[__m512i; 2], [u32; LANES]>(block.pair(pair)) };
         }
     }
 

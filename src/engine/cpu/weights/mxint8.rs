@@ -183,12 +183,13 @@ mod x86 {
         let (scales, codes) = bytes.split_at(LANES);
         let scales = scales.as_chunks::<16>().0;
         // As `mxint8::step`. Registers are read and written as arrays, as those of MXFP4.
-        let steps = [0, 1].map(|half| {
+        let step = |half: usize| {
             // SAFETY: any bytes are a register.
             let scales = unsafe { std::mem::transmute::<[u8; 16], __m128i>(scales[half]) };
             let scales = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(scales));
             _mm512_mul_ps(_mm512_castsi512_ps(scales), _mm512_set1_ps(1.0 / 64.0))
-        });
+        };
+        let steps = [step(0), step(1)];
         let (codes, _) = codes.as_chunks::<16>();
         let (out, _) = out.as_chunks_mut::<16>();
         for (pair, out) in out.as_chunks_mut::<2>().0.iter_mut().enumerate() {
