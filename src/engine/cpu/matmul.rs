@@ -31,6 +31,13 @@ pub enum Epilogue {
     Add,
 }
 
+#[inline(always)]
+fn add(out: &mut [f32], values: &[f32]) {
+    for i in 0..out.len() {
+        out[i] += values[i];
+    }
+}
+
 /// Outputs `first_tile * 32 ..` of `x` `[n_rows, n_k]` into `out` `[n_rows, n_out]`.
 pub fn matmul(
     exec: &Exec,
@@ -68,13 +75,11 @@ pub fn matmul(
                     // SAFETY: each (row, tile) is finished once, by one task.
                     #[allow(unsafe_code, reason = "tiles are disjoint columns")]
                     let out = unsafe { out.slice_mut((first + i) * n_out + start, n) };
-                    match into {
-                        Epilogue::Store => out.copy_from_slice(&lanes[..n]),
-                        Epilogue::Add => {
-                            for (out, value) in out.iter_mut().zip(lanes) {
-                                *out += *value;
-                            }
-                        }
+                    match (into, out.first_chunk_mut::<LANES>()) {
+                        (Epilogue::Store, Some(out)) => *out = *lanes,
+                        (Epilogue::Store, None) => out.copy_from_slice(&lanes[..n]),
+                        (Epilogue::Add, Some(out)) => add(out, lanes),
+                        (Epilogue::Add, None) => add(out, &lanes[..n]),
                     }
                 }
             };

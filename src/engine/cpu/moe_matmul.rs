@@ -68,7 +68,8 @@ pub fn gate_up(
                 #[allow(unsafe_code, reason = "entries and tiles are disjoint")]
                 let out =
                     unsafe { act.slice_mut(entry as usize * intermediate + tile * PAIRS, PAIRS) };
-                out.copy_from_slice(&lanes[..PAIRS]);
+                let out: &mut [f32; PAIRS] = out.first_chunk_mut().expect("as many");
+                *out = *lanes.first_chunk().expect("half of the lanes");
             }
         },
     );
@@ -93,6 +94,7 @@ pub fn down(exec: &Exec, experts: &Experts, routing: &Routing, act: &[f32], y: &
                 // SAFETY: each (entry, tile) is finished once, by one task.
                 #[allow(unsafe_code, reason = "entries and tiles are disjoint")]
                 let out = unsafe { y.slice_mut(entry as usize * hidden + tile * LANES, LANES) };
+                let out: &mut [f32; LANES] = out.first_chunk_mut().expect("as many");
                 for lane in 0..LANES {
                     out[lane] = lanes[lane] + bias[lane];
                 }

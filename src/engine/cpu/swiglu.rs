@@ -35,7 +35,9 @@ fn body(limit: f32, exact: bool, bias: &[f32; LANES], rows: &mut [[f32; LANES]])
             let value = (up + 1.0) * gated;
             joined[pair] = if exact { value } else { bf16::round(value) };
         }
-        row[..PAIRS].copy_from_slice(&joined);
+        // As an array: `copy_from_slice` would be a call.
+        let lower: &mut [f32; PAIRS] = row.first_chunk_mut().expect("half of the lanes");
+        *lower = joined;
     }
 }
 
