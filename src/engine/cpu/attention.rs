@@ -388,8 +388,9 @@ fn softmax_tile_body(
         decay[query] = state - max[0];
         states[query].max = max[0];
         sums[query] = sum_lanes(p);
-        for (out, p) in probabilities[query].iter_mut().zip(p) {
-            *out = if exact { p } else { bf16::round(p) };
+        let out = &mut probabilities[query];
+        for key in 0..TILE_KEYS {
+            out[key] = if exact { p[key] } else { bf16::round(p[key]) };
         }
     }
     for ((state, decay), sum) in states.iter_mut().zip(decay).zip(sums) {
@@ -404,9 +405,10 @@ on_each_path! {
 
 #[inline(always)]
 fn decay_all_body(decay: &[f32], out: &mut [[f32; LANES]]) {
-    for (decay, out) in decay.iter().zip(out) {
-        for out in out {
-            *out *= decay;
+    let decay = &decay[..out.len()];
+    for (query, out) in out.iter_mut().enumerate() {
+        for lane in out {
+            *lane *= decay[query];
         }
     }
 }
@@ -418,9 +420,10 @@ on_each_path! {
 
 #[inline(always)]
 fn decay_and_add_body(decay: &[f32], sums: &[[f32; LANES]], out: &mut [[f32; LANES]]) {
-    for ((&decay, sums), out) in decay.iter().zip(sums).zip(out) {
-        for (out, sum) in out.iter_mut().zip(sums) {
-            *out = out.mul_add(decay, *sum);
+    let (decay, sums) = (&decay[..out.len()], &sums[..out.len()]);
+    for (query, out) in out.iter_mut().enumerate() {
+        for lane in 0..LANES {
+            out[lane] = out[lane].mul_add(decay[query], sums[query][lane]);
         }
     }
 }
@@ -447,9 +450,11 @@ on_each_path! {
 
 #[inline(always)]
 fn fold_all_body(factors: &[(f32, f32)], split: &[[f32; LANES]], folded: &mut [[f32; LANES]]) {
-    for ((&(old, new), split), folded) in factors.iter().zip(split).zip(folded) {
-        for (folded, split) in folded.iter_mut().zip(split) {
-            *folded = split.mul_add(new, *folded * old);
+    let (factors, split) = (&factors[..folded.len()], &split[..folded.len()]);
+    for (query, folded) in folded.iter_mut().enumerate() {
+        let (old, new) = factors[query];
+        for lane in 0..LANES {
+            folded[lane] = split[query][lane].mul_add(new, folded[lane] * old);
         }
     }
 }
@@ -461,8 +466,9 @@ on_each_path! {
 
 #[inline(always)]
 fn finish_body(decay: f32, sum: f32, exact: bool, from: &[f32; LANES], out: &mut [f32]) {
-    for (out, from) in out.iter_mut().zip(from) {
-        let value = from * decay / sum;
+    let from = &from[..out.len()];
+    for (lane, out) in out.iter_mut().enumerate() {
+        let value = from[lane] * decay / sum;
         *out = if exact { value } else { bf16::round(value) };
     }
 }

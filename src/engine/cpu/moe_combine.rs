@@ -29,13 +29,15 @@ fn combine_row_body(weights: &[f32], y: &[f32], x: &mut [f32]) {
     for (chunk, x) in x.as_chunks_mut::<WIDTH>().0.iter_mut().enumerate() {
         let mut sum = [0.0f32; WIDTH];
         for (rank, &weight) in weights.iter().enumerate() {
-            let y = &y[rank * hidden + chunk * WIDTH..][..WIDTH];
-            for (sum, &y) in sum.iter_mut().zip(y) {
-                *sum = weight.mul_add(y, *sum);
+            let y: &[f32; WIDTH] = y[rank * hidden + chunk * WIDTH..]
+                .first_chunk()
+                .expect("as wide as x");
+            for lane in 0..WIDTH {
+                sum[lane] = weight.mul_add(y[lane], sum[lane]);
             }
         }
-        for (x, sum) in x.iter_mut().zip(sum) {
-            *x += sum;
+        for lane in 0..WIDTH {
+            x[lane] += sum[lane];
         }
     }
 }

@@ -35,8 +35,8 @@ on_each_path! {
 fn norm_row_body(scale: &Vector, eps: f32, exact: bool, x: &[f32], out: &mut [f32]) {
     let mut squares = [0.0f32; LANES];
     for x in x.as_chunks::<LANES>().0 {
-        for (square, &x) in squares.iter_mut().zip(x) {
-            *square = x.mul_add(x, *square);
+        for lane in 0..LANES {
+            squares[lane] = x[lane].mul_add(x[lane], squares[lane]);
         }
     }
     let mean = sum_lanes(squares) / x.len() as f32;

@@ -47,12 +47,13 @@ fn pair_rows_body(values: &[u16], n_lanes: usize, from: usize, tiles: &mut [Pair
     };
     for pair in 0..n_steps * STEP_PAIRS {
         let (step, at) = (pair / STEP_PAIRS, pair % STEP_PAIRS * LANES);
-        let of_step = tiles.iter_mut().skip(step).step_by(n_steps);
-        let rows = of_k(2 * pair).iter().zip(of_k(2 * pair + 1));
-        for (to, (even, odd)) in of_step.zip(rows) {
-            let to: &mut [u32; LANES] = to[at..].first_chunk_mut().expect("a row of a tile");
+        let (even, odd) = (of_k(2 * pair), of_k(2 * pair + 1));
+        // By index: what joins two iterators is not part of the loop but called.
+        for block in 0..n_lanes / LANES {
+            let to = &mut tiles[block * n_steps + step][at..];
+            let to: &mut [u32; LANES] = to.first_chunk_mut().expect("a row of a tile");
             for lane in 0..LANES {
-                to[lane] = u32::from(even[lane]) | u32::from(odd[lane]) << 16;
+                to[lane] = u32::from(even[block][lane]) | u32::from(odd[block][lane]) << 16;
             }
         }
     }

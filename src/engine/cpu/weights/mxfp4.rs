@@ -323,12 +323,14 @@ mod x86 {
         let low_half = _mm256_set1_epi8(0xF);
         for block in blocks {
             let (scales, codes) = block.split_at(LANES);
-            let scales: [__m256; QUARTERS] = std::array::from_fn(|q| {
+            let scale = |q: usize| {
                 // SAFETY: 32 scales.
                 let bytes = unsafe { _mm_loadl_epi64(scales.as_ptr().wrapping_add(8 * q).cast()) };
                 let scale = _mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(bytes));
                 _mm256_mul_ps(_mm256_castsi256_ps(scale), _mm256_set1_ps(0.5))
-            });
+            };
+            // One by one: `from_fn` would call it.
+            let scales: [__m256; QUARTERS] = [scale(0), scale(1), scale(2), scale(3)];
             for pair in 0..PAIRS {
                 // SAFETY: 16 pairs of 32 bytes.
                 let codes =

@@ -131,7 +131,11 @@ fn unpack_block(path: CpuPath, bytes: &PackedBlock, out: &mut UnpackedBlock) {
 /// The step of every lane.
 #[inline(always)]
 fn steps(bytes: &PackedBlock) -> [f32; LANES] {
-    std::array::from_fn(|lane| mxint8::step(bytes[lane]))
+    let mut steps = [0.0; LANES];
+    for lane in 0..LANES {
+        steps[lane] = mxint8::step(bytes[lane]);
+    }
+    steps
 }
 
 fn unpack_portable(bytes: &PackedBlock, out: &mut UnpackedBlock) {
@@ -218,8 +222,8 @@ mod x86 {
         let (from, to) = (bytes.as_ptr().wrapping_add(LANES), out.as_mut_ptr());
         // SAFETY: as above.
         unsafe {
-            let steps: [__m256; 4] =
-                std::array::from_fn(|i| _mm256_loadu_ps(steps.as_ptr().wrapping_add(8 * i)));
+            let step = |i: usize| _mm256_loadu_ps(steps.as_ptr().wrapping_add(8 * i));
+            let steps: [__m256; 4] = [step(0), step(1), step(2), step(3)];
             for k in 0..mxint8::BLOCK {
                 for (part, &step) in steps.iter().enumerate() {
                     let at = k * LANES + 8 * part;

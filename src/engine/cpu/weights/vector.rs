@@ -39,6 +39,7 @@ impl Vector {
     /// Values `start..start + N`, zeros past the end.
     #[inline(always)]
     pub fn lanes<const N: usize>(&self, start: usize) -> [f32; N] {
+        #[inline(always)]
         fn take<T: Plain, const N: usize>(
             values: &[T],
             start: usize,
