@@ -1,0 +1,214 @@
+//! Steps of weights on their way to the unit: pairs as they lie in memory, or unpacked while others are
+//! multiplied.
+
+use std::ops::Range;
+
+use super::super::path::CpuPath;
+use super::super::weights::{Tiles, prefetch, prefetch_near};
+use super::STEP_WORDS;
+
+/// Steps of a task's tiles as pairs, numbered through all of them.
+///
+/// Counters wrap here and in all that a step does: with a check of each, moving them was a quarter of a
+/// step's instructions.
+pub trait Steps {
+    /// Steps of K between which the sums of several blocks lie in tiles: as many as there is room for in the
+    /// first-level cache, where they stay for all blocks. A divisor of the 90 of 2880.
+    const RUN: usize;
+
+    /// Whether rows of several blocks pass through the first-level cache: they are too many to stay.
+    const ROWS_PASS: bool = true;
+
+    /// Has the first steps on their way, to be multiplied with so many blocks of rows.
+    fn begin(&mut self, n_blocks: usize);
+
+    /// While a step is multiplied with a block, which is the first or the `ONLY` one or another: has a share
+    /// of what comes a few steps later on its way.
+    fn bring<const FIRST: bool, const ONLY: bool>(&mut self, step: usize, block: usize);
+
+    /// A step that was brought.
+    fn pairs(&self, step: usize) -> &[u32; STEP_WORDS];
+}
+
+/// What a task reads of memory, in order, and asks for some steps ahead.
+struct Ahead<'a, T> {
+    values: &'a [T],
+    /// Values of a step.
+    a_step: usize,
+    /// Values from one line of the cache that a block asks for to the next.
+    stride: usize,
+}
+
+impl<'a, T> Ahead<'a, T> {
+    /// Steps by which it is ahead: 16 KiB of pairs, 4 KiB of MXFP4.
+    const STEPS: usize = 8;
+
+    /// Values of a line of the cache.
+    const LINE: usize = 64 / size_of::<T>();
+
+    fn new(values: &'a [T], a_step: usize) -> Self {
+        Self {
+            values,
+            a_step,
+            stride: Self::LINE,
+        }
+    }
+
+    #[inline(always)]
+    fn begin(&mut self, n_blocks: usize) {
+        self.stride = n_blocks * Self::LINE;
+        let n = Self::STEPS * self.a_step;
+        prefetch(self.values, 0, n.min(self.values.len()));
+    }
+
+    /// Memory answers at a steady pace, and whatever waits for it keeps a place that rows of the
+    /// second-level cache need as well. So what is asked of it is spread over all blocks. Of many blocks it
+    /// goes to the second-level cache: the first holds what they are multiplied with.
+    #[inline(always)]
+    fn ask<const ONLY: bool>(&self, step: usize, block: usize) {
+        let start = step.wrapping_add(Self::STEPS).wrapping_mul(self.a_step);
+        if start >= self.values.len() {
+            return;
+        }
+        if ONLY {
+            prefetch(self.values, start, self.a_step);
+            return;
+        }
+        let mut at = block.wrapping_mul(Self::LINE);
+        while at < self.a_step {
+            prefetch_near(self.values, start.wrapping_add(at), Self::LINE);
+            at = at.wrapping_add(self.stride);
+        }
+    }
+}
+
+impl<'a> Ahead<'a, u8> {
+    /// What is packed of some steps.
+    #[inline(always)]
+    fn of<W: Tiles>(weights: &'a W, steps: Range<usize>) -> Self {
+        let (packed, a_step) = weights.packed_blocks();
+        Self::new(&packed[steps.start * a_step..steps.end * a_step], a_step)
+    }
+}
+
+/// Weights that are pairs as they lie, brought from memory.
+pub struct Packed<'a> {
+    steps: &'a [[u32; STEP_WORDS]],
+    ahead: Ahead<'a, u32>,
+}
+
+impl<'a> Packed<'a> {
+    #[inline(always)]
+    pub fn new(words: &'a [u32]) -> Self {
+        Self {
+            steps: words.as_chunks().0,
+            ahead: Ahead::new(words, STEP_WORDS),
+        }
+    }
+}
+
+impl Steps for Packed<'_> {
+    const RUN: usize = 9;
+
+    #[inline(always)]
+    fn begin(&mut self, n_blocks: usize) {
+        self.ahead.begin(n_blocks);
+    }
+
+    #[inline(always)]
+    fn bring<const FIRST: bool, const ONLY: bool>(&mut self, step: usize, block: usize) {
+        self.ahead.ask::<ONLY>(step, block);
+    }
+
+    #[inline(always)]
+    fn pairs(&self, step: usize) -> &[u32; STEP_WORDS] {
+        &self.steps[step]
+    }
+}
+
+/// Steps that [`Unpacked`] has room for.
+const RING_STEPS: usize = 8;
+
+/// Weights that are unpacked, where `HERE` by instructions that become part of the loop: in a caller that was
+/// compiled for all of [`Kind::Amx`](super::super::path::Kind::Amx).
+pub struct Unpacked<'a, W, const HERE: bool> {
+    weights: &'a W,
+    path: CpuPath,
+    ring: &'a mut [[u32; STEP_WORDS]; RING_STEPS],
+    /// The first, numbered through all of the weights' tiles.
+    first: usize,
+    /// Steps that were unpacked, of `n`.
+    next: usize,
+    n: usize,
+    ahead: Ahead<'a, u8>,
+}
+
+impl<'a, W: Tiles, const HERE: bool> Unpacked<'a, W, HERE> {
+    /// Steps by which unpacking is ahead: what is unpacked during a step's products is out of the store
+    /// buffer when it is loaded, and still in the cache.
+    const AHEAD: usize = RING_STEPS - Self::RUN;
+
+    /// Steps numbered through all of the weights' tiles.
+    #[inline(always)]
+    pub fn new(
+        weights: &'a W,
+        path: CpuPath,
+        steps: Range<usize>,
+        ring: &'a mut [[u32; STEP_WORDS]; RING_STEPS],
+    ) -> Self {
+        Self {
+            weights,
+            path,
+            ring,
+            first: steps.start,
+            next: 0,
+            n: steps.len(),
+            ahead: Ahead::of(weights, steps),
+        }
+    }
+
+    #[inline(always)]
+    fn unpack_next(&mut self) {
+        if self.next >= self.n {
+            return;
+        }
+        let to = &mut self.ring[self.next % RING_STEPS];
+        let block = self.first.wrapping_add(self.next);
+        if HERE {
+            // SAFETY: as `Product::multiply` asks.
+            #[allow(unsafe_code, reason = "features were detected")]
+            unsafe {
+                self.weights.unpack_block_here(self.path, block, to);
+            }
+        } else {
+            self.weights.unpack_block(self.path, block, to);
+        }
+        self.next = self.next.wrapping_add(1);
+    }
+}
+
+impl<W: Tiles, const HERE: bool> Steps for Unpacked<'_, W, HERE> {
+    const RUN: usize = 6;
+
+    #[inline(always)]
+    fn begin(&mut self, n_blocks: usize) {
+        self.ahead.begin(n_blocks);
+        for _ in 0..Self::AHEAD {
+            self.unpack_next();
+        }
+    }
+
+    /// All is unpacked by the first block, since the others need it at once.
+    #[inline(always)]
+    fn bring<const FIRST: bool, const ONLY: bool>(&mut self, step: usize, block: usize) {
+        self.ahead.ask::<ONLY>(step, block);
+        if FIRST {
+            self.unpack_next();
+        }
+    }
+
+    #[inline(always)]
+    fn pairs(&self, step: usize) -> &[u32; STEP_WORDS] {
+        &self.ring[step % RING_STEPS]
+    }
+}
