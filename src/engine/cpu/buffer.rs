@@ -145,6 +145,15 @@ impl<T: Plain> DerefMut for Buffer<T> {
     }
 }
 
+/// The bits of values.
+pub fn bits_of(values: &[f32]) -> &[u32] {
+    // SAFETY: both types have the same size and alignment, and any bits are a number.
+    #[allow(unsafe_code, reason = "see above")]
+    unsafe {
+        std::slice::from_raw_parts(values.as_ptr().cast(), values.len())
+    }
+}
+
 /// A mutable slice that tasks of one parallel operation share, each writing parts of its own.
 pub struct Disjoint<'a, T> {
     start: *mut T,
@@ -166,6 +175,27 @@ impl<'a, T> Disjoint<'a, T> {
             start: slice.as_mut_ptr(),
             len: slice.len(),
             _slice: PhantomData,
+        }
+    }
+
+    /// Has the lines of the cache that `n` values from `start` on lie in brought, to be written: a hint.
+    /// Stores wait for their lines one after the other; what is asked for comes at once.
+    #[inline(always)]
+    pub fn expect(&self, start: usize, n: usize) {
+        const LINE: usize = 64;
+        #[cfg(target_arch = "x86_64")]
+        for line in (0..n * size_of::<T>()).step_by(LINE) {
+            let at = self.start.wrapping_add(start).cast::<u8>();
+            // SAFETY: a hint, which touches no memory and faults at no address. The library's own, without
+            // a feature that it does not know, would ask for lines to be read.
+            #[allow(unsafe_code, reason = "see above")]
+            unsafe {
+                std::arch::asm!(
+                    "prefetchw [{}]",
+                    in(reg) at.wrapping_add(line),
+                    options(nostack, preserves_flags, readonly)
+                );
+            }
         }
     }
 

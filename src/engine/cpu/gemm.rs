@@ -283,8 +283,16 @@ impl Exec {
     }
 }
 
-/// Multiplies tiles with the rows of a set and hands finished rows of 32 lanes to `finish(tile, first
-/// row of the set, rows)`.
+/// Where a product's sums go.
+pub trait Output {
+    /// Soon there will be sums of a tile with these rows of the set: what they are written to may be brought.
+    fn expect(&self, tile: usize, rows: Range<usize>);
+
+    /// Takes the sums of a tile with the rows of the set from `first` on.
+    fn take(&mut self, tile: usize, first: usize, sums: &mut [[f32; LANES]]);
+}
+
+/// Multiplies tiles with the rows of a set.
 #[allow(
     clippy::too_many_arguments,
     reason = "a kernel takes its shapes one by one"
@@ -296,18 +304,18 @@ pub fn multiply(
     x: Inputs,
     rows: &RowSets,
     set: usize,
-    finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
+    output: impl Output,
 ) {
     let of_set = rows.of_set(set);
     let (n_rows, start) = (of_set.len(), |i| (rows.start)(of_set.start + i));
     match x {
-        Inputs::Values(x) => multiply_values(exec, weights, tiles, x, n_rows, start, finish),
+        Inputs::Values(x) => multiply_values(exec, weights, tiles, x, n_rows, start, output),
         Inputs::Pairs(x) => {
             let start = |i| start(i) / 2;
-            pairs::multiply(exec, weights, tiles, x, n_rows, start, finish);
+            pairs::multiply(exec, weights, tiles, x, n_rows, start, output);
         }
         Inputs::Blocks(x) => {
-            with_tiles!(weights, w => amx::multiply(exec, w, tiles, x, of_set, finish));
+            with_tiles!(weights, w => amx::multiply(exec, w, tiles, x, of_set, output));
         }
     }
 }
@@ -319,7 +327,7 @@ fn multiply_values<W: Tiles>(
     x: &[f32],
     n_rows: usize,
     row_start: impl Fn(usize) -> usize,
-    mut finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
+    mut output: impl Output,
 ) {
     let n_k = weights.n_k();
     exec.with_scratch(|scratch| {
@@ -332,9 +340,10 @@ fn multiply_values<W: Tiles>(
                 *start = row_start(group + i);
             }
             for tile in tiles.clone() {
+                output.expect(tile, group..group + n);
                 acc.fill([0.0; LANES]);
                 if n <= FEW_ROWS && fused(exec, weights, tile, acc, x, starts) {
-                    finish(tile, group, acc);
+                    output.take(tile, group, acc);
                     continue;
                 }
                 for k in (0..n_k).step_by(CHUNK_K) {
@@ -343,7 +352,7 @@ fn multiply_values<W: Tiles>(
                     let w = &scratch.weights[..n_k * LANES];
                     fma_chain_in_pairs(exec.path, acc, w, &x[k..], starts, n_k);
                 }
-                finish(tile, group, acc);
+                output.take(tile, group, acc);
             }
         }
     });

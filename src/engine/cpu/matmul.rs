@@ -3,9 +3,11 @@
 //! `out[row][o] = sum over k of w[o][k] x[row][k] + bias[o]`, one chain over ascending `k`, the
 //! bias added after it. What happens to a finished value is the caller's [`Epilogue`].
 
+use std::ops::Range;
+
 use super::buffer::Disjoint;
 use super::calls::Op;
-use super::gemm::{Exec, Inputs, RowSets, multiply, tiles_a_task};
+use super::gemm::{Exec, Inputs, Output, RowSets, multiply, tiles_a_task};
 use super::lanes::{LANES, for_each_in_turn};
 use super::weights::{Matrix, Tiles, Vector};
 
@@ -38,6 +40,46 @@ fn add(out: &mut [f32], values: &[f32]) {
     }
 }
 
+/// Sums on their way into columns of `out` `[n_rows, n_out]`.
+struct Columns<'a> {
+    weights: &'a Projection,
+    into: Epilogue,
+    out: &'a Disjoint<'a, f32>,
+}
+
+impl Output for Columns<'_> {
+    #[inline(always)]
+    fn expect(&self, tile: usize, rows: Range<usize>) {
+        for row in rows {
+            self.out
+                .expect(row * self.weights.n_out + tile * LANES, LANES);
+        }
+    }
+
+    #[inline(always)]
+    fn take(&mut self, tile: usize, first: usize, sums: &mut [[f32; LANES]]) {
+        let n_out = self.weights.n_out;
+        let start = tile * LANES;
+        let n = LANES.min(n_out - start);
+        let bias = self.weights.bias.as_ref();
+        let bias = bias.map_or([0.0; LANES], |bias| bias.lanes::<LANES>(start));
+        for (i, lanes) in sums.iter_mut().enumerate() {
+            for lane in 0..LANES {
+                lanes[lane] += bias[lane];
+            }
+            // SAFETY: each (row, tile) is taken once, by one task.
+            #[allow(unsafe_code, reason = "tiles are disjoint columns")]
+            let out = unsafe { self.out.slice_mut((first + i) * n_out + start, n) };
+            match (self.into, out.first_chunk_mut::<LANES>()) {
+                (Epilogue::Store, Some(out)) => *out = *lanes,
+                (Epilogue::Store, None) => out.copy_from_slice(&lanes[..n]),
+                (Epilogue::Add, Some(out)) => add(out, lanes),
+                (Epilogue::Add, None) => add(out, &lanes[..n]),
+            }
+        }
+    }
+}
+
 /// Outputs `first_tile * 32 ..` of `x` `[n_rows, n_k]` into `out` `[n_rows, n_out]`.
 pub fn matmul(
     exec: &Exec,
@@ -63,27 +105,12 @@ pub fn matmul(
         for_each_in_turn(n_tiles.div_ceil(a_task), |task| {
             let first = first_tile + task * a_task;
             let tiles = first..(first + a_task).min(first_tile + n_tiles);
-            let finish = |tile: usize, first: usize, rows: &mut [[f32; LANES]]| {
-                let start = tile * LANES;
-                let n = LANES.min(n_out - start);
-                let bias = weights.bias.as_ref();
-                let bias = bias.map_or([0.0; LANES], |bias| bias.lanes::<LANES>(start));
-                for (i, lanes) in rows.iter_mut().enumerate() {
-                    for lane in 0..LANES {
-                        lanes[lane] += bias[lane];
-                    }
-                    // SAFETY: each (row, tile) is finished once, by one task.
-                    #[allow(unsafe_code, reason = "tiles are disjoint columns")]
-                    let out = unsafe { out.slice_mut((first + i) * n_out + start, n) };
-                    match (into, out.first_chunk_mut::<LANES>()) {
-                        (Epilogue::Store, Some(out)) => *out = *lanes,
-                        (Epilogue::Store, None) => out.copy_from_slice(&lanes[..n]),
-                        (Epilogue::Add, Some(out)) => add(out, lanes),
-                        (Epilogue::Add, None) => add(out, &lanes[..n]),
-                    }
-                }
+            let output = Columns {
+                weights,
+                into,
+                out: &out,
             };
-            multiply(exec, &weights.tiles, tiles, x, &rows, 0, finish);
+            multiply(exec, &weights.tiles, tiles, x, &rows, 0, output);
         });
     };
     exec.with_inputs(&x[..n_rows * n_k], &rows, product);

@@ -5,13 +5,19 @@
 //! costs nothing, and a tile is unpacked once for a whole group of its rows.
 //!
 //! ```text
-//! gate_up  act[entry] = swiglu(W_gu[expert] x[row] + b_gu[expert])    [n_entries, intermediate]
+//! gate_up  act[entry] = swiglu(W_gu[expert] x[row] + b_gu[expert])    [n_entries, intermediate], or blocks
 //! down     y[entry]   = W_d[expert] act[entry] + b_d[expert]          [n_entries, hidden]
 //! ```
+//!
+//! Where products are of tiles, `act` is written as the blocks that the second half takes: in half as many
+//! bytes, one behind the other, and joined by nothing between.
 
-use super::buffer::Disjoint;
+use std::ops::Range;
+
+use super::amx;
+use super::buffer::{Disjoint, bits_of};
 use super::calls::Op;
-use super::gemm::{Exec, Inputs, RowSets, multiply, tiles_a_task};
+use super::gemm::{Exec, Inputs, Output, Products, RowSets, multiply, tiles_a_task};
 use super::lanes::{LANES, for_each_in_turn};
 use super::swiglu::{self, PAIRS};
 use super::topk_routing::Routing;
@@ -39,8 +45,13 @@ impl Experts {
     }
 }
 
+/// Whether `act` lies in blocks of pairs, those of each expert's entries ([`amx::join`]).
+pub fn act_in_blocks(exec: &Exec) -> bool {
+    Products::of(exec.path, exec.exact) == Products::Tiles
+}
+
 /// The first half of the experts, from `x` `[n_rows, hidden]` to `act`
-/// `[n_rows * k, intermediate]`.
+/// `[n_rows * k, intermediate]`, or in blocks ([`act_in_blocks`]).
 pub fn gate_up(
     exec: &Exec,
     experts: &Experts,
@@ -49,68 +60,154 @@ pub fn gate_up(
     x: &[f32],
     act: &mut [f32],
 ) {
-    let (hidden, intermediate) = (experts.hidden(), experts.intermediate());
+    let hidden = experts.hidden();
     let k = routing.n_experts_per_token;
     let act = Disjoint::new(act);
-    let row_start = |entry: u32| entry as usize / k * hidden;
-    grouped(
+    let rows = RowSets {
+        n_k: hidden,
+        offsets: routing.offsets(),
+        start: &|i| routing.entries()[i] as usize / k * hidden,
+    };
+    let output = |of| GateUp {
         exec,
-        &experts.gate_up,
-        routing,
-        &x[..routing.n_rows * hidden],
-        row_start,
-        |expert, tile, entries, rows| {
-            let start = expert * 2 * intermediate + tile * LANES;
-            let bias = experts.gate_up_bias.lanes::<LANES>(start);
-            swiglu::swiglu(exec.path, limit, exec.exact, &bias, rows);
-            for (&entry, lanes) in entries.iter().zip(rows) {
-                // SAFETY: each (entry, tile) is finished once, by one task.
-                #[allow(unsafe_code, reason = "entries and tiles are disjoint")]
-                let out =
-                    unsafe { act.slice_mut(entry as usize * intermediate + tile * PAIRS, PAIRS) };
-                let out: &mut [f32; PAIRS] = out.first_chunk_mut().expect("as many");
-                *out = *lanes.first_chunk().expect("half of the lanes");
-            }
-        },
-    );
+        experts,
+        limit,
+        in_blocks: act_in_blocks(exec),
+        of,
+        act: &act,
+    };
+    exec.with_inputs(&x[..routing.n_rows * hidden], &rows, |x| {
+        grouped(exec, &experts.gate_up, routing, &rows, x, output);
+    });
 }
 
-/// The second half, from `act` to `y` `[n_rows * k, hidden]`.
+/// The second half, from `act`, in blocks with [`amx::SLACK`] words behind them, to `y` `[n_rows * k, hidden]`.
 pub fn down(exec: &Exec, experts: &Experts, routing: &Routing, act: &[f32], y: &mut [f32]) {
-    let (hidden, intermediate) = (experts.hidden(), experts.intermediate());
+    let intermediate = experts.intermediate();
     let y = Disjoint::new(y);
-    let row_start = |entry: u32| entry as usize * intermediate;
-    grouped(
-        exec,
-        &experts.down,
-        routing,
-        &act[..routing.n_rows * routing.n_experts_per_token * intermediate],
-        row_start,
-        |expert, tile, entries, rows| {
-            let bias = experts
-                .down_bias
-                .lanes::<LANES>(expert * hidden + tile * LANES);
-            for (&entry, lanes) in entries.iter().zip(rows) {
-                // SAFETY: each (entry, tile) is finished once, by one task.
-                #[allow(unsafe_code, reason = "entries and tiles are disjoint")]
-                let out = unsafe { y.slice_mut(entry as usize * hidden + tile * LANES, LANES) };
-                let out: &mut [f32; LANES] = out.first_chunk_mut().expect("as many");
-                for lane in 0..LANES {
-                    out[lane] = lanes[lane] + bias[lane];
-                }
-            }
-        },
-    );
+    let n_entries = routing.n_rows * routing.n_experts_per_token;
+    let rows = RowSets {
+        n_k: intermediate,
+        offsets: routing.offsets(),
+        start: &|i| routing.entries()[i] as usize * intermediate,
+    };
+    let output = |of| Down { experts, of, y: &y };
+    let product = |x: Inputs| grouped(exec, &experts.down, routing, &rows, x, output);
+    if act_in_blocks(exec) {
+        product(Inputs::Blocks(bits_of(act)));
+    } else {
+        exec.with_inputs(&act[..n_entries * intermediate], &rows, product);
+    }
 }
 
-/// All experts' tiles times their entries; `finish(expert, tile of the expert, entries, rows)`.
-fn grouped(
+/// An expert and the entries that meet it.
+struct OfExpert<'a> {
+    /// The first of its tiles.
+    base: usize,
+    /// Entries of the experts before it.
+    n_before: usize,
+    entries: &'a [u32],
+}
+
+/// Sums on their way through SwiGLU into `act`.
+struct GateUp<'a> {
+    exec: &'a Exec,
+    experts: &'a Experts,
+    limit: f32,
+    in_blocks: bool,
+    of: OfExpert<'a>,
+    act: &'a Disjoint<'a, f32>,
+}
+
+impl GateUp<'_> {
+    /// Where a tile's values of some rows go: `place(row, start)`.
+    #[inline(always)]
+    fn places(&self, tile: usize, rows: Range<usize>, mut place: impl FnMut(usize, usize)) {
+        let intermediate = self.experts.intermediate();
+        let first = (tile - self.of.base) * PAIRS;
+        if self.in_blocks {
+            let start = self.of.n_before + rows.start;
+            return amx::places(start, rows.len(), intermediate, first, place);
+        }
+        for (row, &entry) in self.of.entries[rows].iter().enumerate() {
+            place(row, entry as usize * intermediate + first);
+        }
+    }
+}
+
+impl Output for GateUp<'_> {
+    #[inline(always)]
+    fn expect(&self, tile: usize, rows: Range<usize>) {
+        self.places(tile, rows, |_, start| self.act.expect(start, PAIRS));
+    }
+
+    #[inline(always)]
+    fn take(&mut self, tile: usize, first: usize, sums: &mut [[f32; LANES]]) {
+        let (limit, exact, in_words) = (self.limit, self.exec.exact, self.in_blocks);
+        let bias = self.experts.gate_up_bias.lanes::<LANES>(tile * LANES);
+        swiglu::swiglu(self.exec.path, limit, exact, in_words, &bias, sums);
+        self.places(tile, first..first + sums.len(), |row, start| {
+            // SAFETY: each (entry, tile) is taken once, by one task.
+            #[allow(unsafe_code, reason = "entries and tiles are disjoint")]
+            let out = |n| unsafe { self.act.slice_mut(start, n) };
+            // Arrays: slices would be copied by a call.
+            if in_words {
+                let out: &mut [f32; PAIRS / 2] = out(PAIRS / 2).first_chunk_mut().expect("as many");
+                *out = *sums[row].first_chunk().expect("a quarter of the lanes");
+            } else {
+                let out: &mut [f32; PAIRS] = out(PAIRS).first_chunk_mut().expect("as many");
+                *out = *sums[row].first_chunk().expect("half of the lanes");
+            }
+        });
+    }
+}
+
+/// Sums on their way into `y` `[n_entries, hidden]`.
+struct Down<'a> {
+    experts: &'a Experts,
+    of: OfExpert<'a>,
+    y: &'a Disjoint<'a, f32>,
+}
+
+impl Down<'_> {
+    #[inline(always)]
+    fn start(&self, entry: u32, tile: usize) -> usize {
+        entry as usize * self.experts.hidden() + (tile - self.of.base) * LANES
+    }
+}
+
+impl Output for Down<'_> {
+    #[inline(always)]
+    fn expect(&self, tile: usize, rows: Range<usize>) {
+        for &entry in &self.of.entries[rows] {
+            self.y.expect(self.start(entry, tile), LANES);
+        }
+    }
+
+    #[inline(always)]
+    fn take(&mut self, tile: usize, first: usize, sums: &mut [[f32; LANES]]) {
+        let bias = self.experts.down_bias.lanes::<LANES>(tile * LANES);
+        let entries = &self.of.entries[first..first + sums.len()];
+        for (&entry, lanes) in entries.iter().zip(sums) {
+            // SAFETY: each (entry, tile) is taken once, by one task.
+            #[allow(unsafe_code, reason = "entries and tiles are disjoint")]
+            let out = unsafe { self.y.slice_mut(self.start(entry, tile), LANES) };
+            let out: &mut [f32; LANES] = out.first_chunk_mut().expect("as many");
+            for lane in 0..LANES {
+                out[lane] = lanes[lane] + bias[lane];
+            }
+        }
+    }
+}
+
+/// All experts' tiles times their entries, into the output of each expert.
+fn grouped<'a, O: Output>(
     exec: &Exec,
     weights: &Matrix,
-    routing: &Routing,
-    x: &[f32],
-    row_start: impl Fn(u32) -> usize + Sync + Send,
-    finish: impl Fn(usize, usize, &[u32], &mut [[f32; LANES]]) + Sync + Send,
+    routing: &'a Routing,
+    rows: &RowSets,
+    x: Inputs,
+    output: impl Fn(OfExpert<'a>) -> O + Sync + Send,
 ) {
     exec.calls.count(Op::MoeMatmul, weights.format());
     let n_tiles = weights.n_tiles() / routing.n_experts;
@@ -121,33 +218,22 @@ fn grouped(
     let mean_rows = n_entries.div_ceil(routing.n_experts);
     let a_task = tiles_a_task(exec, weights, n_tiles, n_hit, mean_rows);
     let n_tasks = n_tiles.div_ceil(a_task);
-    let rows = RowSets {
-        n_k: weights.n_k(),
-        offsets: routing.offsets(),
-        start: &|i| row_start(routing.entries()[i]),
-    };
-    let product = |x: Inputs| {
-        for_each_in_turn(routing.n_experts * n_tasks, |task| {
-            let (expert, part) = (task / n_tasks, task % n_tasks);
-            let entries = routing.of_expert(expert);
-            if entries.is_empty() {
-                return;
-            }
-            let base = expert * n_tiles;
-            let first = base + part * a_task;
-            let tiles = first..(first + a_task).min(base + n_tiles);
-            let finish = |tile: usize, first: usize, rows: &mut [[f32; LANES]]| {
-                finish(
-                    expert,
-                    tile - base,
-                    &entries[first..first + rows.len()],
-                    rows,
-                );
-            };
-            multiply(exec, weights, tiles, x, &rows, expert, finish);
+    for_each_in_turn(routing.n_experts * n_tasks, |task| {
+        let (expert, part) = (task / n_tasks, task % n_tasks);
+        let entries = routing.of_expert(expert);
+        if entries.is_empty() {
+            return;
+        }
+        let base = expert * n_tiles;
+        let first = base + part * a_task;
+        let tiles = first..(first + a_task).min(base + n_tiles);
+        let output = output(OfExpert {
+            base,
+            n_before: rows.of_set(expert).start,
+            entries,
         });
-    };
-    exec.with_inputs(x, &rows, product);
+        multiply(exec, weights, tiles, x, rows, expert, output);
+    });
 }
 
 /// As [`gate_up`], slow and obvious.

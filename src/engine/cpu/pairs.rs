@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::gemm::{Exec, GROUP_ROWS};
+use super::gemm::{Exec, GROUP_ROWS, Output};
 use super::lanes::{LANES, most_rows};
 use super::path::{CpuPath, on_each_path};
 use super::weights::{CHUNK_K, FUSED_ROWS, Tiles};
@@ -20,7 +20,7 @@ pub fn multiply<W: Tiles>(
     x: &[u32],
     n_rows: usize,
     row_start: impl Fn(usize) -> usize,
-    mut finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
+    mut output: impl Output,
 ) {
     let n_k = weights.n_k();
     exec.with_scratch(|scratch| {
@@ -41,7 +41,7 @@ pub fn multiply<W: Tiles>(
                     x,
                     starts,
                     |tile, acc| {
-                        finish(tile, group, acc);
+                        output.take(tile, group, acc);
                     },
                 )
             {
@@ -50,6 +50,9 @@ pub fn multiply<W: Tiles>(
             let joint = joint_tiles(n);
             for first in tiles.clone().step_by(joint) {
                 let n_tiles = joint.min(tiles.end - first);
+                for tile in first..first + n_tiles {
+                    output.expect(tile, group..group + n);
+                }
                 let acc = &mut acc[..n_tiles * n];
                 acc.fill([0.0; LANES]);
                 let packed = weights.packed_pairs(first);
@@ -74,7 +77,7 @@ pub fn multiply<W: Tiles>(
                     pair_chain(exec.path, acc, w, w_tile, &x[k / 2..], starts, n_k / 2);
                 }
                 for (i, acc) in acc.chunks_exact_mut(n).enumerate() {
-                    finish(first + i, group, acc);
+                    output.take(first + i, group, acc);
                 }
             }
         }

@@ -16,12 +16,18 @@ const ALPHA: f32 = 1.702;
 
 on_each_path! {
     /// Adds `bias` to each row of a tile and joins its pairs into the lower lanes; rounds to bf16
-    /// unless `exact`.
-    pub fn swiglu(limit: f32, exact: bool, bias: &[f32; LANES], rows: &mut [[f32; LANES]]) = body
+    /// unless `exact`, and then takes two to a word `in_words`.
+    pub fn swiglu(
+        limit: f32,
+        exact: bool,
+        in_words: bool,
+        bias: &[f32; LANES],
+        rows: &mut [[f32; LANES]],
+    ) = body
 }
 
 #[inline(always)]
-fn body(limit: f32, exact: bool, bias: &[f32; LANES], rows: &mut [[f32; LANES]]) {
+fn body(limit: f32, exact: bool, in_words: bool, bias: &[f32; LANES], rows: &mut [[f32; LANES]]) {
     for row in rows {
         let mut joined = [0.0; PAIRS];
         for pair in 0..PAIRS {
@@ -34,6 +40,13 @@ fn body(limit: f32, exact: bool, bias: &[f32; LANES], rows: &mut [[f32; LANES]])
             let gated = gate / (1.0 + exp(-ALPHA * gate));
             let value = (up + 1.0) * gated;
             joined[pair] = if exact { value } else { bf16::round(value) };
+        }
+        if in_words {
+            for word in 0..PAIRS / 2 {
+                let [even, odd] = [joined[2 * word], joined[2 * word + 1]].map(f32::to_bits);
+                row[word] = f32::from_bits(even >> 16 | odd & 0xFFFF_0000);
+            }
+            continue;
         }
         // As an array: `copy_from_slice` would be a call.
         let lower: &mut [f32; PAIRS] = row.first_chunk_mut().expect("half of the lanes");

@@ -1,5 +1,6 @@
 //! Activations and tables of all passes, allocated once from the engine's shape.
 
+use super::amx::SLACK;
 use super::buffer::Buffer;
 use super::gemm::{Exec, Scratch};
 use super::rope::RopeTable;
@@ -25,7 +26,7 @@ pub struct Workspace {
     pub routing: Routing,
     /// Experts of each layer's entries in the latest pass, where they are kept: for statistics.
     pub routed: Option<Vec<Vec<u32>>>,
-    /// `[R * k, intermediate]`.
+    /// `[R * k, intermediate]`, or in blocks.
     pub act: Buffer<f32>,
     /// `[R * k, hidden]`.
     pub y: Buffer<f32>,
@@ -61,7 +62,9 @@ impl Lengths {
             qkv: rows.saturating_mul(config.qkv_width()),
             attended: rows.saturating_mul(config.q_width()),
             router_logits: rows.saturating_mul(config.n_experts),
-            act: entries.saturating_mul(config.intermediate),
+            act: entries
+                .saturating_mul(config.intermediate)
+                .saturating_add(SLACK),
             y: entries.saturating_mul(config.hidden),
             logits: shape.n_slots.saturating_mul(config.n_vocab),
             page_table: (shape.n_slots + shape.n_forks).saturating_mul(max_pages),

@@ -30,7 +30,7 @@ use std::hint::black_box;
 use std::ops::Range;
 
 use super::buffer::Disjoint;
-use super::gemm::{Exec, GROUP_ROWS, RowSets, Scratch};
+use super::gemm::{Exec, GROUP_ROWS, Output, RowSets, Scratch};
 use super::lanes::{LANES, for_each};
 use super::path::{CpuPath, Kind, on_each_path};
 use super::weights::{Tiles, prefetch};
@@ -102,6 +102,26 @@ pub fn join(path: CpuPath, x: &[f32], rows: &RowSets, blocks: &mut [u32]) {
     });
 }
 
+/// Where 16 values of each row of a group lie in its blocks, the values from `k` on: `place(row of the group,
+/// word)`. The group's rows are those from `first` on.
+#[inline(always)]
+pub fn places(
+    first: usize,
+    n_rows: usize,
+    n_k: usize,
+    k: usize,
+    mut place: impl FnMut(usize, usize),
+) {
+    let a_block = block_rows(n_rows);
+    for block in (0..n_rows).step_by(a_block) {
+        let n = a_block.min(n_rows - block);
+        let start = (first + block) * n_k / 2 + k / STEP_K * n * STEP_PAIRS + k % STEP_K / 2;
+        for i in 0..n {
+            place(block + i, start + i * STEP_PAIRS);
+        }
+    }
+}
+
 on_each_path! {
     fn join_steps(x: &[f32], starts: &[usize], blocks: &mut [u32]) = join_steps_body
 }
@@ -135,7 +155,7 @@ pub fn multiply<W: Tiles>(
     tiles: Range<usize>,
     blocks: &[u32],
     rows: Range<usize>,
-    finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
+    output: impl Output,
 ) {
     let path = exec.path;
     assert_eq!(path.kind(), Kind::Amx, "products of tiles");
@@ -149,12 +169,12 @@ pub fn multiply<W: Tiles>(
     exec.with_scratch(|scratch| {
         #[cfg(test)]
         if !is_available() {
-            return product.multiply_by::<emulated::Emulated, false>(scratch, finish);
+            return product.multiply_by::<emulated::Emulated, false>(scratch, output);
         }
         // SAFETY: a path of this kind exists only where the CPU has its features.
         #[allow(unsafe_code, reason = "features were detected")]
         unsafe {
-            product.multiply(scratch, finish);
+            product.multiply(scratch, output);
         }
     });
 }
@@ -178,12 +198,8 @@ impl<W: Tiles> Product<'_, W> {
         target_feature(enable = "avx512f,avx512bw,avx512vbmi")
     )]
     #[allow(unsafe_code, reason = "features were detected")]
-    unsafe fn multiply(
-        &self,
-        scratch: &mut Scratch,
-        finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
-    ) {
-        self.multiply_by::<unit::Hardware, true>(scratch, finish);
+    unsafe fn multiply(&self, scratch: &mut Scratch, output: impl Output) {
+        self.multiply_by::<unit::Hardware, true>(scratch, output);
     }
 
     /// `HERE`: as part of [`Product::multiply`].
@@ -191,7 +207,7 @@ impl<W: Tiles> Product<'_, W> {
     fn multiply_by<U: TileUnit, const HERE: bool>(
         &self,
         scratch: &mut Scratch,
-        mut finish: impl FnMut(usize, usize, &mut [[f32; LANES]]),
+        mut output: impl Output,
     ) {
         let (weights, tiles) = (self.weights, &self.tiles);
         let n_steps = weights.n_k() / STEP_K;
@@ -203,19 +219,18 @@ impl<W: Tiles> Product<'_, W> {
                 n_steps,
             };
             let unit = U::set(block_rows(n));
-            let finish = |tile, sums: &mut [_]| finish(tiles.start + tile, group, sums);
             let sums = &mut scratch.sums;
             match weights.packed_pairs(tiles.start) {
                 Some((words, a_tile)) => {
                     let packed = Packed::new(&words[..tiles.len() * a_tile]);
-                    rows.multiply(&unit, packed, tiles.len(), sums, finish);
+                    rows.multiply(&unit, packed, tiles, sums, group, &mut output);
                 }
                 None => {
                     let steps = tiles.start * n_steps..tiles.end * n_steps;
                     let ring = scratch.pairs.as_chunks_mut().0;
                     let ring = ring.first_chunk_mut().expect("as many words");
                     let unpacked = Unpacked::<W, HERE>::new(weights, self.path, steps, ring);
-                    rows.multiply(&unit, unpacked, tiles.len(), sums, finish);
+                    rows.multiply(&unit, unpacked, tiles, sums, group, &mut output);
                 }
             }
         }
@@ -234,27 +249,29 @@ struct Rows<'a> {
 pub const SUMS: usize = GROUP_ROWS * LANES;
 
 impl Rows<'_> {
-    /// Multiplies all rows with `n_tiles` tiles and hands the sums of each to `finish`. While steps are
-    /// multiplied, those a little further on are brought: memory and what unpacks work beside the unit.
+    /// Multiplies all rows, of the set those from `first` on, with tiles. While steps are multiplied, those a
+    /// little further on are brought: memory and what unpacks work beside the unit.
     #[inline(always)]
     fn multiply<U: TileUnit, S: Steps>(
         &self,
         unit: &U,
         mut steps: S,
-        n_tiles: usize,
+        tiles: &Range<usize>,
         sums: &mut [f32],
-        mut finish: impl FnMut(usize, &mut [[f32; LANES]]),
+        first: usize,
+        output: &mut impl Output,
     ) {
         let (sums, _) = sums.as_chunks_mut::<LANES>();
         steps.begin(self.n.div_ceil(BLOCK_ROWS));
-        for tile in 0..n_tiles {
+        for tile in 0..tiles.len() {
+            output.expect(tiles.start + tile, first..first + self.n);
             match (self.n <= BLOCK_ROWS, tile) {
                 (true, 0) => self.multiply_block::<U, S, true>(unit, &mut steps, tile, sums),
                 (true, _) => self.multiply_block::<U, S, false>(unit, &mut steps, tile, sums),
                 (false, 0) => self.multiply_blocks::<U, S, true>(unit, &mut steps, tile, sums),
                 (false, _) => self.multiply_blocks::<U, S, false>(unit, &mut steps, tile, sums),
             }
-            finish(tile, &mut sums[..self.n]);
+            output.take(tiles.start + tile, first, &mut sums[..self.n]);
         }
     }
 
@@ -381,6 +398,16 @@ impl Steps for Held<'_> {
     }
 }
 
+struct Nowhere;
+
+impl Output for Nowhere {
+    fn expect(&self, _: usize, _: Range<usize>) {}
+
+    fn take(&mut self, _: usize, _: usize, sums: &mut [[f32; LANES]]) {
+        black_box(sums);
+    }
+}
+
 /// Multiplies 32 rows with 256 lanes of 192 k `n_rounds` times, from the first-level cache; gives the number
 /// of products. For a measure of the unit's rate.
 ///
@@ -404,9 +431,7 @@ pub fn multiply_from_cache(n_rounds: usize) -> usize {
     };
     for _ in 0..n_rounds {
         let held = Held(black_box(&pairs.0));
-        rows.multiply(&unit, held, N_TILES, &mut sums.0, |_, sums| {
-            black_box(sums);
-        });
+        rows.multiply(&unit, held, &(0..N_TILES), &mut sums.0, 0, &mut Nowhere);
     }
     n_rounds * N_ROWS * N_TILES * LANES * HELD_STEPS * STEP_K
 }

@@ -163,6 +163,23 @@ fn amx_row_does_not_depend_on_its_mates() {
     }
 }
 
+/// Sums as rows `[rows][n_out]` of a set.
+struct AsRows<'a> {
+    out: &'a mut [f32],
+    n_out: usize,
+}
+
+impl Output for AsRows<'_> {
+    fn expect(&self, _: usize, _: Range<usize>) {}
+
+    fn take(&mut self, tile: usize, first: usize, sums: &mut [[f32; LANES]]) {
+        for (i, lanes) in sums.iter().enumerate() {
+            let start = (first + i) * self.n_out + tile * LANES;
+            self.out[start..start + LANES].copy_from_slice(lanes);
+        }
+    }
+}
+
 /// Products of `n_rows` rows in sets of `a_set`, by the emulated unit.
 fn emulated<W: Tiles>(
     exec: &Exec,
@@ -196,12 +213,11 @@ fn emulated<W: Tiles>(
             rows,
         };
         exec.with_scratch(|scratch| {
-            product.multiply_by::<Emulated, false>(scratch, |tile, first, sums| {
-                for (i, lanes) in sums.iter().enumerate() {
-                    let start = (base + first + i) * n_out + tile * LANES;
-                    out[start..start + LANES].copy_from_slice(lanes);
-                }
-            });
+            let output = AsRows {
+                out: &mut out[base * n_out..],
+                n_out,
+            };
+            product.multiply_by::<Emulated, false>(scratch, output);
         });
     }
     out
@@ -243,6 +259,42 @@ fn amx_driver_gives_the_models_sums_on_any_cpu() {
     }
 }
 
+#[test]
+fn amx_places_are_where_rows_are_joined() {
+    // Values that bf16 holds: their numbers in the upper half.
+    let (n_k, n_rows) = (96, 250);
+    let number = |row: usize, k: usize| (row * n_k + k) as u32 + 1;
+    let x: Vec<f32> = (0..n_rows * n_k)
+        .map(|i| f32::from_bits(number(i / n_k, i % n_k) << 16))
+        .collect();
+    let offsets = [0u32, 0, 1, 18, 50, 146, 250];
+    let rows = RowSets {
+        n_k,
+        offsets: &offsets,
+        start: &|row| row * n_k,
+    };
+    let mut blocks = vec![0; n_rows * n_k / 2 + SLACK];
+    join(CpuPath::PORTABLE, &x, &rows, &mut blocks);
+    let mut n_seen = 0;
+    for set in 0..rows.n_sets() {
+        let set = rows.of_set(set);
+        for group in set.clone().step_by(GROUP_ROWS) {
+            let n = GROUP_ROWS.min(set.end - group);
+            for k in (0..n_k).step_by(16) {
+                places(group, n, n_k, k, |row, start| {
+                    for pair in 0..8 {
+                        let word = blocks[start + pair];
+                        let [even, odd] = [0, 1].map(|i| number(group + row, k + 2 * pair + i));
+                        assert_eq!(word, even | odd << 16, "row {row} of {group}, k {k}");
+                    }
+                    n_seen += 16;
+                });
+            }
+        }
+    }
+    assert_eq!(n_seen, n_rows * n_k);
+}
+
 /// Experts in three formats of the same values.
 fn experts(random: &mut Random, n: usize, hidden: usize, intermediate: usize) -> Vec<Experts> {
     let gate_up = formats(random, n * intermediate / 16, hidden);
@@ -262,6 +314,19 @@ fn experts(random: &mut Random, n: usize, hidden: usize, intermediate: usize) ->
             }
         })
         .collect()
+}
+
+/// Rows of entries in the blocks of their experts, with the slack behind them.
+fn joined_act(exec: &Exec, routing: &Routing, intermediate: usize, act: &[f32]) -> Vec<f32> {
+    assert!(moe_matmul::act_in_blocks(exec), "products of tiles");
+    let rows = RowSets {
+        n_k: intermediate,
+        offsets: routing.offsets(),
+        start: &|i| routing.entries()[i] as usize * intermediate,
+    };
+    let mut blocks = vec![0; act.len() / 2 + SLACK];
+    join(exec.path, act, &rows, &mut blocks);
+    blocks.into_iter().map(f32::from_bits).collect()
 }
 
 #[test]
@@ -293,7 +358,7 @@ fn amx_scattered_experts_are_the_models_sums() {
                 let rows = &mut [std::array::from_fn(|lane| {
                     model(&base.gate_up, at, lane, x)
                 })];
-                swiglu::swiglu(exec.path, LIMIT, false, &bias, rows);
+                swiglu::swiglu(exec.path, LIMIT, false, false, &bias, rows);
                 expected_act[entry * intermediate + tile * PAIRS..][..PAIRS]
                     .copy_from_slice(&rows[0][..PAIRS]);
             }
@@ -306,11 +371,14 @@ fn amx_scattered_experts_are_the_models_sums() {
         }
         for experts in &of_formats {
             let what = format!("{}, {n_rows} rows x {k}", experts.down.format().name());
-            let mut got = vec![f32::NAN; act.len()];
+            let mut got = vec![f32::NAN; act.len() + SLACK];
             moe_matmul::gate_up(&exec, experts, &routing, LIMIT, &x, &mut got);
-            assert_same_bits(&got, &expected_act, &what);
+            let joined = joined_act(&exec, &routing, intermediate, &expected_act);
+            let n = act.len() / 2;
+            assert_same_bits(&got[..n], &joined[..n], &what);
             let mut got = vec![f32::NAN; expected_y.len()];
-            moe_matmul::down(&exec, experts, &routing, &act, &mut got);
+            let joined = joined_act(&exec, &routing, intermediate, &act);
+            moe_matmul::down(&exec, experts, &routing, &joined, &mut got);
             assert_same_bits(&got, &expected_y, &what);
         }
         let mut close = vec![f32::NAN; expected_y.len()];
