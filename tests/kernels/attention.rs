@@ -23,13 +23,16 @@ fn cache<E: KvElement>(
     let n_tiles = n_positions.div_ceil(TILE_KEYS);
     let mut tiles = vec![vec![E::POISON; geometry.tile_len()]; n_tiles];
     let mut slow = tiles.clone();
+    // By all paths in turn.
+    let paths = CpuPath::available();
     for position in 0..n_positions {
         let (k, v) = (
             random.values(geometry.head_dim),
             random.values(geometry.head_dim),
         );
         let (tile, key) = (position / TILE_KEYS, position % TILE_KEYS);
-        kv_append::kv_append(geometry, &mut tiles[tile], key, &k, &v);
+        let path = paths[position % paths.len()];
+        kv_append::kv_append(path, geometry, &mut tiles[tile], key, &k, &v);
         kv_append::reference(geometry, &mut slow[tile], key, &k, &v);
     }
     let bits = |tiles: &[Vec<E>]| -> Vec<u32> {

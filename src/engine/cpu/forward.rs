@@ -197,7 +197,7 @@ pub fn forward<E: KvElement>(
         );
         match layer.kind {
             LayerKind::Full => {
-                append_full(config, layer, kv, work, batch);
+                append_full(exec, config, layer, kv, work, batch);
                 if !cached_only {
                     attend_full(exec, config, layer, kv, work, batch);
                 }
@@ -294,6 +294,7 @@ fn page_of(table: &[u32], max_pages: usize, sequence: usize, tile: usize) -> usi
 }
 
 fn append_full<E: KvElement>(
+    exec: &Exec,
     config: &ModelConfig,
     layer: &LayerWeights,
     kv: &mut KvCache<E>,
@@ -315,7 +316,7 @@ fn append_full<E: KvElement>(
             // sequence, which is in the pass once.
             #[allow(unsafe_code, reason = "heads and pages are disjoint")]
             let tile = unsafe { pages.slice_mut(start, geometry.tile_len()) };
-            kv_append(&geometry, tile, position % TILE_KEYS, k, v);
+            kv_append(exec.path, &geometry, tile, position % TILE_KEYS, k, v);
         }
     });
 }
@@ -336,6 +337,7 @@ fn attend_full<E: KvElement>(
         let (block, head) = (&batch.blocks[task / n_heads], task % n_heads);
         let rows = &batch.by_pages[block.clone()];
         let queries = queries(exec, config, layer, qkv, rows, head);
+        expect_outputs(config, &attended, rows, head);
         let tile_of = |sequence: usize, tile: usize| {
             let page = page_of(table, max_pages, sequence, tile);
             let start = geometry.page_tile(page, layer.kind_index, head, tile);
@@ -385,7 +387,7 @@ fn attend_sliding<E: KvElement>(
                 let position = segment.first + i;
                 let (k, v) = key_value(config, qkv, segment.row + i, head);
                 let tile = &mut ring[tile_start(position / TILE_KEYS)..][..geometry.tile_len()];
-                kv_append(&geometry, tile, position % TILE_KEYS, k, v);
+                kv_append(exec.path, &geometry, tile, position % TILE_KEYS, k, v);
             }
             if append_only {
                 continue;
@@ -398,6 +400,7 @@ fn attend_sliding<E: KvElement>(
                     window: Some(geometry.window),
                     ..queries(exec, config, layer, qkv, rows, head)
                 };
+                expect_outputs(config, &attended, rows, head);
                 let tile_of = |_, tile: usize| &ring[tile_start(tile)..][..geometry.tile_len()];
                 exec.with_scratch(|scratch| {
                     attend(
@@ -434,6 +437,14 @@ fn queries<'a>(
         first_sink: head * group,
         exact: exec.exact,
         by_tiles: Products::of(exec.path, exec.exact) == Products::Tiles,
+    }
+}
+
+/// Brings what the attention outputs of rows will be written to.
+fn expect_outputs(config: &ModelConfig, attended: &Disjoint<f32>, rows: &[Row], head: usize) {
+    let n = config.group() * config.head_dim;
+    for row in rows {
+        attended.expect(row.index * config.q_width() + head * n, n);
     }
 }
 

@@ -1,24 +1,43 @@
 //! Writes new keys and values into a tile of the cache, rounded to the cache's type.
 
 use super::kv_cache::{KvElement, KvGeometry};
+use super::path::on_each_path;
 use crate::engine::TILE_KEYS;
 
-/// Puts `k` and `v` `[head_dim]` of one position at `key` of a tile.
-#[inline]
-pub fn kv_append<E: KvElement>(
-    geometry: &KvGeometry,
-    tile: &mut [E],
-    key: usize,
-    k: &[f32],
-    v: &[f32],
-) {
+on_each_path! {
+    /// Puts `k` and `v` `[head_dim]` of one position at `key` of a tile.
+    pub fn kv_append<E: KvElement>(
+        geometry: &KvGeometry,
+        tile: &mut [E],
+        key: usize,
+        k: &[f32],
+        v: &[f32],
+    ) = body
+}
+
+#[inline(always)]
+fn body<E: KvElement>(geometry: &KvGeometry, tile: &mut [E], key: usize, k: &[f32], v: &[f32]) {
+    /// Dimensions that are rounded together before each goes to its column.
+    const WIDTH: usize = 16;
+    assert!(key < TILE_KEYS, "a tile's key");
     let (keys, values) = tile.split_at_mut(TILE_KEYS * geometry.head_dim);
-    for (column, &k) in keys.chunks_exact_mut(TILE_KEYS).zip(k) {
+    let (chunks, rest) = k.as_chunks::<WIDTH>();
+    let (columns, rest_columns) = keys.as_chunks_mut::<{ WIDTH * TILE_KEYS }>();
+    for (k, columns) in chunks.iter().zip(columns) {
+        let mut rounded = [E::from_f32(0.0); WIDTH];
+        for i in 0..WIDTH {
+            rounded[i] = E::from_f32(k[i]);
+        }
+        for i in 0..WIDTH {
+            columns[i * TILE_KEYS + key] = rounded[i];
+        }
+    }
+    for (column, &k) in rest_columns.chunks_exact_mut(TILE_KEYS).zip(rest) {
         column[key] = E::from_f32(k);
     }
     let values = &mut values[key * geometry.padded_head_dim..][..geometry.head_dim];
-    for (out, &v) in values.iter_mut().zip(v) {
-        *out = E::from_f32(v);
+    for i in 0..values.len().min(v.len()) {
+        values[i] = E::from_f32(v[i]);
     }
 }
 

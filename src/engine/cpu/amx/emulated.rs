@@ -90,23 +90,26 @@ impl TileUnit for Emulated {
         }
     }
 
-    fn step(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]) {
-        let mut a = Pairs::default();
-        let rows = rows[..self.n_rows * STEP_PAIRS].chunks_exact(STEP_PAIRS);
-        a.iter_mut()
-            .zip(rows)
-            .for_each(|(a, row)| a.copy_from_slice(row));
-        for (half, c) in self.sums.borrow_mut().iter_mut().enumerate() {
-            let mut b = Pairs::default();
-            for (b, lanes) in b.iter_mut().zip(pairs.chunks_exact(LANES)) {
-                b.copy_from_slice(&lanes[half * C_LANES..][..C_LANES]);
+    fn multiply<const N: usize, const PASSING: bool>(
+        &self,
+        rows: &[u32],
+        a_step: usize,
+        pairs: &[[u32; STEP_WORDS]; N],
+    ) {
+        for (step, pairs) in pairs.iter().enumerate() {
+            let mut a = Pairs::default();
+            let rows = &rows[step * a_step..][..self.n_rows * STEP_PAIRS];
+            a.iter_mut()
+                .zip(rows.chunks_exact(STEP_PAIRS))
+                .for_each(|(a, row)| a.copy_from_slice(row));
+            for (half, c) in self.sums.borrow_mut().iter_mut().enumerate() {
+                let mut b = Pairs::default();
+                for (b, lanes) in b.iter_mut().zip(pairs.chunks_exact(LANES)) {
+                    b.copy_from_slice(&lanes[half * C_LANES..][..C_LANES]);
+                }
+                dot(self.path, c, &a, &b, self.n_rows);
             }
-            dot(self.path, c, &a, &b, self.n_rows);
         }
-    }
-
-    fn step_passing(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]) {
-        self.step(rows, pairs);
     }
 
     fn store(&self, sums: &mut [[f32; LANES]]) {

@@ -95,7 +95,8 @@ fn multiply_by<U: TileUnit>(
             for (tile, steps) in tiles.chunks_exact(n_k / STEP_K).enumerate() {
                 unit.clear();
                 for (step, pairs) in steps.iter().enumerate() {
-                    unit.step(&rows[(step * n_rows + first) * STEP_PAIRS..], pairs);
+                    let rows = &rows[(step * n_rows + first) * STEP_PAIRS..];
+                    unit.multiply::<1, false>(rows, 0, std::array::from_ref(pairs));
                 }
                 unit.store(&mut sums[tile * MAX_QUERIES + first - some.start..]);
             }

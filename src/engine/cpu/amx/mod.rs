@@ -222,7 +222,7 @@ impl<W: Tiles> Product<'_, W> {
             let sums = &mut scratch.sums;
             match weights.packed_pairs(tiles.start) {
                 Some((words, a_tile)) => {
-                    let packed = Packed::new(&words[..tiles.len() * a_tile]);
+                    let packed = Packed::new(&words[..tiles.len() * a_tile], group > 0);
                     rows.multiply(&unit, packed, tiles, sums, group, &mut output);
                 }
                 None => {
@@ -255,6 +255,24 @@ impl Rows<'_> {
     fn multiply<U: TileUnit, S: Steps>(
         &self,
         unit: &U,
+        steps: S,
+        tiles: &Range<usize>,
+        sums: &mut [f32],
+        first: usize,
+        output: &mut impl Output,
+    ) {
+        if self.n_steps.is_multiple_of(2) {
+            self.multiply_by::<U, S, 2>(unit, steps, tiles, sums, first, output);
+        } else {
+            self.multiply_by::<U, S, 1>(unit, steps, tiles, sums, first, output);
+        }
+    }
+
+    /// So many steps at a time.
+    #[inline(always)]
+    fn multiply_by<U: TileUnit, S: Steps, const N: usize>(
+        &self,
+        unit: &U,
         mut steps: S,
         tiles: &Range<usize>,
         sums: &mut [f32],
@@ -262,14 +280,14 @@ impl Rows<'_> {
         output: &mut impl Output,
     ) {
         let (sums, _) = sums.as_chunks_mut::<LANES>();
-        steps.begin(self.n.div_ceil(BLOCK_ROWS));
+        steps.begin::<N>(self.n.div_ceil(BLOCK_ROWS));
         for tile in 0..tiles.len() {
             output.expect(tiles.start + tile, first..first + self.n);
             match (self.n <= BLOCK_ROWS, tile) {
-                (true, 0) => self.multiply_block::<U, S, true>(unit, &mut steps, tile, sums),
-                (true, _) => self.multiply_block::<U, S, false>(unit, &mut steps, tile, sums),
-                (false, 0) => self.multiply_blocks::<U, S, true>(unit, &mut steps, tile, sums),
-                (false, _) => self.multiply_blocks::<U, S, false>(unit, &mut steps, tile, sums),
+                (true, 0) => self.multiply_block::<U, S, N, true>(unit, &mut steps, tile, sums),
+                (true, _) => self.multiply_block::<U, S, N, false>(unit, &mut steps, tile, sums),
+                (false, 0) => self.multiply_blocks::<U, S, N, true>(unit, &mut steps, tile, sums),
+                (false, _) => self.multiply_blocks::<U, S, N, false>(unit, &mut steps, tile, sums),
             }
             output.take(tiles.start + tile, first, &mut sums[..self.n]);
         }
@@ -277,30 +295,28 @@ impl Rows<'_> {
 
     /// One block with a tile, which may be a task's first: its sums stay where they are through all steps.
     #[inline(always)]
-    fn multiply_block<U: TileUnit, S: Steps, const FIRST_TILE: bool>(
+    fn multiply_block<U: TileUnit, S: Steps, const N: usize, const FIRST_TILE: bool>(
         &self,
         unit: &U,
         steps: &mut S,
         tile: usize,
         sums: &mut [[f32; LANES]],
     ) {
-        let a_step = self.n * STEP_PAIRS;
-        let mut at = tile * self.n_steps;
+        let block = Block {
+            number: 0,
+            rows: self.blocks,
+            a_step: self.n * STEP_PAIRS,
+            first_step: tile * self.n_steps,
+            n_steps: self.n_steps,
+        };
         unit.clear();
-        for rows in self.blocks[..self.n_steps * a_step].chunks_exact(a_step) {
-            steps.bring::<true, true>(at, 0);
-            if FIRST_TILE {
-                ask_ahead(rows, a_step);
-            }
-            unit.step(rows, steps.pairs(at));
-            at = at.wrapping_add(1);
-        }
+        block.multiply::<U, S, N, true, true, FIRST_TILE>(unit, steps);
         unit.store(sums);
     }
 
     /// Several blocks with a tile. Its steps are taken in runs, each by all blocks.
     #[inline(always)]
-    fn multiply_blocks<U: TileUnit, S: Steps, const FIRST_TILE: bool>(
+    fn multiply_blocks<U: TileUnit, S: Steps, const N: usize, const FIRST_TILE: bool>(
         &self,
         unit: &U,
         steps: &mut S,
@@ -309,8 +325,9 @@ impl Rows<'_> {
     ) {
         let a_block = block_rows(self.n);
         let n_runs = self.n_steps.div_ceil(S::RUN);
+        let step_of = |run| run * (self.n_steps / N) / n_runs * N;
         for run in 0..n_runs {
-            let of_run = run * self.n_steps / n_runs..(run + 1) * self.n_steps / n_runs;
+            let of_run = step_of(run)..step_of(run + 1);
             for (block, first) in (0..self.n).step_by(a_block).enumerate() {
                 let sums = &mut sums[first..];
                 let a_step = a_block.min(self.n - first) * STEP_PAIRS;
@@ -326,8 +343,8 @@ impl Rows<'_> {
                     _ => unit.load(sums),
                 }
                 match first {
-                    0 => block.multiply::<U, S, true, FIRST_TILE>(unit, steps),
-                    _ => block.multiply::<U, S, false, FIRST_TILE>(unit, steps),
+                    0 => block.multiply::<U, S, N, true, false, FIRST_TILE>(unit, steps),
+                    _ => block.multiply::<U, S, N, false, false, FIRST_TILE>(unit, steps),
                 }
                 unit.store(sums);
             }
@@ -335,7 +352,7 @@ impl Rows<'_> {
     }
 }
 
-/// Some steps of one of several blocks.
+/// Some steps of a block.
 struct Block<'a> {
     number: usize,
     /// From the first step on.
@@ -348,34 +365,42 @@ struct Block<'a> {
 
 impl Block<'_> {
     #[inline(always)]
-    fn multiply<U: TileUnit, S: Steps, const FIRST: bool, const FIRST_TILE: bool>(
+    fn multiply<
+        U: TileUnit,
+        S: Steps,
+        const N: usize,
+        const FIRST: bool,
+        const ONLY: bool,
+        const FIRST_TILE: bool,
+    >(
         &self,
         unit: &U,
         steps: &mut S,
     ) {
         let (mut start, mut at) = (0usize, self.first_step);
-        for _ in 0..self.n_steps {
-            steps.bring::<FIRST, false>(at, self.number);
+        for _ in 0..self.n_steps / N {
+            steps.bring::<N, FIRST, ONLY>(at, self.number);
             let rows = &self.rows[start..];
+            let of_steps = N.wrapping_mul(self.a_step);
             if FIRST_TILE {
-                ask_ahead(rows, self.a_step);
+                ask_ahead(rows, self.a_step, of_steps);
             }
-            let pairs = steps.pairs(at);
-            match S::ROWS_PASS {
-                true => unit.step_passing(rows, pairs),
-                false => unit.step(rows, pairs),
+            let pairs = steps.pairs::<N>(at);
+            match S::ROWS_PASS && !ONLY {
+                true => unit.multiply::<N, true>(rows, self.a_step, pairs),
+                false => unit.multiply::<N, false>(rows, self.a_step, pairs),
             }
-            start = start.wrapping_add(self.a_step);
-            at = at.wrapping_add(1);
+            start = start.wrapping_add(of_steps);
+            at = at.wrapping_add(N);
         }
     }
 }
 
-/// Asks for a block's rows of a later step. For a task's first tile: another core may have written them.
+/// Asks for `n` words of a block's rows, of later steps. For a task's first tile: another core may have written them.
 #[inline(always)]
-fn ask_ahead(rows: &[u32], a_step: usize) {
+fn ask_ahead(rows: &[u32], a_step: usize, n: usize) {
     const AHEAD: usize = 4;
-    prefetch(rows, a_step.wrapping_mul(AHEAD), a_step);
+    prefetch(rows, a_step.wrapping_mul(AHEAD), n);
 }
 
 /// Steps of 12 KiB of pairs.
@@ -388,13 +413,14 @@ impl Steps for Held<'_> {
     const RUN: usize = HELD_STEPS;
     const ROWS_PASS: bool = false;
 
-    fn begin(&mut self, _: usize) {}
+    fn begin<const N: usize>(&mut self, _: usize) {}
 
-    fn bring<const FIRST: bool, const ONLY: bool>(&mut self, _: usize, _: usize) {}
+    fn bring<const N: usize, const FIRST: bool, const ONLY: bool>(&mut self, _: usize, _: usize) {}
 
     #[inline(always)]
-    fn pairs(&self, step: usize) -> &[u32; STEP_WORDS] {
-        &self.0[step % HELD_STEPS]
+    fn pairs<const N: usize>(&self, step: usize) -> &[[u32; STEP_WORDS]; N] {
+        let from = &self.0[step % HELD_STEPS..];
+        from.first_chunk().expect("N divides both")
     }
 }
 

@@ -7,27 +7,32 @@ use super::super::path::CpuPath;
 use super::super::weights::{Tiles, prefetch, prefetch_near};
 use super::STEP_WORDS;
 
-/// Steps of a task's tiles as pairs, numbered through all of them.
+/// Steps of a task's tiles as pairs, numbered through all of them. They are taken `N` at a time, and begin at
+/// a multiple of it: where a tile's are an even number two, since what surrounds them is then paid once.
 ///
 /// Counters wrap here and in all that a step does: with a check of each, moving them was a quarter of a
 /// step's instructions.
 pub trait Steps {
     /// Steps of K between which the sums of several blocks lie in tiles: as many as there is room for in the
-    /// first-level cache, where they stay for all blocks. A divisor of the 90 of 2880.
+    /// first-level cache, where they stay for all blocks. An even divisor of the 90 of 2880.
     const RUN: usize;
 
     /// Whether rows of several blocks pass through the first-level cache: they are too many to stay.
     const ROWS_PASS: bool = true;
 
     /// Has the first steps on their way, to be multiplied with so many blocks of rows.
-    fn begin(&mut self, n_blocks: usize);
+    fn begin<const N: usize>(&mut self, n_blocks: usize);
 
-    /// While a step is multiplied with a block, which is the first or the `ONLY` one or another: has a share
+    /// While steps are multiplied with a block, which is the first or the `ONLY` one or another: has a share
     /// of what comes a few steps later on its way.
-    fn bring<const FIRST: bool, const ONLY: bool>(&mut self, step: usize, block: usize);
+    fn bring<const N: usize, const FIRST: bool, const ONLY: bool>(
+        &mut self,
+        step: usize,
+        block: usize,
+    );
 
-    /// A step that was brought.
-    fn pairs(&self, step: usize) -> &[u32; STEP_WORDS];
+    /// Steps that were brought.
+    fn pairs<const N: usize>(&self, step: usize) -> &[[u32; STEP_WORDS]; N];
 }
 
 /// What a task reads of memory, in order, and asks for some steps ahead.
@@ -65,17 +70,18 @@ impl<'a, T> Ahead<'a, T> {
     /// second-level cache need as well. So what is asked of it is spread over all blocks. Of many blocks it
     /// goes to the second-level cache: the first holds what they are multiplied with.
     #[inline(always)]
-    fn ask<const ONLY: bool>(&self, step: usize, block: usize) {
+    fn ask<const N: usize, const ONLY: bool>(&self, step: usize, block: usize) {
         let start = step.wrapping_add(Self::STEPS).wrapping_mul(self.a_step);
         if start >= self.values.len() {
             return;
         }
+        let of_steps = N.wrapping_mul(self.a_step);
         if ONLY {
-            prefetch(self.values, start, self.a_step);
+            prefetch(self.values, start, of_steps);
             return;
         }
         let mut at = block.wrapping_mul(Self::LINE);
-        while at < self.a_step {
+        while at < of_steps {
             prefetch_near(self.values, start.wrapping_add(at), Self::LINE);
             at = at.wrapping_add(self.stride);
         }
@@ -98,31 +104,36 @@ pub struct Packed<'a> {
 }
 
 impl<'a> Packed<'a> {
+    /// `near`: they were multiplied with other rows just before, and are asked for by nobody.
     #[inline(always)]
-    pub fn new(words: &'a [u32]) -> Self {
+    pub fn new(words: &'a [u32], near: bool) -> Self {
         Self {
             steps: words.as_chunks().0,
-            ahead: Ahead::new(words, STEP_WORDS),
+            ahead: Ahead::new(if near { &[] } else { words }, STEP_WORDS),
         }
     }
 }
 
 impl Steps for Packed<'_> {
-    const RUN: usize = 9;
+    const RUN: usize = 10;
 
     #[inline(always)]
-    fn begin(&mut self, n_blocks: usize) {
+    fn begin<const N: usize>(&mut self, n_blocks: usize) {
         self.ahead.begin(n_blocks);
     }
 
     #[inline(always)]
-    fn bring<const FIRST: bool, const ONLY: bool>(&mut self, step: usize, block: usize) {
-        self.ahead.ask::<ONLY>(step, block);
+    fn bring<const N: usize, const FIRST: bool, const ONLY: bool>(
+        &mut self,
+        step: usize,
+        block: usize,
+    ) {
+        self.ahead.ask::<N, ONLY>(step, block);
     }
 
     #[inline(always)]
-    fn pairs(&self, step: usize) -> &[u32; STEP_WORDS] {
-        &self.steps[step]
+    fn pairs<const N: usize>(&self, step: usize) -> &[[u32; STEP_WORDS]; N] {
+        self.steps[step..].first_chunk().expect("whole tiles")
     }
 }
 
@@ -168,22 +179,25 @@ impl<'a, W: Tiles, const HERE: bool> Unpacked<'a, W, HERE> {
     }
 
     #[inline(always)]
-    fn unpack_next(&mut self) {
+    fn unpack_next<const N: usize>(&mut self) {
+        const { assert!(RING_STEPS.is_multiple_of(N) && Self::AHEAD.is_multiple_of(N)) };
         if self.next >= self.n {
             return;
         }
-        let to = &mut self.ring[self.next % RING_STEPS];
+        let to = &mut self.ring.as_chunks_mut::<N>().0[self.next / N % (RING_STEPS / N)];
         let block = self.first.wrapping_add(self.next);
         if HERE {
             // SAFETY: as `Product::multiply` asks.
             #[allow(unsafe_code, reason = "features were detected")]
             unsafe {
-                self.weights.unpack_block_here(self.path, block, to);
+                self.weights.unpack_blocks_here(self.path, block, to);
             }
         } else {
-            self.weights.unpack_block(self.path, block, to);
+            for (i, to) in to.iter_mut().enumerate() {
+                self.weights.unpack_block(self.path, block + i, to);
+            }
         }
-        self.next = self.next.wrapping_add(1);
+        self.next = self.next.wrapping_add(N);
     }
 }
 
@@ -191,24 +205,28 @@ impl<W: Tiles, const HERE: bool> Steps for Unpacked<'_, W, HERE> {
     const RUN: usize = 6;
 
     #[inline(always)]
-    fn begin(&mut self, n_blocks: usize) {
+    fn begin<const N: usize>(&mut self, n_blocks: usize) {
         self.ahead.begin(n_blocks);
-        for _ in 0..Self::AHEAD {
-            self.unpack_next();
+        for _ in 0..Self::AHEAD / N {
+            self.unpack_next::<N>();
         }
     }
 
     /// All is unpacked by the first block, since the others need it at once.
     #[inline(always)]
-    fn bring<const FIRST: bool, const ONLY: bool>(&mut self, step: usize, block: usize) {
-        self.ahead.ask::<ONLY>(step, block);
+    fn bring<const N: usize, const FIRST: bool, const ONLY: bool>(
+        &mut self,
+        step: usize,
+        block: usize,
+    ) {
+        self.ahead.ask::<N, ONLY>(step, block);
         if FIRST {
-            self.unpack_next();
+            self.unpack_next::<N>();
         }
     }
 
     #[inline(always)]
-    fn pairs(&self, step: usize) -> &[u32; STEP_WORDS] {
-        &self.ring[step % RING_STEPS]
+    fn pairs<const N: usize>(&self, step: usize) -> &[[u32; STEP_WORDS]; N] {
+        &self.ring.as_chunks().0[step / N % (RING_STEPS / N)]
     }
 }

@@ -464,10 +464,17 @@ fn products<U: TileUnit>(
         Some(sums) => unit.load(sums),
         None => unit.clear(),
     }
-    for (rows, pairs) in rows.iter().zip(pairs) {
-        match passing {
-            false => unit.step(rows, pairs),
-            true => unit.step_passing(rows, pairs),
+    let (rows, a_step) = (rows.as_flattened(), 16 * STEP_PAIRS);
+    let (two, one) = pairs.split_first_chunk::<2>().expect("three steps");
+    let (one, behind) = (&[one[0]], &rows[2 * a_step..]);
+    match passing {
+        false => {
+            unit.multiply::<2, false>(rows, a_step, two);
+            unit.multiply::<1, false>(behind, a_step, one);
+        }
+        true => {
+            unit.multiply::<2, true>(rows, a_step, two);
+            unit.multiply::<1, true>(behind, a_step, one);
         }
     }
     let mut sums = vec![[f32::NAN; LANES]; n_rows];

@@ -21,12 +21,16 @@ pub trait TileUnit {
     /// When there are fewer rows than the unit was set to; so do the others.
     fn load(&self, sums: &[[f32; LANES]]);
 
-    /// Adds the products of 32 k: of rows of [`STEP_PAIRS`](super::STEP_PAIRS) words, one behind the other, with a tile's pairs
-    /// `[16][32 lanes]`.
-    fn step(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]);
-
-    /// The same of rows that are not met again soon: they need not stay in the first-level cache.
-    fn step_passing(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]);
+    /// Adds the products of one or two steps of 32 k: of rows of [`STEP_PAIRS`](super::STEP_PAIRS) words, one
+    /// behind the other, the second step's `a_step` words behind the first's, with a tile's pairs
+    /// `[16][32 lanes]`. Rows that are `PASSING` are not met again soon: they need not stay in the first-level
+    /// cache.
+    fn multiply<const N: usize, const PASSING: bool>(
+        &self,
+        rows: &[u32],
+        a_step: usize,
+        pairs: &[[u32; STEP_WORDS]; N],
+    );
 
     fn store(&self, sums: &mut [[f32; LANES]]);
 }
@@ -61,8 +65,13 @@ impl TileUnit for Hardware {
     }
     fn clear(&self) {}
     fn load(&self, _: &[[f32; LANES]]) {}
-    fn step(&self, _: &[u32], _: &[u32; STEP_WORDS]) {}
-    fn step_passing(&self, _: &[u32], _: &[u32; STEP_WORDS]) {}
+    fn multiply<const N: usize, const PASSING: bool>(
+        &self,
+        _: &[u32],
+        _: usize,
+        _: &[[u32; STEP_WORDS]; N],
+    ) {
+    }
     fn store(&self, _: &mut [[f32; LANES]]) {}
 }
 
@@ -130,30 +139,54 @@ mod x86 {
     /// Bytes between rows of an A.
     const NARROW: usize = 64;
 
-    /// A step whose rows are loaded by `$load`.
+    /// A step whose rows are loaded by `$load` and whose pairs are `$at` bytes from the first's.
     macro_rules! step {
-        ($load:literal, $unit:expr, $rows:expr, $pairs:expr) => {{
-            let rows = $rows[..$unit.n_words].as_ptr();
-            // SAFETY: the value says that the unit is set, to so many rows; pairs are 16 rows.
-            unsafe {
-                asm!(
-                    concat!($load, " tmm2, [{rows} + {narrow}]"),
-                    "tileloadd tmm3, [{pairs} + {wide}]",
-                    "tdpbf16ps tmm0, tmm2, tmm3",
-                    "tilezero tmm3",
-                    "tileloadd tmm3, [{pairs} + {wide} + 64]",
-                    "tdpbf16ps tmm1, tmm2, tmm3",
-                    "tilezero tmm2",
-                    "tilezero tmm3",
-                    rows = in(reg) rows,
-                    pairs = in(reg) $pairs.as_ptr(),
+        ($load:literal, $at:literal) => {
+            concat!(
+                $load,
+                " tmm2, [{rows} + {narrow}]\n",
+                "tileloadd tmm3, [{pairs} + {wide} + ",
+                $at,
+                "]\n",
+                "tdpbf16ps tmm0, tmm2, tmm3\n",
+                "tilezero tmm3\n",
+                "tileloadd tmm3, [{pairs} + {wide} + 64 + ",
+                $at,
+                "]\n",
+                "tdpbf16ps tmm1, tmm2, tmm3\n",
+                "tilezero tmm2\n",
+                "tilezero tmm3",
+            )
+        };
+    }
+
+    /// One step, or two.
+    macro_rules! steps {
+        ($load:literal, $n:expr, $rows:expr, $a_step:expr, $pairs:expr) => {
+            match $n {
+                1 => asm!(
+                    step!($load, "0"),
+                    rows = in(reg) $rows,
+                    pairs = in(reg) $pairs,
+                    wide = in(reg) WIDE,
+                    narrow = in(reg) NARROW,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    options(nostack, preserves_flags, readonly),
+                ),
+                _ => asm!(
+                    step!($load, "0"),
+                    "add {rows}, {a_step}",
+                    step!($load, "2048"),
+                    rows = inout(reg) $rows => _,
+                    a_step = in(reg) $a_step,
+                    pairs = in(reg) $pairs,
                     wide = in(reg) WIDE,
                     narrow = in(reg) NARROW,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     options(nostack, readonly),
-                );
+                ),
             }
-        }};
+        };
     }
 
     // Tiles 0 and 1 are C, 2 is A, 3 is B. A core has few tiles beside those that programs name, and
@@ -221,13 +254,28 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn step(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]) {
-            step!("tileloadd", self, rows, pairs);
-        }
-
-        #[inline(always)]
-        fn step_passing(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]) {
-            step!("tileloaddt1", self, rows, pairs);
+        fn multiply<const N: usize, const PASSING: bool>(
+            &self,
+            rows: &[u32],
+            a_step: usize,
+            pairs: &[[u32; STEP_WORDS]; N],
+        ) {
+            const {
+                assert!(N == 1 || N == 2, "one step or two");
+                assert!(size_of::<[u32; STEP_WORDS]>() == 2048, "from step to step");
+            }
+            // The first step's rows are there, too: they end before the second's do, or are all.
+            let last = if N == 1 { rows } else { &rows[a_step..] };
+            assert!(last.len() >= self.n_words, "rows too short");
+            let (rows, pairs) = (rows.as_ptr(), pairs.as_ptr());
+            let a_step = a_step.wrapping_mul(size_of::<u32>());
+            // SAFETY: the value says that the unit is set, to so many rows; pairs are 16 rows a step.
+            unsafe {
+                match PASSING {
+                    true => steps!("tileloaddt1", N, rows, a_step, pairs),
+                    false => steps!("tileloadd", N, rows, a_step, pairs),
+                }
+            }
         }
 
         #[inline(always)]

@@ -37,7 +37,14 @@ fn cache(geometry: &KvGeometry, n_positions: usize, random: &mut Random) -> Vec<
     for position in 0..n_positions {
         let [k, v] = [(); 2].map(|()| bf16_values(random, geometry.head_dim, 1.0));
         let tile = &mut tiles[position / TILE_KEYS];
-        kv_append(geometry, tile, position % TILE_KEYS, &k, &v);
+        kv_append(
+            CpuPath::PORTABLE,
+            geometry,
+            tile,
+            position % TILE_KEYS,
+            &k,
+            &v,
+        );
     }
     tiles
 }

@@ -63,15 +63,22 @@ pub trait Tiles: Sync {
         }
     }
 
-    /// As [`Tiles::unpack_block`], as part of a caller that was compiled for all of
+    /// As [`Tiles::unpack_block`] for one block or two, as part of a caller that was compiled for all of
     /// [`Kind::Amx`](super::path::Kind::Amx), with nothing between.
     ///
     /// # Safety
     /// The CPU has all of it.
     #[allow(unsafe_code, reason = "features were detected")]
     #[inline(always)]
-    unsafe fn unpack_block_here(&self, path: CpuPath, block: usize, out: &mut PairedBlock) {
-        self.unpack_block(path, block, out);
+    unsafe fn unpack_blocks_here<const N: usize>(
+        &self,
+        path: CpuPath,
+        block: usize,
+        out: &mut [PairedBlock; N],
+    ) {
+        for (i, out) in out.iter_mut().enumerate() {
+            self.unpack_block(path, block + i, out);
+        }
     }
 
     /// All blocks as [`Tiles::unpack_block`] reads them, one behind the other, and the bytes of one: to ask
@@ -158,7 +165,8 @@ fn ask<const HINT: i32, T>(values: &[T], start: usize, n: usize) {
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn block_of<const BYTES: usize>(packed: &[u8], block: usize) -> &[u8; BYTES] {
-    &packed.as_chunks().0[block]
+    let start = block.wrapping_mul(BYTES);
+    packed[start..].first_chunk().expect("whole blocks")
 }
 
 /// Pairs of 32 k of a tile.
