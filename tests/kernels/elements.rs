@@ -100,15 +100,15 @@ fn swiglu_clamps_and_joins() {
         swiglu::reference(CpuPath::PORTABLE, 7.0, exact, &bias, &mut expected);
         on_all_paths(&joined(expected), tolerance, "swiglu", |path| {
             let mut got = rows.clone();
-            swiglu::swiglu(path, 7.0, exact, false, &bias, &mut got);
+            swiglu::swiglu(path, 7.0, exact, &bias, &mut got);
             joined(got)
         });
     }
     // Two bf16 to a word, the first in the low half.
     for path in CpuPath::available() {
         let (mut values, mut words) = (rows.clone(), rows.clone());
-        swiglu::swiglu(path, 7.0, false, false, &bias, &mut values);
-        swiglu::swiglu(path, 7.0, false, true, &bias, &mut words);
+        swiglu::swiglu(path, 7.0, false, &bias, &mut values);
+        swiglu::swiglu_to_bf16(path, 7.0, &bias, &mut words);
         for (values, words) in values.iter().zip(&words) {
             for pair in 0..swiglu::PAIRS / 2 {
                 let bits = words[pair].to_bits();
@@ -121,7 +121,7 @@ fn swiglu_clamps_and_joins() {
     // The gate has no lower limit, NaN is kept.
     let mut row = [[0.0; LANES]];
     (row[0][0], row[0][1], row[0][17]) = (-30.0, f32::NAN, 3.0);
-    swiglu::swiglu(CpuPath::PORTABLE, 7.0, true, false, &[0.0; LANES], &mut row);
+    swiglu::swiglu(CpuPath::PORTABLE, 7.0, true, &[0.0; LANES], &mut row);
     assert!(row[0][0] < 0.0 && row[0][0] > -1e-19 && row[0][1].is_nan());
 }
 

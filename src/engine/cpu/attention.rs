@@ -16,7 +16,7 @@ use std::ops::Range;
 use super::amx;
 use super::gemm::{AttentionScratch, MAX_QUERIES};
 use super::kv_cache::{KvElement, KvGeometry, PAGE_TILES};
-use super::lanes::{LANES, REGISTER, exp, fma_chain, larger, max_lanes, sum_lanes};
+use super::lanes::{LANES, REGISTER, exp, fma_chain, larger, max_lanes, next_row, sum_lanes};
 use super::path::{CpuPath, Kind, on_each_path};
 use super::weights::Vector;
 use crate::engine::TILE_KEYS;
@@ -407,6 +407,7 @@ on_each_path! {
 fn decay_all_body(decay: &[f32], out: &mut [[f32; LANES]]) {
     let decay = &decay[..out.len()];
     for (query, out) in out.iter_mut().enumerate() {
+        next_row();
         for lane in out {
             *lane *= decay[query];
         }
@@ -422,6 +423,7 @@ on_each_path! {
 fn decay_and_add_body(decay: &[f32], sums: &[[f32; LANES]], out: &mut [[f32; LANES]]) {
     let (decay, sums) = (&decay[..out.len()], &sums[..out.len()]);
     for (query, out) in out.iter_mut().enumerate() {
+        next_row();
         for lane in 0..LANES {
             out[lane] = out[lane].mul_add(decay[query], sums[query][lane]);
         }
@@ -453,6 +455,7 @@ fn fold_all_body(factors: &[(f32, f32)], split: &[[f32; LANES]], folded: &mut [[
     let (factors, split) = (&factors[..folded.len()], &split[..folded.len()]);
     for (query, folded) in folded.iter_mut().enumerate() {
         let (old, new) = factors[query];
+        next_row();
         for lane in 0..LANES {
             folded[lane] = split[query][lane].mul_add(new, folded[lane] * old);
         }

@@ -1,6 +1,7 @@
 //! Writes new keys and values into a tile of the cache, rounded to the cache's type.
 
 use super::kv_cache::{KvElement, KvGeometry};
+use super::lanes::next_row;
 use super::path::on_each_path;
 use crate::engine::TILE_KEYS;
 
@@ -24,6 +25,7 @@ fn body<E: KvElement>(geometry: &KvGeometry, tile: &mut [E], key: usize, k: &[f3
     let (chunks, rest) = k.as_chunks::<WIDTH>();
     let (columns, rest_columns) = keys.as_chunks_mut::<{ WIDTH * TILE_KEYS }>();
     for (k, columns) in chunks.iter().zip(columns) {
+        next_row();
         let mut rounded = [E::from_f32(0.0); WIDTH];
         for i in 0..WIDTH {
             rounded[i] = E::from_f32(k[i]);

@@ -354,6 +354,13 @@ pub fn max_lanes<const N: usize>(lanes: [f32; N]) -> [f32; REGISTER] {
     lanes
 }
 
+/// Called where a loop over rows goes on to its next row: keeps the compiler from taking a lane of many rows at
+/// once, which it does where a row's lanes are few and costs it a gather for each.
+#[inline(always)]
+pub fn next_row() {
+    black_box(());
+}
+
 #[inline(always)]
 pub fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }

@@ -1,7 +1,7 @@
 //! Back to the residual: `x = x + (((w0 y0 + w1 y1) + w2 y2) + w3 y3)` in rank order.
 
 use super::buffer::Disjoint;
-use super::lanes::for_each;
+use super::lanes::{for_each, next_row};
 use super::path::{CpuPath, on_each_path};
 use super::topk_routing::Routing;
 
@@ -27,6 +27,7 @@ fn combine_row_body(weights: &[f32], y: &[f32], x: &mut [f32]) {
     const WIDTH: usize = 32;
     let hidden = x.len();
     for (chunk, x) in x.as_chunks_mut::<WIDTH>().0.iter_mut().enumerate() {
+        next_row();
         let mut sum = [0.0f32; WIDTH];
         for (rank, &weight) in weights.iter().enumerate() {
             let y: &[f32; WIDTH] = y[rank * hidden + chunk * WIDTH..]

@@ -143,15 +143,19 @@ impl Output for GateUp<'_> {
 
     #[inline(always)]
     fn take(&mut self, tile: usize, first: usize, sums: &mut [[f32; LANES]]) {
-        let (limit, exact, in_words) = (self.limit, self.exec.exact, self.in_blocks);
         let bias = self.experts.gate_up_bias.lanes::<LANES>(tile * LANES);
-        swiglu::swiglu(self.exec.path, limit, exact, in_words, &bias, sums);
+        let (path, limit) = (self.exec.path, self.limit);
+        if self.in_blocks {
+            swiglu::swiglu_to_bf16(path, limit, &bias, sums);
+        } else {
+            swiglu::swiglu(path, limit, self.exec.exact, &bias, sums);
+        }
         self.places(tile, first..first + sums.len(), |row, start| {
             // SAFETY: each (entry, tile) is taken once, by one task.
             #[allow(unsafe_code, reason = "entries and tiles are disjoint")]
             let out = |n| unsafe { self.act.slice_mut(start, n) };
             // Arrays: slices would be copied by a call.
-            if in_words {
+            if self.in_blocks {
                 let out: &mut [f32; PAIRS / 2] = out(PAIRS / 2).first_chunk_mut().expect("as many");
                 *out = *sums[row].first_chunk().expect("a quarter of the lanes");
             } else {

@@ -16,42 +16,63 @@ const ALPHA: f32 = 1.702;
 
 on_each_path! {
     /// Adds `bias` to each row of a tile and joins its pairs into the lower lanes; rounds to bf16
-    /// unless `exact`, and then takes two to a word `in_words`.
-    pub fn swiglu(
-        limit: f32,
-        exact: bool,
-        in_words: bool,
-        bias: &[f32; LANES],
-        rows: &mut [[f32; LANES]],
-    ) = body
+    /// unless `exact`.
+    pub fn swiglu(limit: f32, exact: bool, bias: &[f32; LANES], rows: &mut [[f32; LANES]])
+        = to_values
+}
+
+on_each_path! {
+    /// The same, rounded, as bf16: two to a lane, the first in the low half.
+    pub fn swiglu_to_bf16(limit: f32, bias: &[f32; LANES], rows: &mut [[f32; LANES]]) = to_bf16
 }
 
 #[inline(always)]
-fn body(limit: f32, exact: bool, in_words: bool, bias: &[f32; LANES], rows: &mut [[f32; LANES]]) {
+fn to_values(limit: f32, exact: bool, bias: &[f32; LANES], rows: &mut [[f32; LANES]]) {
     for row in rows {
         let mut joined = [0.0; PAIRS];
         for pair in 0..PAIRS {
-            // Comparisons that are false for NaN keep it.
-            let gate = row[pair] + bias[pair];
-            let gate = if gate > limit { limit } else { gate };
-            let up = row[PAIRS + pair] + bias[PAIRS + pair];
-            let up = if up > limit { limit } else { up };
-            let up = if up < -limit { -limit } else { up };
-            let gated = gate / (1.0 + exp(-ALPHA * gate));
-            let value = (up + 1.0) * gated;
+            let value = of_pair(
+                limit,
+                row[pair] + bias[pair],
+                row[PAIRS + pair] + bias[PAIRS + pair],
+            );
             joined[pair] = if exact { value } else { bf16::round(value) };
-        }
-        if in_words {
-            for word in 0..PAIRS / 2 {
-                let [even, odd] = [joined[2 * word], joined[2 * word + 1]].map(f32::to_bits);
-                row[word] = f32::from_bits(even >> 16 | odd & 0xFFFF_0000);
-            }
-            continue;
         }
         // As an array: `copy_from_slice` would be a call.
         let lower: &mut [f32; PAIRS] = row.first_chunk_mut().expect("half of the lanes");
         *lower = joined;
     }
+}
+
+#[inline(always)]
+fn to_bf16(limit: f32, bias: &[f32; LANES], rows: &mut [[f32; LANES]]) {
+    for row in rows {
+        let mut joined = [0; PAIRS];
+        for pair in 0..PAIRS {
+            let value = of_pair(
+                limit,
+                row[pair] + bias[pair],
+                row[PAIRS + pair] + bias[PAIRS + pair],
+            );
+            // In the loop of the arithmetic: in one of its own the compiler would gather lanes of many rows.
+            joined[pair] = bf16::from_f32(value);
+        }
+        let lower: &mut [f32; PAIRS / 2] = row.first_chunk_mut().expect("a quarter of the lanes");
+        // SAFETY: both are 32 bytes, and any bits are a number.
+        #[allow(unsafe_code, reason = "see above")]
+        let lanes = unsafe { std::mem::transmute::<[u16; PAIRS], [f32; PAIRS / 2]>(joined) };
+        *lower = lanes;
+    }
+}
+
+#[inline(always)]
+fn of_pair(limit: f32, gate: f32, up: f32) -> f32 {
+    // Comparisons that are false for NaN keep it.
+    let gate = if gate > limit { limit } else { gate };
+    let up = if up > limit { limit } else { up };
+    let up = if up < -limit { -limit } else { up };
+    let gated = gate / (1.0 + exp(-ALPHA * gate));
+    (up + 1.0) * gated
 }
 
 /// As [`swiglu`], slow and obvious.

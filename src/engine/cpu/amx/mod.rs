@@ -222,7 +222,7 @@ impl<W: Tiles> Product<'_, W> {
             let sums = &mut scratch.sums;
             match weights.packed_pairs(tiles.start) {
                 Some((words, a_tile)) => {
-                    let packed = Packed::new(&words[..tiles.len() * a_tile], group > 0);
+                    let packed = Packed::new(&words[..tiles.len() * a_tile]);
                     rows.multiply(&unit, packed, tiles, sums, group, &mut output);
                 }
                 None => {

@@ -358,7 +358,7 @@ fn amx_scattered_experts_are_the_models_sums() {
                 let rows = &mut [std::array::from_fn(|lane| {
                     model(&base.gate_up, at, lane, x)
                 })];
-                swiglu::swiglu(exec.path, LIMIT, false, false, &bias, rows);
+                swiglu::swiglu(exec.path, LIMIT, false, &bias, rows);
                 expected_act[entry * intermediate + tile * PAIRS..][..PAIRS]
                     .copy_from_slice(&rows[0][..PAIRS]);
             }

@@ -9,7 +9,7 @@ use super::Tiles;
 use super::{BLOCK, fused_values};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
-use crate::engine::cpu::lanes::LANES;
+use crate::engine::cpu::lanes::{LANES, next_row};
 use crate::engine::cpu::path::{CpuPath, on_each_path};
 use crate::quant::bf16;
 
@@ -136,6 +136,7 @@ fn unpack_body(words: &[u32], out: &mut [f32]) {
     let out = out.as_chunks_mut::<LANES>().0.as_chunks_mut::<2>().0;
     assert_eq!(words.len(), out.len(), "as many pairs");
     for (words, [even, odd]) in words.iter().zip(out) {
+        next_row();
         for lane in 0..LANES {
             even[lane] = f32::from_bits(words[lane] << 16);
             odd[lane] = f32::from_bits(words[lane] & 0xFFFF_0000);
