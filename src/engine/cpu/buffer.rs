@@ -199,7 +199,7 @@ impl<'a, T> Disjoint<'a, T> {
     /// Has the lines of the cache that `n` values from `start` on lie in brought, to be written: a hint.
     /// Stores wait for their lines one after the other; what is asked for comes at once.
     #[inline(always)]
-    pub fn expect(&self, start: usize, n: usize) {
+    pub fn prefetch(&self, start: usize, n: usize) {
         const LINE: usize = 64;
         let at = self.start.wrapping_add(start).cast::<u8>();
         for line in (0..n * size_of::<T>()).step_by(LINE) {

@@ -337,7 +337,7 @@ fn attend_full<E: KvElement>(
         let (block, head) = (&batch.blocks[task / n_heads], task % n_heads);
         let rows = &batch.by_pages[block.clone()];
         let queries = queries(exec, config, layer, qkv, rows, head);
-        expect_outputs(config, &attended, rows, head);
+        prefetch_outputs(config, &attended, rows, head);
         let tile_of = |sequence: usize, tile: usize| {
             let page = page_of(table, max_pages, sequence, tile);
             let start = geometry.page_tile(page, layer.kind_index, head, tile);
@@ -400,7 +400,7 @@ fn attend_sliding<E: KvElement>(
                     window: Some(geometry.window),
                     ..queries(exec, config, layer, qkv, rows, head)
                 };
-                expect_outputs(config, &attended, rows, head);
+                prefetch_outputs(config, &attended, rows, head);
                 let tile_of = |_, tile: usize| &ring[tile_start(tile)..][..geometry.tile_len()];
                 exec.with_scratch(|scratch| {
                     attend(
@@ -441,10 +441,10 @@ fn queries<'a>(
 }
 
 /// Brings what the attention outputs of rows will be written to.
-fn expect_outputs(config: &ModelConfig, attended: &Disjoint<f32>, rows: &[Row], head: usize) {
+fn prefetch_outputs(config: &ModelConfig, attended: &Disjoint<f32>, rows: &[Row], head: usize) {
     let n = config.group() * config.head_dim;
     for row in rows {
-        attended.expect(row.index * config.q_width() + head * n, n);
+        attended.prefetch(row.index * config.q_width() + head * n, n);
     }
 }
 

@@ -286,7 +286,7 @@ impl Exec {
 /// Where a product's sums go.
 pub trait Output {
     /// Soon there will be sums of a tile with these rows of the set: what they are written to may be brought.
-    fn expect(&self, tile: usize, rows: Range<usize>);
+    fn prefetch(&self, tile: usize, rows: Range<usize>);
 
     /// Takes the sums of a tile with the rows of the set from `first` on.
     fn take(&mut self, tile: usize, first: usize, sums: &mut [[f32; LANES]]);
@@ -340,7 +340,7 @@ fn multiply_values<W: Tiles>(
                 *start = row_start(group + i);
             }
             for tile in tiles.clone() {
-                output.expect(tile, group..group + n);
+                output.prefetch(tile, group..group + n);
                 acc.fill([0.0; LANES]);
                 if n <= FEW_ROWS && fused(exec, weights, tile, acc, x, starts) {
                     output.take(tile, group, acc);

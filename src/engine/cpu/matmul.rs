@@ -49,10 +49,10 @@ struct Columns<'a> {
 
 impl Output for Columns<'_> {
     #[inline(always)]
-    fn expect(&self, tile: usize, rows: Range<usize>) {
+    fn prefetch(&self, tile: usize, rows: Range<usize>) {
         for row in rows {
             self.out
-                .expect(row * self.weights.n_out + tile * LANES, LANES);
+                .prefetch(row * self.weights.n_out + tile * LANES, LANES);
         }
     }
 

@@ -137,8 +137,8 @@ impl GateUp<'_> {
 
 impl Output for GateUp<'_> {
     #[inline(always)]
-    fn expect(&self, tile: usize, rows: Range<usize>) {
-        self.places(tile, rows, |_, start| self.act.expect(start, PAIRS));
+    fn prefetch(&self, tile: usize, rows: Range<usize>) {
+        self.places(tile, rows, |_, start| self.act.prefetch(start, PAIRS));
     }
 
     #[inline(always)]
@@ -182,9 +182,9 @@ impl Down<'_> {
 
 impl Output for Down<'_> {
     #[inline(always)]
-    fn expect(&self, tile: usize, rows: Range<usize>) {
+    fn prefetch(&self, tile: usize, rows: Range<usize>) {
         for &entry in &self.of.entries[rows] {
-            self.y.expect(self.start(entry, tile), LANES);
+            self.y.prefetch(self.start(entry, tile), LANES);
         }
     }
 

@@ -51,7 +51,7 @@ pub fn multiply<W: Tiles>(
             for first in tiles.clone().step_by(joint) {
                 let n_tiles = joint.min(tiles.end - first);
                 for tile in first..first + n_tiles {
-                    output.expect(tile, group..group + n);
+                    output.prefetch(tile, group..group + n);
                 }
                 let acc = &mut acc[..n_tiles * n];
                 acc.fill([0.0; LANES]);

@@ -282,7 +282,7 @@ impl Rows<'_> {
         let (sums, _) = sums.as_chunks_mut::<LANES>();
         steps.begin::<N>(self.n.div_ceil(BLOCK_ROWS));
         for tile in 0..tiles.len() {
-            output.expect(tiles.start + tile, first..first + self.n);
+            output.prefetch(tiles.start + tile, first..first + self.n);
             match (self.n <= BLOCK_ROWS, tile) {
                 (true, 0) => self.multiply_block::<U, S, N, true>(unit, &mut steps, tile, sums),
                 (true, _) => self.multiply_block::<U, S, N, false>(unit, &mut steps, tile, sums),
@@ -427,7 +427,7 @@ impl Steps for Held<'_> {
 struct Nowhere;
 
 impl Output for Nowhere {
-    fn expect(&self, _: usize, _: Range<usize>) {}
+    fn prefetch(&self, _: usize, _: Range<usize>) {}
 
     fn take(&mut self, _: usize, _: usize, sums: &mut [[f32; LANES]]) {
         black_box(sums);

@@ -170,7 +170,7 @@ struct AsRows<'a> {
 }
 
 impl Output for AsRows<'_> {
-    fn expect(&self, _: usize, _: Range<usize>) {}
+    fn prefetch(&self, _: usize, _: Range<usize>) {}
 
     fn take(&mut self, tile: usize, first: usize, sums: &mut [[f32; LANES]]) {
         for (i, lanes) in sums.iter().enumerate() {
