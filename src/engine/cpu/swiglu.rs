@@ -29,15 +29,8 @@ on_each_path! {
 #[inline(always)]
 fn to_values(limit: f32, exact: bool, bias: &[f32; LANES], rows: &mut [[f32; LANES]]) {
     for row in rows {
-        let mut joined = [0.0; PAIRS];
-        for pair in 0..PAIRS {
-            let value = of_pair(
-                limit,
-                row[pair] + bias[pair],
-                row[PAIRS + pair] + bias[PAIRS + pair],
-            );
-            joined[pair] = if exact { value } else { bf16::round(value) };
-        }
+        let rounded = |value| if exact { value } else { bf16::round(value) };
+        let joined = joined(limit, bias, row, rounded);
         // As an array: `copy_from_slice` would be a call.
         let lower: &mut [f32; PAIRS] = row.first_chunk_mut().expect("half of the lanes");
         *lower = joined;
@@ -47,22 +40,33 @@ fn to_values(limit: f32, exact: bool, bias: &[f32; LANES], rows: &mut [[f32; LAN
 #[inline(always)]
 fn to_bf16(limit: f32, bias: &[f32; LANES], rows: &mut [[f32; LANES]]) {
     for row in rows {
-        let mut joined = [0; PAIRS];
-        for pair in 0..PAIRS {
-            let value = of_pair(
-                limit,
-                row[pair] + bias[pair],
-                row[PAIRS + pair] + bias[PAIRS + pair],
-            );
-            // In the loop of the arithmetic: in one of its own the compiler would gather lanes of many rows.
-            joined[pair] = bf16::from_f32(value);
-        }
+        let joined = joined(limit, bias, row, bf16::from_f32);
         let lower: &mut [f32; PAIRS / 2] = row.first_chunk_mut().expect("a quarter of the lanes");
         // SAFETY: both are 32 bytes, and any bits are a number.
         #[allow(unsafe_code, reason = "see above")]
         let lanes = unsafe { std::mem::transmute::<[u16; PAIRS], [f32; PAIRS / 2]>(joined) };
         *lower = lanes;
     }
+}
+
+/// A row's values, each `rounded` in the loop of its arithmetic: in a loop of its own the compiler would gather
+/// lanes of many rows.
+#[inline(always)]
+fn joined<T: Copy + Default>(
+    limit: f32,
+    bias: &[f32; LANES],
+    row: &[f32; LANES],
+    rounded: impl Fn(f32) -> T,
+) -> [T; PAIRS] {
+    let mut joined = [T::default(); PAIRS];
+    for pair in 0..PAIRS {
+        let (gate, up) = (
+            row[pair] + bias[pair],
+            row[PAIRS + pair] + bias[PAIRS + pair],
+        );
+        joined[pair] = rounded(of_pair(limit, gate, up));
+    }
+    joined
 }
 
 #[inline(always)]
