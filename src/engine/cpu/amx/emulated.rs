@@ -60,10 +60,12 @@ fn dot_body(c: &mut Sums, a: &Pairs, b: &Pairs, n_rows: usize) {
     }
 }
 
-/// The unit, of rows as it was set, and the sums of a tile's halves.
+/// The unit, of rows as it was set, what it took, and the sums of a tile's halves.
 pub struct Emulated {
     path: CpuPath,
     n_rows: usize,
+    rows: RefCell<Pairs>,
+    pairs: RefCell<Pairs>,
     sums: RefCell<[Sums; 2]>,
 }
 
@@ -73,6 +75,8 @@ impl TileUnit for Emulated {
         Self {
             path: CpuPath::available().pop().unwrap_or(CpuPath::PORTABLE),
             n_rows,
+            rows: RefCell::default(),
+            pairs: RefCell::default(),
             // To be cleared or loaded.
             sums: RefCell::new([[[f32::NAN; C_LANES]; 16]; 2]),
         }
@@ -90,26 +94,27 @@ impl TileUnit for Emulated {
         }
     }
 
-    fn multiply<const N: usize, const PASSING: bool>(
-        &self,
-        rows: &[u32],
-        a_step: usize,
-        pairs: &[[u32; STEP_WORDS]; N],
-    ) {
-        for (step, pairs) in pairs.iter().enumerate() {
-            let mut a = Pairs::default();
-            let rows = &rows[step * a_step..][..self.n_rows * STEP_PAIRS];
-            a.iter_mut()
-                .zip(rows.chunks_exact(STEP_PAIRS))
-                .for_each(|(a, row)| a.copy_from_slice(row));
-            for (half, c) in self.sums.borrow_mut().iter_mut().enumerate() {
-                let mut b = Pairs::default();
-                for (b, lanes) in b.iter_mut().zip(pairs.chunks_exact(LANES)) {
-                    b.copy_from_slice(&lanes[half * C_LANES..][..C_LANES]);
-                }
-                dot(self.path, c, &a, &b, self.n_rows);
-            }
+    fn take_rows<const PASSING: bool>(&self, rows: &[u32]) {
+        let rows = &rows[..self.n_rows * STEP_PAIRS];
+        let mut a = self.rows.borrow_mut();
+        for (a, row) in a.iter_mut().zip(rows.chunks_exact(STEP_PAIRS)) {
+            a.copy_from_slice(row);
         }
+    }
+
+    fn take_pairs<const HALF: usize>(&self, pairs: &[u32; STEP_WORDS]) {
+        let mut b = self.pairs.borrow_mut();
+        for (b, lanes) in b.iter_mut().zip(pairs.chunks_exact(LANES)) {
+            b.copy_from_slice(&lanes[HALF * C_LANES..][..C_LANES]);
+        }
+    }
+
+    fn multiply<const HALF: usize>(&self) {
+        let c = &mut self.sums.borrow_mut()[HALF];
+        let (a, mut b) = (self.rows.borrow(), self.pairs.borrow_mut());
+        dot(self.path, c, &a, &b, self.n_rows);
+        // As the CPU's own, which clears what it is done with.
+        *b = Pairs::default();
     }
 
     fn store(&self, sums: &mut [[f32; LANES]]) {

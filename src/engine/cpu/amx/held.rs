@@ -96,7 +96,7 @@ fn multiply_by<U: TileUnit>(
                 unit.clear();
                 for (step, pairs) in steps.iter().enumerate() {
                     let rows = &rows[(step * n_rows + first) * STEP_PAIRS..];
-                    unit.multiply::<1, false>(rows, 0, std::array::from_ref(pairs));
+                    unit.multiply_step(rows, pairs);
                 }
                 unit.store(&mut sums[tile * MAX_QUERIES + first - some.start..]);
             }

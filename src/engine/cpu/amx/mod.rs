@@ -33,7 +33,7 @@ use super::buffer::Disjoint;
 use super::gemm::{Exec, GROUP_ROWS, Output, RowSets, Scratch};
 use super::lanes::{LANES, for_each};
 use super::path::{CpuPath, Kind, on_each_path};
-use super::weights::{Tiles, prefetch};
+use super::weights::{PARTS, Tiles, in_parts, prefetch};
 use steps::{Packed, Steps, Unpacked};
 use unit::TileUnit;
 
@@ -255,24 +255,6 @@ impl Rows<'_> {
     fn multiply<U: TileUnit, S: Steps>(
         &self,
         unit: &U,
-        steps: S,
-        tiles: &Range<usize>,
-        sums: &mut [f32],
-        first: usize,
-        output: &mut impl Output,
-    ) {
-        if self.n_steps.is_multiple_of(2) {
-            self.multiply_by::<U, S, 2>(unit, steps, tiles, sums, first, output);
-        } else {
-            self.multiply_by::<U, S, 1>(unit, steps, tiles, sums, first, output);
-        }
-    }
-
-    /// So many steps at a time.
-    #[inline(always)]
-    fn multiply_by<U: TileUnit, S: Steps, const N: usize>(
-        &self,
-        unit: &U,
         mut steps: S,
         tiles: &Range<usize>,
         sums: &mut [f32],
@@ -280,14 +262,14 @@ impl Rows<'_> {
         output: &mut impl Output,
     ) {
         let (sums, _) = sums.as_chunks_mut::<LANES>();
-        steps.begin::<N>(self.n.div_ceil(BLOCK_ROWS));
+        steps.begin(self.n.div_ceil(BLOCK_ROWS));
         for tile in 0..tiles.len() {
             output.prefetch(tiles.start + tile, first..first + self.n);
             match (self.n <= BLOCK_ROWS, tile) {
-                (true, 0) => self.multiply_block::<U, S, N, true>(unit, &mut steps, tile, sums),
-                (true, _) => self.multiply_block::<U, S, N, false>(unit, &mut steps, tile, sums),
-                (false, 0) => self.multiply_blocks::<U, S, N, true>(unit, &mut steps, tile, sums),
-                (false, _) => self.multiply_blocks::<U, S, N, false>(unit, &mut steps, tile, sums),
+                (true, 0) => self.multiply_block::<U, S, true>(unit, &mut steps, tile, sums),
+                (true, _) => self.multiply_block::<U, S, false>(unit, &mut steps, tile, sums),
+                (false, 0) => self.multiply_blocks::<U, S, true>(unit, &mut steps, tile, sums),
+                (false, _) => self.multiply_blocks::<U, S, false>(unit, &mut steps, tile, sums),
             }
             output.take(tiles.start + tile, first, &mut sums[..self.n]);
         }
@@ -295,7 +277,7 @@ impl Rows<'_> {
 
     /// One block with a tile, which may be a task's first: its sums stay where they are through all steps.
     #[inline(always)]
-    fn multiply_block<U: TileUnit, S: Steps, const N: usize, const FIRST_TILE: bool>(
+    fn multiply_block<U: TileUnit, S: Steps, const FIRST_TILE: bool>(
         &self,
         unit: &U,
         steps: &mut S,
@@ -310,13 +292,13 @@ impl Rows<'_> {
             n_steps: self.n_steps,
         };
         unit.clear();
-        block.multiply::<U, S, N, true, true, FIRST_TILE>(unit, steps);
+        block.multiply::<U, S, true, true, FIRST_TILE>(unit, steps);
         unit.store(sums);
     }
 
     /// Several blocks with a tile. Its steps are taken in runs, each by all blocks.
     #[inline(always)]
-    fn multiply_blocks<U: TileUnit, S: Steps, const N: usize, const FIRST_TILE: bool>(
+    fn multiply_blocks<U: TileUnit, S: Steps, const FIRST_TILE: bool>(
         &self,
         unit: &U,
         steps: &mut S,
@@ -325,7 +307,7 @@ impl Rows<'_> {
     ) {
         let a_block = block_rows(self.n);
         let n_runs = self.n_steps.div_ceil(S::RUN);
-        let step_of = |run| run * (self.n_steps / N) / n_runs * N;
+        let step_of = |run| run * self.n_steps / n_runs;
         for run in 0..n_runs {
             let of_run = step_of(run)..step_of(run + 1);
             for (block, first) in (0..self.n).step_by(a_block).enumerate() {
@@ -343,8 +325,8 @@ impl Rows<'_> {
                     _ => unit.load(sums),
                 }
                 match first {
-                    0 => block.multiply::<U, S, N, true, false, FIRST_TILE>(unit, steps),
-                    _ => block.multiply::<U, S, N, false, false, FIRST_TILE>(unit, steps),
+                    0 => block.multiply::<U, S, true, false, FIRST_TILE>(unit, steps),
+                    _ => block.multiply::<U, S, false, false, FIRST_TILE>(unit, steps),
                 }
                 unit.store(sums);
             }
@@ -368,7 +350,6 @@ impl Block<'_> {
     fn multiply<
         U: TileUnit,
         S: Steps,
-        const N: usize,
         const FIRST: bool,
         const ONLY: bool,
         const FIRST_TILE: bool,
@@ -377,30 +358,39 @@ impl Block<'_> {
         unit: &U,
         steps: &mut S,
     ) {
+        const HALF: usize = PARTS / 2;
         let (mut start, mut at) = (0usize, self.first_step);
-        for _ in 0..self.n_steps / N {
-            steps.bring::<N, FIRST, ONLY>(at, self.number);
+        for _ in 0..self.n_steps {
             let rows = &self.rows[start..];
-            let of_steps = N.wrapping_mul(self.a_step);
             if FIRST_TILE {
-                ask_ahead(rows, self.a_step, of_steps);
+                ask_ahead(rows, self.a_step);
             }
-            let pairs = steps.pairs::<N>(at);
-            match S::ROWS_PASS && !ONLY {
-                true => unit.multiply::<N, true>(rows, self.a_step, pairs),
-                false => unit.multiply::<N, false>(rows, self.a_step, pairs),
-            }
-            start = start.wrapping_add(of_steps);
-            at = at.wrapping_add(N);
+            steps.step::<FIRST, ONLY>(at, self.number, |pairs, part| match part {
+                0 => {
+                    match S::ROWS_PASS && !ONLY {
+                        true => unit.take_rows::<true>(rows),
+                        false => unit.take_rows::<false>(rows),
+                    }
+                    unit.take_pairs::<0>(pairs);
+                }
+                HALF => {
+                    unit.multiply::<0>();
+                    unit.take_pairs::<1>(pairs);
+                }
+                PARTS => unit.multiply::<1>(),
+                _ => {}
+            });
+            start = start.wrapping_add(self.a_step);
+            at = at.wrapping_add(1);
         }
     }
 }
 
-/// Asks for `n` words of a block's rows, of later steps. For a task's first tile: another core may have written them.
+/// Asks for a block's rows of a later step. For a task's first tile: another core may have written them.
 #[inline(always)]
-fn ask_ahead(rows: &[u32], a_step: usize, n: usize) {
+fn ask_ahead(rows: &[u32], a_step: usize) {
     const AHEAD: usize = 4;
-    prefetch(rows, a_step.wrapping_mul(AHEAD), n);
+    prefetch(rows, a_step.wrapping_mul(AHEAD), a_step);
 }
 
 /// Steps of 12 KiB of pairs.
@@ -413,14 +403,18 @@ impl Steps for Held<'_> {
     const RUN: usize = HELD_STEPS;
     const ROWS_PASS: bool = false;
 
-    fn begin<const N: usize>(&mut self, _: usize) {}
-
-    fn bring<const N: usize, const FIRST: bool, const ONLY: bool>(&mut self, _: usize, _: usize) {}
+    fn begin(&mut self, _: usize) {}
 
     #[inline(always)]
-    fn pairs<const N: usize>(&self, step: usize) -> &[[u32; STEP_WORDS]; N] {
-        let from = &self.0[step % HELD_STEPS..];
-        from.first_chunk().expect("N divides both")
+    fn step<const FIRST: bool, const ONLY: bool>(
+        &mut self,
+        step: usize,
+        _: usize,
+        mut product: impl FnMut(&[u32; STEP_WORDS], usize),
+    ) {
+        let pairs = &self.0[step % HELD_STEPS];
+        product(pairs, 0);
+        in_parts!(part => product(pairs, part + 1));
     }
 }
 

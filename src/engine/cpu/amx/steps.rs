@@ -4,132 +4,148 @@
 use std::ops::Range;
 
 use super::super::path::CpuPath;
-use super::super::weights::{Tiles, prefetch, prefetch_near};
+use super::super::weights::{PARTS, Tiles, in_parts, prefetch_near};
 use super::STEP_WORDS;
 
-/// Steps of a task's tiles as pairs, numbered through all of them. They are taken `N` at a time, and begin at
-/// a multiple of it: where a tile's are an even number two, since what surrounds them is then paid once.
+/// Steps of a task's tiles as pairs, numbered through all of them.
 ///
 /// Counters wrap here and in all that a step does: with a check of each, moving them was a quarter of a
 /// step's instructions.
 pub trait Steps {
     /// Steps of K between which the sums of several blocks lie in tiles: as many as there is room for in the
-    /// first-level cache, where they stay for all blocks. An even divisor of the 90 of 2880.
+    /// first-level cache, where they stay for all blocks. A divisor of the 90 of 2880.
     const RUN: usize;
 
     /// Whether rows of several blocks pass through the first-level cache: they are too many to stay.
     const ROWS_PASS: bool = true;
 
     /// Has the first steps on their way, to be multiplied with so many blocks of rows.
-    fn begin<const N: usize>(&mut self, n_blocks: usize);
+    fn begin(&mut self, n_blocks: usize);
 
-    /// While steps are multiplied with a block, which is the first or the `ONLY` one or another: has a share
-    /// of what comes a few steps later on its way.
-    fn bring<const N: usize, const FIRST: bool, const ONLY: bool>(
+    /// Runs `product` with a step's pairs and 0 to [`PARTS`] in turn; the block they are multiplied with is the
+    /// first or the `ONLY` one or another. Between has a part of what comes a few steps later on its way.
+    ///
+    /// A core whose other thread is busy has half of its queues, in which little of what follows is seen. So
+    /// what the unit, the registers and memory do side by side has to be mixed here: one after the other they
+    /// took a fifth longer.
+    fn step<const FIRST: bool, const ONLY: bool>(
         &mut self,
         step: usize,
         block: usize,
+        product: impl FnMut(&[u32; STEP_WORDS], usize),
     );
-
-    /// Steps that were brought.
-    fn pairs<const N: usize>(&self, step: usize) -> &[[u32; STEP_WORDS]; N];
 }
 
-/// What a task unpacks, in order, and asks for some steps ahead.
-struct Ahead<'a> {
-    packed: &'a [u8],
-    /// Bytes of a step.
+/// What a task reads, in order, and asks for some steps ahead.
+///
+/// It goes to the second-level cache: places where the first waits for memory are few, and rows and steps of
+/// the second-level cache need them as well.
+struct Ahead<'a, T> {
+    packed: &'a [T],
+    /// Values of a step.
     a_step: usize,
-    /// Bytes from one line of the cache that a block asks for to the next.
-    stride: usize,
 }
 
-impl<'a> Ahead<'a> {
-    /// Steps by which it is ahead: 4 KiB of MXFP4.
-    const STEPS: usize = 8;
+impl<T> Ahead<'_, T> {
+    /// Steps by which it is ahead: 8 KiB of MXFP4, 32 of bf16.
+    const STEPS: usize = 16;
 
-    /// Bytes of a line of the cache.
-    const LINE: usize = 64;
+    /// Values of a line of the cache.
+    const LINE: usize = 64 / size_of::<T>();
 
+    /// Asks for one of the parts of `n_lines` of a later step, from line `from` on.
     #[inline(always)]
-    fn new<W: Tiles>(weights: &'a W, steps: Range<usize>) -> Self {
-        let (packed, a_step) = weights.packed_blocks();
-        Self {
-            packed: &packed[steps.start * a_step..steps.end * a_step],
-            a_step,
-            stride: Self::LINE,
-        }
-    }
-
-    #[inline(always)]
-    fn begin(&mut self, n_blocks: usize) {
-        self.stride = n_blocks * Self::LINE;
-        let n = Self::STEPS * self.a_step;
-        prefetch(self.packed, 0, n.min(self.packed.len()));
-    }
-
-    /// Memory answers at a steady pace, and whatever waits for it keeps a place that rows of the
-    /// second-level cache need as well. So what is asked of it is spread over all blocks. Of many blocks it
-    /// goes to the second-level cache: the first holds what they are multiplied with.
-    #[inline(always)]
-    fn ask<const N: usize, const ONLY: bool>(&self, step: usize, block: usize) {
-        let start = step.wrapping_add(Self::STEPS).wrapping_mul(self.a_step);
-        if start >= self.packed.len() {
-            return;
-        }
-        let of_steps = N.wrapping_mul(self.a_step);
-        if ONLY {
-            prefetch(self.packed, start, of_steps);
-            return;
-        }
-        let mut at = block.wrapping_mul(Self::LINE);
-        while at < of_steps {
-            prefetch_near(self.packed, start.wrapping_add(at), Self::LINE);
-            at = at.wrapping_add(self.stride);
+    fn ask(&self, step: usize, from: usize, n_lines: usize, part: usize) {
+        let step = step.wrapping_add(Self::STEPS).wrapping_mul(self.a_step);
+        for line in n_lines * part / PARTS..n_lines * (part + 1) / PARTS {
+            let at = from.wrapping_add(line).wrapping_mul(Self::LINE);
+            prefetch_near(self.packed, step.wrapping_add(at), Self::LINE);
         }
     }
 }
 
-/// Weights that are pairs as they lie. They are read in order, which the CPU sees by itself: asked for ahead they
-/// came a tenth later for 8 and for 32 rows, 3 % sooner for one, and no sooner for 64 and 512.
-pub struct Packed<'a>(&'a [[u32; STEP_WORDS]]);
+/// Weights that are pairs as they lie.
+pub struct Packed<'a> {
+    steps: &'a [[u32; STEP_WORDS]],
+    ahead: Ahead<'a, u32>,
+    n_blocks: usize,
+}
 
 impl<'a> Packed<'a> {
     #[inline(always)]
     pub fn new(words: &'a [u32]) -> Self {
-        Self(words.as_chunks().0)
+        Self {
+            steps: words.as_chunks().0,
+            ahead: Ahead {
+                packed: words,
+                a_step: STEP_WORDS,
+            },
+            n_blocks: 1,
+        }
+    }
+
+    #[inline(always)]
+    fn step_with<const LINES: usize>(
+        &self,
+        step: usize,
+        block: usize,
+        mut product: impl FnMut(&[u32; STEP_WORDS], usize),
+    ) {
+        let (pairs, from) = (&self.steps[step], block.wrapping_mul(LINES));
+        product(pairs, 0);
+        in_parts!(part => {
+            self.ahead.ask(step, from, LINES, part);
+            product(pairs, part + 1);
+        });
     }
 }
 
 impl Steps for Packed<'_> {
     const RUN: usize = 10;
 
-    fn begin<const N: usize>(&mut self, _: usize) {}
+    fn begin(&mut self, n_blocks: usize) {
+        self.n_blocks = n_blocks;
+    }
 
+    /// Each block asks for a share of a step, one behind the other's, so that memory answers at a steady pace:
+    /// as many lines as there are parts, or twice as many. Where that is more than all, what is too much is asked
+    /// for a second time.
     #[inline(always)]
-    fn bring<const N: usize, const FIRST: bool, const ONLY: bool>(&mut self, _: usize, _: usize) {}
-
-    #[inline(always)]
-    fn pairs<const N: usize>(&self, step: usize) -> &[[u32; STEP_WORDS]; N] {
-        self.0[step..].first_chunk().expect("whole tiles")
+    fn step<const FIRST: bool, const ONLY: bool>(
+        &mut self,
+        step: usize,
+        block: usize,
+        product: impl FnMut(&[u32; STEP_WORDS], usize),
+    ) {
+        const LINES: usize = STEP_WORDS / Ahead::<u32>::LINE;
+        match (ONLY, self.n_blocks * PARTS < LINES) {
+            (true, _) => self.step_with::<LINES>(step, block, product),
+            (_, true) => self.step_with::<{ 2 * PARTS }>(step, block, product),
+            (_, false) => self.step_with::<PARTS>(step, block, product),
+        }
     }
 }
 
-/// Steps that [`Unpacked`] has room for.
+/// Steps that [`Unpacked`] has room for: where there is one block of rows half of them, which take less of the
+/// first-level cache.
 const RING_STEPS: usize = 8;
+
+/// Words of a line of the cache: slots are a line apart. At multiples of 4 KiB, loads of one waited for stores
+/// to another.
+const LINE_WORDS: usize = 16;
+
+/// A step's pairs, and what keeps them from the next's.
+pub type Slot = [u32; STEP_WORDS + LINE_WORDS];
 
 /// Weights that are unpacked, where `HERE` by instructions that become part of the loop: in a caller that was
 /// compiled for all of [`Kind::Amx`](super::super::path::Kind::Amx).
 pub struct Unpacked<'a, W, const HERE: bool> {
     weights: &'a W,
     path: CpuPath,
-    ring: &'a mut [[u32; STEP_WORDS]; RING_STEPS],
-    /// The first, numbered through all of the weights' tiles.
-    first: usize,
-    /// Steps that were unpacked, of `n`.
-    next: usize,
-    n: usize,
-    ahead: Ahead<'a>,
+    ring: &'a mut [Slot; RING_STEPS],
+    /// Numbered through all of the weights' tiles.
+    steps: Range<usize>,
+    ahead: Ahead<'a, u8>,
 }
 
 impl<'a, W: Tiles, const HERE: bool> Unpacked<'a, W, HERE> {
@@ -137,74 +153,92 @@ impl<'a, W: Tiles, const HERE: bool> Unpacked<'a, W, HERE> {
     /// buffer when it is loaded, and still in the cache.
     const AHEAD: usize = RING_STEPS - Self::RUN;
 
-    /// Steps numbered through all of the weights' tiles.
     #[inline(always)]
     pub fn new(
         weights: &'a W,
         path: CpuPath,
         steps: Range<usize>,
-        ring: &'a mut [[u32; STEP_WORDS]; RING_STEPS],
+        ring: &'a mut [Slot; RING_STEPS],
     ) -> Self {
+        let (packed, a_step) = weights.packed_blocks();
+        let packed = &packed[steps.start * a_step..steps.end * a_step];
         Self {
             weights,
             path,
             ring,
-            first: steps.start,
-            next: 0,
-            n: steps.len(),
-            ahead: Ahead::new(weights, steps),
+            steps,
+            ahead: Ahead { packed, a_step },
         }
     }
 
     #[inline(always)]
-    fn unpack_next<const N: usize>(&mut self) {
-        const { assert!(RING_STEPS.is_multiple_of(N) && Self::AHEAD.is_multiple_of(N)) };
-        if self.next >= self.n {
-            return;
-        }
-        let to = &mut self.ring.as_chunks_mut::<N>().0[self.next / N % (RING_STEPS / N)];
-        let block = self.first.wrapping_add(self.next);
-        if HERE {
-            // SAFETY: as `Product::multiply` asks.
-            #[allow(unsafe_code, reason = "features were detected")]
-            unsafe {
-                self.weights.unpack_blocks_here(self.path, block, to);
-            }
-        } else {
-            for (i, to) in to.iter_mut().enumerate() {
-                self.weights.unpack_block(self.path, block + i, to);
-            }
-        }
-        self.next = self.next.wrapping_add(N);
+    fn slot<const ONLY: bool>(step: usize) -> usize {
+        step % if ONLY { RING_STEPS / 2 } else { RING_STEPS }
     }
+}
+
+fn pairs(slot: &Slot) -> &[u32; STEP_WORDS] {
+    slot.first_chunk().expect("a slot is longer")
+}
+
+fn pairs_mut(slot: &mut Slot) -> &mut [u32; STEP_WORDS] {
+    slot.first_chunk_mut().expect("a slot is longer")
 }
 
 impl<W: Tiles, const HERE: bool> Steps for Unpacked<'_, W, HERE> {
     const RUN: usize = 6;
 
     #[inline(always)]
-    fn begin<const N: usize>(&mut self, n_blocks: usize) {
-        self.ahead.begin(n_blocks);
-        for _ in 0..Self::AHEAD / N {
-            self.unpack_next::<N>();
+    fn begin(&mut self, _: usize) {
+        let n = self.ahead.a_step * Ahead::<u8>::STEPS;
+        prefetch_near(self.ahead.packed, 0, n.min(self.ahead.packed.len()));
+        for (step, slot) in (0..Self::AHEAD.min(self.steps.len())).zip(self.ring.iter_mut()) {
+            self.weights
+                .unpack_block(self.path, self.steps.start + step, pairs_mut(slot));
         }
     }
 
-    /// All is unpacked by the first block, since the others need it at once.
+    /// All is asked for and unpacked beside the first block, since the others need it at once.
     #[inline(always)]
-    fn bring<const N: usize, const FIRST: bool, const ONLY: bool>(
+    fn step<const FIRST: bool, const ONLY: bool>(
         &mut self,
         step: usize,
-        block: usize,
+        _: usize,
+        mut product: impl FnMut(&[u32; STEP_WORDS], usize),
     ) {
-        self.ahead.ask::<N, ONLY>(step, block);
-        if FIRST {
-            self.unpack_next::<N>();
+        const {
+            assert!(
+                Self::AHEAD < RING_STEPS / 2,
+                "room where there is one block"
+            );
         }
-    }
-
-    #[inline(always)]
-    fn pairs<const N: usize>(&self, step: usize) -> &[[u32; STEP_WORDS]; N] {
-        &self.ring.as_chunks().0[step / N % (RING_STEPS / N)]
+        let next = step.wrapping_add(Self::AHEAD);
+        let slots = [Self::slot::<ONLY>(step), Self::slot::<ONLY>(next)];
+        if !FIRST || next >= self.steps.len() {
+            let pairs = pairs(&self.ring[slots[0]]);
+            product(pairs, 0);
+            in_parts!(part => product(pairs, part + 1));
+            return;
+        }
+        let [from, to] = self.ring.get_disjoint_mut(slots).expect("two slots");
+        let (pairs, to) = (pairs(from), pairs_mut(to));
+        let block = self.steps.start.wrapping_add(next);
+        let n_lines = self.ahead.a_step.div_ceil(Ahead::<u8>::LINE);
+        product(pairs, 0);
+        let mut between = |part| {
+            self.ahead.ask(step, 0, n_lines, part);
+            product(pairs, part + 1);
+        };
+        if HERE {
+            // SAFETY: as `Product::multiply` asks.
+            #[allow(unsafe_code, reason = "features were detected")]
+            unsafe {
+                self.weights
+                    .unpack_block_here(self.path, block, to, between);
+            }
+        } else {
+            self.weights.unpack_block(self.path, block, to);
+            in_parts!(part => between(part));
+        }
     }
 }

@@ -465,17 +465,17 @@ fn products<U: TileUnit>(
         None => unit.clear(),
     }
     let (rows, a_step) = (rows.as_flattened(), 16 * STEP_PAIRS);
-    let (two, one) = pairs.split_first_chunk::<2>().expect("three steps");
-    let (one, behind) = (&[one[0]], &rows[2 * a_step..]);
-    match passing {
-        false => {
-            unit.multiply::<2, false>(rows, a_step, two);
-            unit.multiply::<1, false>(behind, a_step, one);
+    for (step, pairs) in pairs.iter().enumerate() {
+        let rows = &rows[step * a_step..];
+        if !passing {
+            unit.multiply_step(rows, pairs);
+            continue;
         }
-        true => {
-            unit.multiply::<2, true>(rows, a_step, two);
-            unit.multiply::<1, true>(behind, a_step, one);
-        }
+        unit.take_rows::<true>(rows);
+        unit.take_pairs::<0>(pairs);
+        unit.multiply::<0>();
+        unit.take_pairs::<1>(pairs);
+        unit.multiply::<1>();
     }
     let mut sums = vec![[f32::NAN; LANES]; n_rows];
     unit.store(&mut sums);

@@ -21,16 +21,25 @@ pub trait TileUnit {
     /// When there are fewer rows than the unit was set to; so do the others.
     fn load(&self, sums: &[[f32; LANES]]);
 
-    /// Adds the products of one or two steps of 32 k: of rows of [`STEP_PAIRS`](super::STEP_PAIRS) words, one
-    /// behind the other, the second step's `a_step` words behind the first's, with a tile's pairs
-    /// `[16][32 lanes]`. Rows that are `PASSING` are not met again soon: they need not stay in the first-level
-    /// cache.
-    fn multiply<const N: usize, const PASSING: bool>(
-        &self,
-        rows: &[u32],
-        a_step: usize,
-        pairs: &[[u32; STEP_WORDS]; N],
-    );
+    /// Takes the rows of a step of 32 k, of [`STEP_PAIRS`](super::STEP_PAIRS) words, one behind the other. Rows
+    /// that are `PASSING` are not met again soon: they need not stay in the first-level cache.
+    fn take_rows<const PASSING: bool>(&self, rows: &[u32]);
+
+    /// Takes the pairs of the lower (0) or the upper half of a tile's lanes, of `[16][32 lanes]`.
+    fn take_pairs<const HALF: usize>(&self, pairs: &[u32; STEP_WORDS]);
+
+    /// Adds the products of what was taken to the sums of that half. The upper half's are a step's last.
+    fn multiply<const HALF: usize>(&self);
+
+    /// All of a step.
+    #[inline(always)]
+    fn multiply_step(&self, rows: &[u32], pairs: &[u32; STEP_WORDS]) {
+        self.take_rows::<false>(rows);
+        self.take_pairs::<0>(pairs);
+        self.multiply::<0>();
+        self.take_pairs::<1>(pairs);
+        self.multiply::<1>();
+    }
 
     fn store(&self, sums: &mut [[f32; LANES]]);
 }
@@ -49,8 +58,8 @@ pub fn is_available() -> bool {
 /// The CPU's unit. A thread's tiles are its own, so the value stays with its thread; dropping it, in a
 /// panic as well, leaves the thread without tiles, whose 8 KiB the system would save at each switch.
 ///
-/// Between its calls sums stay in tiles 0 and 1. The compiler knows no use for tiles, so nothing that it
-/// puts between touches them.
+/// Between its calls sums stay in tiles 0 and 1, and what was taken in 2 and 3. The compiler knows no use for
+/// tiles, so nothing that it puts between touches them.
 pub struct Hardware {
     n_rows: usize,
     /// Words of as many rows.
@@ -65,13 +74,9 @@ impl TileUnit for Hardware {
     }
     fn clear(&self) {}
     fn load(&self, _: &[[f32; LANES]]) {}
-    fn multiply<const N: usize, const PASSING: bool>(
-        &self,
-        _: &[u32],
-        _: usize,
-        _: &[[u32; STEP_WORDS]; N],
-    ) {
-    }
+    fn take_rows<const PASSING: bool>(&self, _: &[u32]) {}
+    fn take_pairs<const HALF: usize>(&self, _: &[u32; STEP_WORDS]) {}
+    fn multiply<const HALF: usize>(&self) {}
     fn store(&self, _: &mut [[f32; LANES]]) {}
 }
 
@@ -139,56 +144,6 @@ mod x86 {
     /// Bytes between rows of an A.
     const NARROW: usize = 64;
 
-    /// A step whose rows are loaded by `$load` and whose pairs are `$at` bytes from the first's.
-    macro_rules! step {
-        ($load:literal, $at:literal) => {
-            concat!(
-                $load,
-                " tmm2, [{rows} + {narrow}]\n",
-                "tileloadd tmm3, [{pairs} + {wide} + ",
-                $at,
-                "]\n",
-                "tdpbf16ps tmm0, tmm2, tmm3\n",
-                "tilezero tmm3\n",
-                "tileloadd tmm3, [{pairs} + {wide} + 64 + ",
-                $at,
-                "]\n",
-                "tdpbf16ps tmm1, tmm2, tmm3\n",
-                "tilezero tmm2\n",
-                "tilezero tmm3",
-            )
-        };
-    }
-
-    /// One step, or two.
-    macro_rules! steps {
-        ($load:literal, $n:expr, $rows:expr, $a_step:expr, $pairs:expr) => {
-            match $n {
-                1 => asm!(
-                    step!($load, "0"),
-                    rows = in(reg) $rows,
-                    pairs = in(reg) $pairs,
-                    wide = in(reg) WIDE,
-                    narrow = in(reg) NARROW,
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                    options(nostack, preserves_flags, readonly),
-                ),
-                _ => asm!(
-                    step!($load, "0"),
-                    "add {rows}, {a_step}",
-                    step!($load, "2048"),
-                    rows = inout(reg) $rows => _,
-                    a_step = in(reg) $a_step,
-                    pairs = in(reg) $pairs,
-                    wide = in(reg) WIDE,
-                    narrow = in(reg) NARROW,
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                    options(nostack, readonly),
-                ),
-            }
-        };
-    }
-
     // Tiles 0 and 1 are C, 2 is A, 3 is B. A core has few tiles beside those that programs name, and
     // shares them with its other thread: where all eight are in use, a load waits until the product that
     // read its tile is done. With four, as many are free, and while the other thread is busy a product
@@ -254,26 +209,63 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn multiply<const N: usize, const PASSING: bool>(
-            &self,
-            rows: &[u32],
-            a_step: usize,
-            pairs: &[[u32; STEP_WORDS]; N],
-        ) {
-            const {
-                assert!(N == 1 || N == 2, "one step or two");
-                assert!(size_of::<[u32; STEP_WORDS]>() == 2048, "from step to step");
+        fn take_rows<const PASSING: bool>(&self, rows: &[u32]) {
+            assert!(rows.len() >= self.n_words, "rows too short");
+            let rows = rows.as_ptr();
+            macro_rules! load {
+                ($load:literal) => {
+                    asm!(
+                        concat!($load, " tmm2, [{rows} + {narrow}]"),
+                        rows = in(reg) rows,
+                        narrow = in(reg) NARROW,
+                        out("tmm2") _,
+                        options(nostack, preserves_flags, readonly),
+                    )
+                };
             }
-            // The first step's rows are there, too: they end before the second's do, or are all.
-            let last = if N == 1 { rows } else { &rows[a_step..] };
-            assert!(last.len() >= self.n_words, "rows too short");
-            let (rows, pairs) = (rows.as_ptr(), pairs.as_ptr());
-            let a_step = a_step.wrapping_mul(size_of::<u32>());
-            // SAFETY: the value says that the unit is set, to so many rows; pairs are 16 rows a step.
+            // SAFETY: the value says that the unit is set, to so many rows.
             unsafe {
                 match PASSING {
-                    true => steps!("tileloaddt1", N, rows, a_step, pairs),
-                    false => steps!("tileloadd", N, rows, a_step, pairs),
+                    true => load!("tileloaddt1"),
+                    false => load!("tileloadd"),
+                }
+            }
+        }
+
+        #[inline(always)]
+        fn take_pairs<const HALF: usize>(&self, pairs: &[u32; STEP_WORDS]) {
+            const { assert!(HALF < 2, "a tile's lanes are two B") };
+            let pairs = pairs.as_ptr().wrapping_add(HALF * STEP_PAIRS);
+            // SAFETY: the value says that the unit is set; pairs are 16 rows.
+            unsafe {
+                asm!(
+                    "tileloadd tmm3, [{pairs} + {wide}]",
+                    pairs = in(reg) pairs,
+                    wide = in(reg) WIDE,
+                    out("tmm3") _,
+                    options(nostack, preserves_flags, readonly),
+                );
+            }
+        }
+
+        #[inline(always)]
+        fn multiply<const HALF: usize>(&self) {
+            // SAFETY: as above. Said to read memory, so that it stays where it is among stores.
+            unsafe {
+                match HALF {
+                    0 => asm!(
+                        "tdpbf16ps tmm0, tmm2, tmm3",
+                        "tilezero tmm3",
+                        out("tmm0") _, out("tmm3") _,
+                        options(nostack, preserves_flags, readonly),
+                    ),
+                    _ => asm!(
+                        "tdpbf16ps tmm1, tmm2, tmm3",
+                        "tilezero tmm2",
+                        "tilezero tmm3",
+                        out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                        options(nostack, preserves_flags, readonly),
+                    ),
                 }
             }
         }

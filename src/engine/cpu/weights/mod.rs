@@ -63,22 +63,23 @@ pub trait Tiles: Sync {
         }
     }
 
-    /// As [`Tiles::unpack_block`] for one block or two, as part of a caller that was compiled for all of
-    /// [`Kind::Amx`](super::path::Kind::Amx), with nothing between.
+    /// As [`Tiles::unpack_block`], as part of a caller that was compiled for all of
+    /// [`Kind::Amx`](super::path::Kind::Amx): after each of [`PARTS`] parts, about equal where the format's loop
+    /// can be taken apart, `between` is run with their number, from 0 on.
     ///
     /// # Safety
     /// The CPU has all of it.
     #[allow(unsafe_code, reason = "features were detected")]
     #[inline(always)]
-    unsafe fn unpack_blocks_here<const N: usize>(
+    unsafe fn unpack_block_here(
         &self,
         path: CpuPath,
         block: usize,
-        out: &mut [PairedBlock; N],
+        out: &mut PairedBlock,
+        mut between: impl FnMut(usize),
     ) {
-        for (i, out) in out.iter_mut().enumerate() {
-            self.unpack_block(path, block + i, out);
-        }
+        self.unpack_block(path, block, out);
+        in_parts!(part => between(part));
     }
 
     /// All blocks as [`Tiles::unpack_block`] reads them, one behind the other, and the bytes of one: to ask
@@ -168,6 +169,25 @@ fn block_of<const BYTES: usize>(packed: &[u8], block: usize) -> &[u8; BYTES] {
     let start = block.wrapping_mul(BYTES);
     packed[start..].first_chunk().expect("whole blocks")
 }
+
+/// Parts of a step's work, between which other work is done.
+pub const PARTS: usize = 8;
+
+/// Runs `$body` for each part, with its number as a constant. No loop, which might not be unrolled, and no
+/// closure: one that uses instructions its function was not compiled for is not made part of it.
+macro_rules! in_parts {
+    ($part:ident => $body:expr) => {
+        in_parts!(@ $part, $body; 0 1 2 3 4 5 6 7)
+    };
+    (@ $part:ident, $body:expr; $($number:literal)*) => {{
+        const { assert!([$($number),*].len() == $crate::engine::cpu::weights::PARTS, "all parts") };
+        $({
+            let $part: usize = $number;
+            $body;
+        })*
+    }};
+}
+pub(super) use in_parts;
 
 /// Pairs of 32 k of a tile.
 pub type PairedBlock = [u32; BLOCK / 2 * LANES];

@@ -9,7 +9,7 @@ mod x86;
 
 use super::Tiles;
 #[cfg(target_arch = "x86_64")]
-use super::{PairedBlock, block_of, fused_values};
+use super::{PARTS, PairedBlock, block_of, fused_values, in_parts};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
 use crate::engine::cpu::lanes::LANES;
@@ -131,21 +131,16 @@ impl Tiles for Mxfp4Tiles {
     #[cfg(target_arch = "x86_64")]
     #[allow(unsafe_code, reason = "features were detected")]
     #[inline(always)]
-    unsafe fn unpack_blocks_here<const N: usize>(
+    unsafe fn unpack_block_here(
         &self,
         _: CpuPath,
         block: usize,
-        out: &mut [PairedBlock; N],
+        out: &mut PairedBlock,
+        between: impl FnMut(usize),
     ) {
-        const { assert!(N == 1 || N == 2, "one block or two") };
-        // One look at where they end for all; and one by one, since a loop would not be unrolled.
-        let bytes = &self.bytes[block.wrapping_mul(BLOCK_BYTES)..][..N * BLOCK_BYTES];
         // SAFETY: as the caller says.
         unsafe {
-            x86::unpack_mxfp4_pairs_here::<true>(block_of(bytes, 0), &mut out[0]);
-            if N == 2 {
-                x86::unpack_mxfp4_pairs_here::<true>(block_of(bytes, 1), &mut out[N - 1]);
-            }
+            x86::unpack_mxfp4_pairs_here::<true>(block_of(&self.bytes, block), out, between);
         }
     }
 

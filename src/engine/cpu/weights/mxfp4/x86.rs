@@ -4,7 +4,7 @@
 #![allow(unsafe_code, reason = "SIMD loads through pointers")]
 #![allow(clippy::needless_range_loop, reason = "registers in lockstep")]
 
-use super::{LANES, Mxfp4Block, PairedBlock, UnpackedBlock};
+use super::{LANES, Mxfp4Block, PARTS, PairedBlock, UnpackedBlock, in_parts};
 use crate::quant::mxfp4;
 use std::arch::x86_64::*;
 
@@ -258,10 +258,11 @@ impl<'a, const BYTES: bool> Unpacker<'a, BYTES> {
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 pub unsafe fn unpack_mxfp4_pairs<const BYTES: bool>(bytes: &Mxfp4Block, out: &mut PairedBlock) {
     // SAFETY: as above.
-    unsafe { unpack_mxfp4_pairs_here::<BYTES>(bytes, out) }
+    unsafe { unpack_mxfp4_pairs_here::<BYTES>(bytes, out, |_| {}) }
 }
 
-/// As part of its caller, which was compiled for the features.
+/// As part of its caller, which was compiled for the features; runs `between` after each part
+/// (see [`Tiles::unpack_block_here`](super::Tiles::unpack_block_here)).
 ///
 /// # Safety
 /// As above.
@@ -269,14 +270,20 @@ pub unsafe fn unpack_mxfp4_pairs<const BYTES: bool>(bytes: &Mxfp4Block, out: &mu
 pub unsafe fn unpack_mxfp4_pairs_here<const BYTES: bool>(
     bytes: &Mxfp4Block,
     out: &mut PairedBlock,
+    mut between: impl FnMut(usize),
 ) {
+    const A_PART: usize = PAIRS / PARTS;
     // SAFETY: as above.
     let block = unsafe { Unpacker::<BYTES>::new(bytes) };
     let (out, _) = out.as_chunks_mut::<LANES>();
-    for pair in 0..PAIRS {
-        // SAFETY: as above; two registers are 32 words.
-        out[pair] = unsafe { std::mem::transmute::<[__m512i; 2], [u32; LANES]>(block.pair(pair)) };
-    }
+    in_parts!(part => {
+        for pair in part * A_PART..(part + 1) * A_PART {
+            // SAFETY: as above; two registers are 32 words.
+            out[pair] =
+                unsafe { std::mem::transmute::<[__m512i; 2], [u32; LANES]>(block.pair(pair)) };
+        }
+        between(part);
+    });
 }
 
 /// # Safety
