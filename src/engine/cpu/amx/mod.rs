@@ -222,7 +222,7 @@ impl<W: Tiles> Product<'_, W> {
             let sums = &mut scratch.sums;
             match weights.packed_pairs(tiles.start) {
                 Some((words, a_tile)) => {
-                    let packed = Packed::new(&words[..tiles.len() * a_tile]);
+                    let packed = Packed::new(&words[..tiles.len() * a_tile], group == 0);
                     rows.multiply(&unit, packed, tiles, sums, group, &mut output);
                 }
                 None => {
@@ -285,7 +285,7 @@ impl Rows<'_> {
         sums: &mut [[f32; LANES]],
     ) {
         let block = Block {
-            number: 0,
+            turn: 0,
             rows: self.blocks,
             a_step: self.n * STEP_PAIRS,
             first_step: tile * self.n_steps,
@@ -296,7 +296,8 @@ impl Rows<'_> {
         unit.store(sums);
     }
 
-    /// Several blocks with a tile. Its steps are taken in runs, each by all blocks.
+    /// Several blocks with a tile. Its steps are taken in runs, each by all blocks: in turn from the first to the
+    /// last and back, so that the sums of the one a run ends with stay where they are for the next.
     #[inline(always)]
     fn multiply_blocks<U: TileUnit, S: Steps, const FIRST_TILE: bool>(
         &self,
@@ -306,29 +307,38 @@ impl Rows<'_> {
         sums: &mut [[f32; LANES]],
     ) {
         let a_block = block_rows(self.n);
+        let n_blocks = self.n.div_ceil(a_block);
         let n_runs = self.n_steps.div_ceil(S::RUN);
         let step_of = |run| run * self.n_steps / n_runs;
         for run in 0..n_runs {
             let of_run = step_of(run)..step_of(run + 1);
-            for (block, first) in (0..self.n).step_by(a_block).enumerate() {
+            for turn in 0..n_blocks {
+                let first = a_block
+                    * match run % 2 {
+                        0 => turn,
+                        _ => n_blocks - 1 - turn,
+                    };
                 let sums = &mut sums[first..];
                 let a_step = a_block.min(self.n - first) * STEP_PAIRS;
                 let block = Block {
-                    number: block,
+                    turn,
                     rows: &self.blocks[first * self.n_steps * STEP_PAIRS + of_run.start * a_step..],
                     a_step,
                     first_step: tile * self.n_steps + of_run.start,
                     n_steps: of_run.len(),
                 };
-                match run {
-                    0 => unit.clear(),
+                match (run, turn) {
+                    (0, _) => unit.clear(),
+                    (_, 0) => {}
                     _ => unit.load(sums),
                 }
-                match first {
+                match turn {
                     0 => block.multiply::<U, S, true, false, FIRST_TILE>(unit, steps),
                     _ => block.multiply::<U, S, false, false, FIRST_TILE>(unit, steps),
                 }
-                unit.store(sums);
+                if turn + 1 < n_blocks || run + 1 == n_runs {
+                    unit.store(sums);
+                }
             }
         }
     }
@@ -336,7 +346,8 @@ impl Rows<'_> {
 
 /// Some steps of a block.
 struct Block<'a> {
-    number: usize,
+    /// The number of blocks that took these steps before.
+    turn: usize,
     /// From the first step on.
     rows: &'a [u32],
     /// Words of a step.
@@ -365,7 +376,7 @@ impl Block<'_> {
             if FIRST_TILE {
                 ask_ahead(rows, self.a_step);
             }
-            steps.step::<FIRST, ONLY>(at, self.number, |pairs, part| match part {
+            steps.step::<FIRST, ONLY>(at, self.turn, |pairs, part| match part {
                 0 => {
                     match S::ROWS_PASS && !ONLY {
                         true => unit.take_rows::<true>(rows),

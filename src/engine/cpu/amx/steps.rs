@@ -23,7 +23,8 @@ pub trait Steps {
     fn begin(&mut self, n_blocks: usize);
 
     /// Runs `product` with a step's pairs and 0 to [`PARTS`] in turn; the block they are multiplied with is the
-    /// first or the `ONLY` one or another. Between has a part of what comes a few steps later on its way.
+    /// first or the `ONLY` one or another, by its turn. Between has a part of what comes a few steps later on its
+    /// way.
     ///
     /// A core whose other thread is busy has half of its queues, in which little of what follows is seen. So
     /// what the unit, the registers and memory do side by side has to be mixed here: one after the other they
@@ -31,7 +32,7 @@ pub trait Steps {
     fn step<const FIRST: bool, const ONLY: bool>(
         &mut self,
         step: usize,
-        block: usize,
+        turn: usize,
         product: impl FnMut(&[u32; STEP_WORDS], usize),
     );
 }
@@ -68,18 +69,21 @@ impl<T> Ahead<'_, T> {
 pub struct Packed<'a> {
     steps: &'a [[u32; STEP_WORDS]],
     ahead: Ahead<'a, u32>,
+    /// Whether they come from memory: for another group of rows they are in the second-level cache.
+    is_far: bool,
     n_blocks: usize,
 }
 
 impl<'a> Packed<'a> {
     #[inline(always)]
-    pub fn new(words: &'a [u32]) -> Self {
+    pub fn new(words: &'a [u32], is_far: bool) -> Self {
         Self {
             steps: words.as_chunks().0,
             ahead: Ahead {
                 packed: words,
                 a_step: STEP_WORDS,
             },
+            is_far,
             n_blocks: 1,
         }
     }
@@ -88,10 +92,10 @@ impl<'a> Packed<'a> {
     fn step_with<const LINES: usize>(
         &self,
         step: usize,
-        block: usize,
+        turn: usize,
         mut product: impl FnMut(&[u32; STEP_WORDS], usize),
     ) {
-        let (pairs, from) = (&self.steps[step], block.wrapping_mul(LINES));
+        let (pairs, from) = (&self.steps[step], turn.wrapping_mul(LINES));
         product(pairs, 0);
         in_parts!(part => {
             self.ahead.ask(step, from, LINES, part);
@@ -114,14 +118,15 @@ impl Steps for Packed<'_> {
     fn step<const FIRST: bool, const ONLY: bool>(
         &mut self,
         step: usize,
-        block: usize,
+        turn: usize,
         product: impl FnMut(&[u32; STEP_WORDS], usize),
     ) {
         const LINES: usize = STEP_WORDS / Ahead::<u32>::LINE;
-        match (ONLY, self.n_blocks * PARTS < LINES) {
-            (true, _) => self.step_with::<LINES>(step, block, product),
-            (_, true) => self.step_with::<{ 2 * PARTS }>(step, block, product),
-            (_, false) => self.step_with::<PARTS>(step, block, product),
+        match (ONLY, self.is_far, self.n_blocks * PARTS < LINES) {
+            (true, _, _) => self.step_with::<LINES>(step, turn, product),
+            (_, true, true) => self.step_with::<{ 2 * PARTS }>(step, turn, product),
+            (_, true, false) => self.step_with::<PARTS>(step, turn, product),
+            (_, false, _) => self.step_with::<0>(step, turn, product),
         }
     }
 }
