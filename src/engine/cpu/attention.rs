@@ -62,16 +62,22 @@ impl Queries<'_> {
 }
 
 /// Running maximum and denominator of each query.
-#[derive(Clone, Copy)]
-struct State {
-    max: f32,
-    sum: f32,
+struct States {
+    max: [f32; MAX_QUERIES],
+    sum: [f32; MAX_QUERIES],
 }
 
-const EMPTY: State = State {
-    max: f32::NEG_INFINITY,
-    sum: 0.0,
-};
+impl States {
+    const EMPTY: Self = Self {
+        max: [f32::NEG_INFINITY; MAX_QUERIES],
+        sum: [0.0; MAX_QUERIES],
+    };
+
+    fn clear(&mut self, queries: Range<usize>) {
+        self.max[queries.clone()].fill(f32::NEG_INFINITY);
+        self.sum[queries].fill(0.0);
+    }
+}
 
 /// Where each query's values and probabilities begin.
 struct Starts {
@@ -106,8 +112,8 @@ pub fn attend<'t, 'o, E: KvElement>(
         let to = &mut scratch.q_pairs;
         amx::join_rows(path, queries.q, &starts.q[..n_queries], head_dim, to);
     }
-    let mut split = [EMPTY; MAX_QUERIES];
-    let mut folded = [EMPTY; MAX_QUERIES];
+    let (mut split, mut folded) = (States::EMPTY, States::EMPTY);
+    let (mut old, mut new) = ([0.0; MAX_QUERIES], [0.0; MAX_QUERIES]);
     for block in 0..padded / LANES {
         lanes_of(&mut scratch.folded, block)[..n_queries].fill([0.0; LANES]);
     }
@@ -135,7 +141,7 @@ pub fn attend<'t, 'o, E: KvElement>(
                 continue;
             }
             let of_run = run.start * group..run.end * group;
-            split[of_run.clone()].fill(EMPTY);
+            split.clear(of_run.clone());
             for block in 0..padded / LANES {
                 lanes_of(&mut scratch.split, block)[of_run.clone()].fill([0.0; LANES]);
             }
@@ -153,28 +159,40 @@ pub fn attend<'t, 'o, E: KvElement>(
                     &mut split,
                 );
             }
-            let mut factors = [(0.0, 0.0); MAX_QUERIES];
-            for query in of_run.clone() {
-                factors[query] = fold(path, &mut folded[query], split[query]);
-            }
+            fold(
+                path,
+                of_run.clone(),
+                &mut folded,
+                &split,
+                &mut old,
+                &mut new,
+            );
             for block in 0..padded / LANES {
                 let from = &lanes_of(&mut scratch.split, block)[of_run.clone()];
                 let to = &mut lanes_of(&mut scratch.folded, block)[of_run.clone()];
-                fold_all(path, &factors[of_run.clone()], from, to);
+                fold_outputs(path, &old[of_run.clone()], &new[of_run.clone()], from, to);
             }
         }
         tile = split_end;
     }
-    for (query, state) in folded[..n_queries].iter_mut().enumerate() {
-        let sink = State {
-            max: queries.sinks.get(queries.first_sink + query % group),
-            sum: 1.0,
-        };
-        let (decay, _) = fold(path, state, sink);
+    // The sinks as one more split.
+    split.sum[..n_queries].fill(1.0);
+    for query in 0..n_queries {
+        split.max[query] = queries.sinks.get(queries.first_sink + query % group);
+    }
+    fold(path, 0..n_queries, &mut folded, &split, &mut old, &mut new);
+    for block in 0..padded / LANES {
+        let of_block = &mut lanes_of(&mut scratch.folded, block)[..n_queries];
+        finish(path, &old, &folded.sum, queries.exact, of_block);
+    }
+    for query in 0..n_queries {
         let out = write(rows[query / group].index, query % group);
         for (block, out) in out.chunks_mut(LANES).enumerate() {
             let from = &lanes_of(&mut scratch.folded, block)[query];
-            finish(path, decay, state.sum, queries.exact, from, out);
+            match out.first_chunk_mut::<LANES>() {
+                Some(out) => *out = *from,
+                None => out.copy_from_slice(&from[..out.len()]),
+            }
         }
     }
 }
@@ -194,7 +212,7 @@ fn attend_tile<E: KvElement>(
     starts: &Starts,
     start: usize,
     tile: &[E],
-    split: &mut [State; MAX_QUERIES],
+    split: &mut States,
 ) {
     let (head_dim, padded, group) = (geometry.head_dim, geometry.padded_head_dim, queries.group);
     let scale = 1.0 / (head_dim as f32).sqrt();
@@ -256,7 +274,8 @@ fn attend_tile<E: KvElement>(
             seen(&rows[0]),
             scale,
             queries.exact,
-            &mut split[some.clone()],
+            &mut split.max[some.clone()],
+            &mut split.sum[some.clone()],
             &mut decay[some.clone()],
             &mut scratch.probabilities.as_chunks_mut::<TILE_KEYS>().0[some],
         );
@@ -326,7 +345,8 @@ on_each_path! {
         seen: (usize, usize),
         scale: f32,
         exact: bool,
-        states: &mut [State],
+        maxima: &mut [f32],
+        denominators: &mut [f32],
         decay: &mut [f32],
         probabilities: &mut [[f32; TILE_KEYS]],
     ) = softmax_tile_body
@@ -343,11 +363,12 @@ fn softmax_tile_body(
     seen: (usize, usize),
     scale: f32,
     exact: bool,
-    states: &mut [State],
+    maxima: &mut [f32],
+    denominators: &mut [f32],
     decay: &mut [f32],
     probabilities: &mut [[f32; TILE_KEYS]],
 ) {
-    let n = states.len();
+    let n = maxima.len();
     let (scores_low, scores_high) = (&scores_low[..n], &scores_high[..n]);
     let (decay, probabilities) = (&mut decay[..n], &mut probabilities[..n]);
     let (from, to) = (seen.0 as u32, seen.1 as u32);
@@ -371,7 +392,7 @@ fn softmax_tile_body(
             };
         }
         // In every lane the same.
-        let state = states[query].max;
+        let state = maxima[query];
         let mut max = max_lanes(scores);
         for max in &mut max {
             *max = larger(state, *max);
@@ -386,16 +407,17 @@ fn softmax_tile_body(
             }
         }
         decay[query] = state - max[0];
-        states[query].max = max[0];
+        maxima[query] = max[0];
         sums[query] = sum_lanes(p);
         let out = &mut probabilities[query];
         for key in 0..TILE_KEYS {
             out[key] = if exact { p[key] } else { bf16::round(p[key]) };
         }
     }
-    for ((state, decay), sum) in states.iter_mut().zip(decay).zip(sums) {
-        *decay = exp(*decay);
-        state.sum = state.sum.mul_add(*decay, sum);
+    let denominators = &mut denominators[..n];
+    for query in 0..n {
+        decay[query] = exp(decay[query]);
+        denominators[query] = denominators[query].mul_add(decay[query], sums[query]);
     }
 }
 
@@ -431,30 +453,55 @@ fn decay_and_add_body(decay: &[f32], sums: &[[f32; LANES]], out: &mut [[f32; LAN
 }
 
 on_each_path! {
-    /// Folds a split (or the sink) into what came before it; returns the factors of the old and
-    /// the new output.
-    fn fold(folded: &mut State, split: State) -> (f32, f32) = fold_body
+    /// Folds a split (or the sinks) of some queries into what came before it; writes the factors of the old
+    /// and the new outputs.
+    fn fold(
+        queries: Range<usize>,
+        folded: &mut States,
+        split: &States,
+        old: &mut [f32; MAX_QUERIES],
+        new: &mut [f32; MAX_QUERIES],
+    ) = fold_body
 }
 
 #[inline(always)]
-fn fold_body(folded: &mut State, split: State) -> (f32, f32) {
-    let max = larger(folded.max, split.max);
-    let (old, new) = (exp(folded.max - max), exp(split.max - max));
-    folded.sum = split.sum.mul_add(new, folded.sum * old);
-    folded.max = max;
-    (old, new)
+fn fold_body(
+    queries: Range<usize>,
+    folded: &mut States,
+    split: &States,
+    old: &mut [f32; MAX_QUERIES],
+    new: &mut [f32; MAX_QUERIES],
+) {
+    assert!(queries.end <= MAX_QUERIES, "queries of a task");
+    for query in queries {
+        let max = larger(folded.max[query], split.max[query]);
+        old[query] = exp(folded.max[query] - max);
+        new[query] = exp(split.max[query] - max);
+        folded.sum[query] = split.sum[query].mul_add(new[query], folded.sum[query] * old[query]);
+        folded.max[query] = max;
+    }
 }
 
 on_each_path! {
-    fn fold_all(factors: &[(f32, f32)], split: &[[f32; LANES]], folded: &mut [[f32; LANES]])
-        = fold_all_body
+    fn fold_outputs(
+        old: &[f32],
+        new: &[f32],
+        split: &[[f32; LANES]],
+        folded: &mut [[f32; LANES]],
+    ) = fold_outputs_body
 }
 
 #[inline(always)]
-fn fold_all_body(factors: &[(f32, f32)], split: &[[f32; LANES]], folded: &mut [[f32; LANES]]) {
-    let (factors, split) = (&factors[..folded.len()], &split[..folded.len()]);
+fn fold_outputs_body(
+    old: &[f32],
+    new: &[f32],
+    split: &[[f32; LANES]],
+    folded: &mut [[f32; LANES]],
+) {
+    let n = folded.len();
+    let (old, new, split) = (&old[..n], &new[..n], &split[..n]);
     for (query, folded) in folded.iter_mut().enumerate() {
-        let (old, new) = factors[query];
+        let (old, new) = (old[query], new[query]);
         next_row();
         for lane in 0..LANES {
             folded[lane] = split[query][lane].mul_add(new, folded[lane] * old);
@@ -463,16 +510,19 @@ fn fold_all_body(factors: &[(f32, f32)], split: &[[f32; LANES]], folded: &mut [[
 }
 
 on_each_path! {
-    fn finish(decay: f32, sum: f32, exact: bool, from: &[f32; LANES], out: &mut [f32])
-        = finish_body
+    fn finish(decay: &[f32], sums: &[f32], exact: bool, out: &mut [[f32; LANES]]) = finish_body
 }
 
 #[inline(always)]
-fn finish_body(decay: f32, sum: f32, exact: bool, from: &[f32; LANES], out: &mut [f32]) {
-    let from = &from[..out.len()];
-    for (lane, out) in out.iter_mut().enumerate() {
-        let value = from[lane] * decay / sum;
-        *out = if exact { value } else { bf16::round(value) };
+fn finish_body(decay: &[f32], sums: &[f32], exact: bool, out: &mut [[f32; LANES]]) {
+    let (decay, sums) = (&decay[..out.len()], &sums[..out.len()]);
+    for (query, out) in out.iter_mut().enumerate() {
+        let (decay, sum) = (decay[query], sums[query]);
+        next_row();
+        for lane in out {
+            let value = *lane * decay / sum;
+            *lane = if exact { value } else { bf16::round(value) };
+        }
     }
 }
 
