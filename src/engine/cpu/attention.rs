@@ -190,6 +190,7 @@ pub fn attend<'t, 'o, E: KvElement>(
         for (block, out) in out.chunks_mut(LANES).enumerate() {
             let from = &lanes_of(&mut scratch.folded, block)[query];
             match out.first_chunk_mut::<LANES>() {
+                // As an array: a slice would be copied by a call.
                 Some(out) => *out = *from,
                 None => out.copy_from_slice(&from[..out.len()]),
             }

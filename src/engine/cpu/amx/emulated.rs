@@ -111,10 +111,13 @@ impl TileUnit for Emulated {
 
     fn multiply<const HALF: usize>(&self) {
         let c = &mut self.sums.borrow_mut()[HALF];
-        let (a, mut b) = (self.rows.borrow(), self.pairs.borrow_mut());
+        let (mut a, mut b) = (self.rows.borrow_mut(), self.pairs.borrow_mut());
         dot(self.path, c, &a, &b, self.n_rows);
         // As the CPU's own, which clears what it is done with.
         *b = Pairs::default();
+        if HALF == 1 {
+            *a = Pairs::default();
+        }
     }
 
     fn store(&self, sums: &mut [[f32; LANES]]) {
