@@ -6,7 +6,7 @@
 
 use super::Tiles;
 #[cfg(target_arch = "x86_64")]
-use super::{PairedBlock, block_of};
+use super::{PARTS, PairedBlock, block_of, in_parts};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
 use crate::engine::cpu::lanes::LANES;
@@ -96,6 +96,20 @@ impl Tiles for Mxint8Tiles {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code, reason = "features were detected")]
+    #[inline(always)]
+    unsafe fn unpack_block_here(
+        &self,
+        _: CpuPath,
+        block: usize,
+        out: &mut PairedBlock,
+        between: impl FnMut(usize),
+    ) {
+        // SAFETY: as the caller says.
+        unsafe { x86::unpack_pairs_here(block_of(&self.bytes, block), out, between) };
+    }
+
     #[inline(always)]
     fn packed_blocks(&self) -> (&[u8], usize) {
         (&self.bytes, BLOCK_BYTES)
@@ -151,7 +165,7 @@ fn unpack_portable(bytes: &PackedBlock, out: &mut UnpackedBlock) {
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code, reason = "SIMD loads through pointers")]
 mod x86 {
-    use super::{LANES, PackedBlock, PairedBlock, UnpackedBlock, steps};
+    use super::{LANES, PARTS, PackedBlock, PairedBlock, UnpackedBlock, in_parts, steps};
     use crate::quant::mxint8;
     use std::arch::x86_64::*;
 
@@ -178,40 +192,91 @@ mod x86 {
         }
     }
 
+    /// Unpacks blocks to pairs of bf16, 16 lanes a register. Registers are read and written as arrays, as those
+    /// of MXFP4.
+    struct Unpacker<'a> {
+        /// As `mxint8::step`, of the lower and the upper lanes.
+        steps: [__m512; 2],
+        codes: &'a [[u8; 16]],
+    }
+
+    impl<'a> Unpacker<'a> {
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512bw")]
+        fn new(bytes: &'a PackedBlock) -> Self {
+            let (scales, codes) = bytes.split_at(LANES);
+            let scales = scales.as_chunks::<16>().0;
+            Self {
+                steps: [Self::steps(scales[0]), Self::steps(scales[1])],
+                codes: codes.as_chunks().0,
+            }
+        }
+
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512bw")]
+        fn steps(scales: [u8; 16]) -> __m512 {
+            // SAFETY: any bytes are a register.
+            let scales = unsafe { std::mem::transmute::<[u8; 16], __m128i>(scales) };
+            let scales = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(scales));
+            _mm512_mul_ps(_mm512_castsi512_ps(scales), _mm512_set1_ps(1.0 / 64.0))
+        }
+
+        /// Values of a k. Each has at most 8 significant bits, so its lower half is 0.
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512bw")]
+        fn values(&self, k: usize, half: usize) -> __m512i {
+            // SAFETY: any bytes are a register.
+            let codes =
+                unsafe { std::mem::transmute::<[u8; 16], __m128i>(self.codes[2 * k + half]) };
+            let codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+            _mm512_castps_si512(_mm512_mul_ps(codes, self.steps[half]))
+        }
+
+        /// The block's pairs of k 2 pair, 2 pair + 1, of the lower or the upper lanes.
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512bw")]
+        fn pair(&self, pair: usize, half: usize) -> __m512i {
+            /// The words of a register that hold the odd k of their pair.
+            const ODD: u32 = 0xAAAA_AAAA;
+            let even = _mm512_srli_epi32::<16>(self.values(2 * pair, half));
+            _mm512_mask_mov_epi16(even, ODD, self.values(2 * pair + 1, half))
+        }
+    }
+
     /// # Safety
     /// The CPU has AVX-512F and BW.
     #[target_feature(enable = "avx512f,avx512bw")]
     pub unsafe fn unpack_pairs(bytes: &PackedBlock, out: &mut PairedBlock) {
-        /// The words of a register that hold the odd k of their pair.
-        const ODD: u32 = 0xAAAA_AAAA;
-        let (scales, codes) = bytes.split_at(LANES);
-        let scales = scales.as_chunks::<16>().0;
-        // As `mxint8::step`. Registers are read and written as arrays, as those of MXFP4.
-        let step = |half: usize| {
-            // SAFETY: any bytes are a register.
-            let scales = unsafe { std::mem::transmute::<[u8; 16], __m128i>(scales[half]) };
-            let scales = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(scales));
-            _mm512_mul_ps(_mm512_castsi512_ps(scales), _mm512_set1_ps(1.0 / 64.0))
-        };
-        let steps = [step(0), step(1)];
-        let (codes, _) = codes.as_chunks::<16>();
-        let (out, _) = out.as_chunks_mut::<16>();
-        for (pair, out) in out.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-            for half in 0..2 {
-                // A value has at most 8 significant bits, so its lower half is 0.
-                let values = |k: usize| {
-                    // SAFETY: any bytes are a register.
-                    let codes =
-                        unsafe { std::mem::transmute::<[u8; 16], __m128i>(codes[2 * k + half]) };
-                    let codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
-                    _mm512_castps_si512(_mm512_mul_ps(codes, steps[half]))
-                };
-                let even = _mm512_srli_epi32::<16>(values(2 * pair));
-                let both = _mm512_mask_mov_epi16(even, ODD, values(2 * pair + 1));
-                // SAFETY: a register is 16 words.
-                out[half] = unsafe { std::mem::transmute::<__m512i, [u32; 16]>(both) };
+        // SAFETY: as above.
+        unsafe { unpack_pairs_here(bytes, out, |_| {}) }
+    }
+
+    /// As part of its caller, which was compiled for the features; runs `between` after each part
+    /// (see [`Tiles::unpack_block_here`](super::Tiles::unpack_block_here)).
+    ///
+    /// # Safety
+    /// As above.
+    #[inline(always)]
+    pub unsafe fn unpack_pairs_here(
+        bytes: &PackedBlock,
+        out: &mut PairedBlock,
+        mut between: impl FnMut(usize),
+    ) {
+        const A_PART: usize = mxint8::BLOCK / 2 / PARTS;
+        // SAFETY: as above.
+        let block = unsafe { Unpacker::new(bytes) };
+        let out = out.as_chunks_mut::<16>().0.as_chunks_mut::<2>().0;
+        in_parts!(part => {
+            for pair in part * A_PART..(part + 1) * A_PART {
+                for half in 0..2 {
+                    // SAFETY: as above; a register is 16 words.
+                    out[pair][half] = unsafe {
+                        std::mem::transmute::<__m512i, [u32; 16]>(block.pair(pair, half))
+                    };
+                }
             }
-        }
+            between(part);
+        });
     }
 
     /// # Safety
