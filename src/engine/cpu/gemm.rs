@@ -95,6 +95,12 @@ impl RowSets<'_> {
     pub fn of_set(&self, set: usize) -> Range<usize> {
         self.offsets[set] as usize..self.offsets[set + 1] as usize
     }
+
+    /// The rows of the next set that has any, or none.
+    pub fn of_next(&self, set: usize) -> Range<usize> {
+        let mut later = (set + 1..self.n_sets()).map(|set| self.of_set(set));
+        later.find(|rows| !rows.is_empty()).unwrap_or_default()
+    }
 }
 
 /// What one task works in.
@@ -315,7 +321,8 @@ pub fn multiply(
             pairs::multiply(exec, weights, tiles, x, n_rows, start, output);
         }
         Inputs::Blocks(x) => {
-            with_tiles!(weights, w => amx::multiply(exec, w, tiles, x, of_set, output));
+            let next = rows.of_next(set);
+            with_tiles!(weights, w => amx::multiply(exec, w, tiles, x, of_set, next, output));
         }
     }
 }

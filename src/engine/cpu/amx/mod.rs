@@ -33,8 +33,8 @@ use super::buffer::Disjoint;
 use super::gemm::{Exec, GROUP_ROWS, Output, RowSets, Scratch};
 use super::lanes::{LANES, for_each};
 use super::path::{CpuPath, Kind, on_each_path};
-use super::weights::{PARTS, Tiles, in_parts, prefetch};
-use steps::{Packed, Steps, Unpacked};
+use super::weights::{PARTS, Tiles, in_parts, prefetch, prefetch_near};
+use steps::{LINE_WORDS, Packed, Steps, Unpacked};
 use unit::TileUnit;
 
 pub use held::{join_rows, multiply_held, pair_rows, takes_heads};
@@ -145,7 +145,7 @@ fn join_steps_body(x: &[f32], starts: &[usize], blocks: &mut [u32]) {
 }
 
 /// Multiplies tiles with the rows of a set; as [`multiply`](super::gemm::multiply), on blocks that
-/// [`join`] wrote, with [`SLACK`] words behind them.
+/// [`join`] wrote, with [`SLACK`] words behind them. Those of the `next` set are on their way when it is done.
 ///
 /// # Panics
 /// When the path is another.
@@ -155,6 +155,7 @@ pub fn multiply<W: Tiles>(
     tiles: Range<usize>,
     blocks: &[u32],
     rows: Range<usize>,
+    next: Range<usize>,
     output: impl Output,
 ) {
     let path = exec.path;
@@ -165,6 +166,7 @@ pub fn multiply<W: Tiles>(
         tiles,
         blocks,
         rows,
+        next,
     };
     exec.with_scratch(|scratch| {
         #[cfg(test)]
@@ -186,6 +188,8 @@ struct Product<'a, W> {
     tiles: Range<usize>,
     blocks: &'a [u32],
     rows: Range<usize>,
+    /// Rows of the next set.
+    next: Range<usize>,
 }
 
 impl<W: Tiles> Product<'_, W> {
@@ -213,8 +217,17 @@ impl<W: Tiles> Product<'_, W> {
         let n_steps = weights.n_k() / STEP_K;
         for group in (0..self.rows.len()).step_by(GROUP_ROWS) {
             let n = GROUP_ROWS.min(self.rows.len() - group);
+            let of_rows = |row: usize| row * n_steps * STEP_PAIRS;
+            let next = match group + n == self.rows.len() {
+                true => {
+                    of_rows(self.next.start)
+                        ..of_rows(self.next.end.min(self.next.start + GROUP_ROWS))
+                }
+                false => 0..0,
+            };
             let rows = Rows {
-                blocks: &self.blocks[(self.rows.start + group) * n_steps * STEP_PAIRS..],
+                blocks: &self.blocks[of_rows(self.rows.start + group)..],
+                next: &self.blocks[next],
                 n,
                 n_steps,
             };
@@ -241,6 +254,8 @@ impl<W: Tiles> Product<'_, W> {
 struct Rows<'a> {
     /// `[block][n_steps][rows of the block][STEP_PAIRS]`, and more.
     blocks: &'a [u32],
+    /// Of the next group that may be this core's, if another set's.
+    next: &'a [u32],
     n: usize,
     n_steps: usize,
 }
@@ -262,22 +277,35 @@ impl Rows<'_> {
         output: &mut impl Output,
     ) {
         let (sums, _) = sums.as_chunks_mut::<LANES>();
-        steps.begin(self.n.div_ceil(BLOCK_ROWS));
+        let n_blocks = self.n.div_ceil(BLOCK_ROWS);
+        let last = tiles.len().saturating_sub(self.tiles_to_ask(n_blocks));
+        let mut next = self.next;
+        steps.begin(n_blocks);
         for tile in 0..tiles.len() {
             output.prefetch(tiles.start + tile, first..first + self.n);
-            match (self.n <= BLOCK_ROWS, tile) {
-                (true, 0) => self.multiply_block::<U, S, true>(unit, &mut steps, tile, sums),
-                (true, _) => self.multiply_block::<U, S, false>(unit, &mut steps, tile, sums),
-                (false, 0) => self.multiply_blocks::<U, S, true>(unit, &mut steps, tile, sums),
-                (false, _) => self.multiply_blocks::<U, S, false>(unit, &mut steps, tile, sums),
+            let (steps, next) = (&mut steps, &mut next);
+            match (n_blocks == 1, tile == 0, tile >= last) {
+                (true, true, _) => self.multiply_block::<U, S, OWN>(unit, steps, tile, sums),
+                (true, false, _) => self.multiply_block::<U, S, NONE>(unit, steps, tile, sums),
+                (false, true, _) => {
+                    self.multiply_blocks::<U, S, OWN>(unit, steps, tile, sums, next)
+                }
+                (_, _, false) => self.multiply_blocks::<U, S, NONE>(unit, steps, tile, sums, next),
+                (_, _, true) => self.multiply_blocks::<U, S, NEXT>(unit, steps, tile, sums, next),
             }
             output.take(tiles.start + tile, first, &mut sums[..self.n]);
         }
     }
 
-    /// One block with a tile, which may be a task's first: its sums stay where they are through all steps.
+    /// The last tiles of a task, during whose products the next rows can be asked for.
+    fn tiles_to_ask(&self, n_blocks: usize) -> usize {
+        let n_lines = self.next.len().div_ceil(LINE_WORDS);
+        n_lines.div_ceil(n_blocks * self.n_steps * NEXT_LINES)
+    }
+
+    /// One block with a tile: its sums stay where they are through all steps.
     #[inline(always)]
-    fn multiply_block<U: TileUnit, S: Steps, const FIRST_TILE: bool>(
+    fn multiply_block<U: TileUnit, S: Steps, const ASKS: usize>(
         &self,
         unit: &U,
         steps: &mut S,
@@ -292,19 +320,20 @@ impl Rows<'_> {
             n_steps: self.n_steps,
         };
         unit.clear();
-        block.multiply::<U, S, true, true, FIRST_TILE>(unit, steps);
+        block.multiply::<U, S, true, true, ASKS>(unit, steps, &mut &[][..]);
         unit.store(sums);
     }
 
     /// Several blocks with a tile. Its steps are taken in runs, each by all blocks: in turn from the first to the
     /// last and back, so that the sums of the one a run ends with stay where they are for the next.
     #[inline(always)]
-    fn multiply_blocks<U: TileUnit, S: Steps, const FIRST_TILE: bool>(
+    fn multiply_blocks<U: TileUnit, S: Steps, const ASKS: usize>(
         &self,
         unit: &U,
         steps: &mut S,
         tile: usize,
         sums: &mut [[f32; LANES]],
+        next: &mut &[u32],
     ) {
         let a_block = block_rows(self.n);
         let n_blocks = self.n.div_ceil(a_block);
@@ -333,8 +362,8 @@ impl Rows<'_> {
                     _ => unit.load(sums),
                 }
                 match turn {
-                    0 => block.multiply::<U, S, true, false, FIRST_TILE>(unit, steps),
-                    _ => block.multiply::<U, S, false, false, FIRST_TILE>(unit, steps),
+                    0 => block.multiply::<U, S, true, false, ASKS>(unit, steps, next),
+                    _ => block.multiply::<U, S, false, false, ASKS>(unit, steps, next),
                 }
                 if turn + 1 < n_blocks || run + 1 == n_runs {
                     unit.store(sums);
@@ -358,23 +387,20 @@ struct Block<'a> {
 
 impl Block<'_> {
     #[inline(always)]
-    fn multiply<
-        U: TileUnit,
-        S: Steps,
-        const FIRST: bool,
-        const ONLY: bool,
-        const FIRST_TILE: bool,
-    >(
+    fn multiply<U: TileUnit, S: Steps, const FIRST: bool, const ONLY: bool, const ASKS: usize>(
         &self,
         unit: &U,
         steps: &mut S,
+        next: &mut &[u32],
     ) {
         const HALF: usize = PARTS / 2;
         let (mut start, mut at) = (0usize, self.first_step);
         for _ in 0..self.n_steps {
             let rows = &self.rows[start..];
-            if FIRST_TILE {
-                ask_ahead(rows, self.a_step);
+            match ASKS {
+                OWN => ask_ahead(rows, self.a_step),
+                NEXT => ask_next(next),
+                _ => {}
             }
             steps.step::<FIRST, ONLY>(at, self.turn, |pairs, part| match part {
                 0 => {
@@ -397,7 +423,27 @@ impl Block<'_> {
     }
 }
 
-/// Asks for a block's rows of a later step. For a task's first tile: another core may have written them.
+/// What rows are asked for during a tile's products, beside its weights.
+const NONE: usize = 0;
+/// The block's own, by a task's first tile: they may be another core's, or memory's.
+const OWN: usize = 1;
+/// Those of the next set, by a task's last tiles.
+const NEXT: usize = 2;
+
+/// Lines of the next rows that are asked for in a step: few, since what waits for memory also waits for them.
+const NEXT_LINES: usize = 2;
+
+/// Asks for a little more of the next rows, to the second-level cache.
+#[inline(always)]
+fn ask_next(next: &mut &[u32]) {
+    let n = next.len().min(NEXT_LINES * LINE_WORDS);
+    if n > 0 {
+        prefetch_near(next, 0, NEXT_LINES * LINE_WORDS);
+        *next = &next[n..];
+    }
+}
+
+/// Asks for a block's rows of a later step.
 #[inline(always)]
 fn ask_ahead(rows: &[u32], a_step: usize) {
     const AHEAD: usize = 4;
@@ -457,6 +503,7 @@ pub fn multiply_from_cache(n_rounds: usize) -> usize {
     let unit = unit::Hardware::set(BLOCK_ROWS);
     let rows = Rows {
         blocks: &blocks.0,
+        next: &[],
         n: N_ROWS,
         n_steps: HELD_STEPS,
     };

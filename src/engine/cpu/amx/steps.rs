@@ -135,9 +135,9 @@ impl Steps for Packed<'_> {
 /// first-level cache.
 const RING_STEPS: usize = 8;
 
-/// Words of a line of the cache: slots are a line apart. Two steps at a time, at multiples of 4 KiB, took 36 ns
+/// Words of a line of the cache. Slots are a line apart: two steps at a time, at multiples of 4 KiB, took 36 ns
 /// each where they took 30 so; one at a time it made hardly any difference.
-const LINE_WORDS: usize = 16;
+pub const LINE_WORDS: usize = 16;
 
 /// A step's pairs, and what keeps them from the next's.
 pub type Slot = [u32; STEP_WORDS + LINE_WORDS];

@@ -211,6 +211,7 @@ fn emulated<W: Tiles>(
             tiles: 0..weights.n_tiles(),
             blocks: &blocks,
             rows,
+            next: sets.of_next(set),
         };
         exec.with_scratch(|scratch| {
             let output = AsRows {
