@@ -4,6 +4,8 @@
 //! It runs as the epilogue of the gate-up product: a weight tile has 16 gates in its lower lanes
 //! and their 16 ups in its upper lanes.
 
+#![allow(clippy::needless_range_loop, reason = "lanes in lockstep")]
+
 use super::lanes::{LANES, both, each, exp_of};
 use super::path::{CpuPath, on_each_path};
 use crate::quant::bf16;

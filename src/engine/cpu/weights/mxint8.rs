@@ -164,6 +164,7 @@ fn unpack_portable(bytes: &PackedBlock, out: &mut UnpackedBlock) {
 
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code, reason = "SIMD loads through pointers")]
+#[allow(clippy::needless_range_loop, reason = "registers in lockstep")]
 mod x86 {
     use super::{LANES, PARTS, PackedBlock, PairedBlock, UnpackedBlock, in_parts, steps};
     use crate::quant::mxint8;
