@@ -219,15 +219,12 @@ impl<W: Tiles> Product<'_, W> {
             let n = GROUP_ROWS.min(self.rows.len() - group);
             let of_rows = |row: usize| row * n_steps * STEP_PAIRS;
             let next = match group + n == self.rows.len() {
-                true => {
-                    of_rows(self.next.start)
-                        ..of_rows(self.next.end.min(self.next.start + GROUP_ROWS))
-                }
+                true => self.next.start..self.next.end.min(self.next.start + GROUP_ROWS),
                 false => 0..0,
             };
             let rows = Rows {
                 blocks: &self.blocks[of_rows(self.rows.start + group)..],
-                next: &self.blocks[next],
+                next: &self.blocks[of_rows(next.start)..of_rows(next.end)],
                 n,
                 n_steps,
             };
@@ -254,7 +251,7 @@ impl<W: Tiles> Product<'_, W> {
 struct Rows<'a> {
     /// `[block][n_steps][rows of the block][STEP_PAIRS]`, and more.
     blocks: &'a [u32],
-    /// Of the next group that may be this core's, if another set's.
+    /// The same of the next set's first group, where this is the last one of its own: none else.
     next: &'a [u32],
     n: usize,
     n_steps: usize,
