@@ -16,7 +16,9 @@ use std::ops::Range;
 use super::amx;
 use super::gemm::{AttentionScratch, MAX_QUERIES};
 use super::kv_cache::{KvElement, KvGeometry, PAGE_TILES};
-use super::lanes::{LANES, REGISTER, exp, fma_chain, larger, max_lanes, next_row, sum_lanes};
+use super::lanes::{
+    LANES, REGISTER, exp, fma_chain, halved, larger, max_lanes, next_row, sum_register,
+};
 use super::path::{CpuPath, Kind, on_each_path};
 use super::weights::Vector;
 use crate::engine::TILE_KEYS;
@@ -238,10 +240,12 @@ fn attend_tile<E: KvElement>(
     let in_pairs = in_pairs.filter(|_| queries.by_tiles && amx::takes_heads(head_dim));
     let all = from * group..to * group;
     if let Some((keys, _)) = in_pairs {
+        let halves = first_key / LANES..end_key.div_ceil(LANES);
         let tiles = scratch.tile_pairs.as_chunks_mut().0;
-        amx::pair_rows(path, keys, TILE_KEYS, 0, tiles);
+        let tiles = &mut tiles[..halves.len() * head_dim / LANES];
+        amx::pair_rows(path, keys, TILE_KEYS, 0, halves.clone(), tiles);
         let n_queries = queries.rows.len() * group;
-        let sums = &mut scratch.scores.as_chunks_mut().0[all.start..];
+        let sums = &mut scratch.scores.as_chunks_mut().0[halves.start * MAX_QUERIES + all.start..];
         amx::multiply_held(
             &scratch.q_pairs,
             n_queries,
@@ -283,7 +287,7 @@ fn attend_tile<E: KvElement>(
     }
     if let Some((_, values)) = in_pairs {
         let tiles = scratch.tile_pairs.as_chunks_mut().0;
-        amx::pair_rows(path, values, padded, first_key, tiles);
+        amx::pair_rows(path, values, padded, first_key, 0..padded / LANES, tiles);
         let (p, p_pairs) = (&scratch.probabilities, &mut scratch.p_pairs);
         amx::join_rows(path, p, &starts.p[all.clone()], TILE_KEYS, p_pairs);
         let sums = scratch.values.as_chunks_mut().0;
@@ -372,53 +376,75 @@ fn softmax_tile_body(
     let n = maxima.len();
     let (scores_low, scores_high) = (&scores_low[..n], &scores_high[..n]);
     let (decay, probabilities) = (&mut decay[..n], &mut probabilities[..n]);
+    let denominators = &mut denominators[..n];
     let (from, to) = (seen.0 as u32, seen.1 as u32);
-    let mut sums = [0.0; MAX_QUERIES];
-    for query in 0..n {
-        let mut scores = [f32::NEG_INFINITY; TILE_KEYS];
-        for lane in 0..LANES {
-            let key = lane as u32;
-            let visible = key >= from && key < to;
-            scores[lane] = if visible {
-                scores_low[query][lane] * scale
-            } else {
-                f32::NEG_INFINITY
-            };
-            let key = key + LANES as u32;
-            let visible = key >= from && key < to;
-            scores[LANES + lane] = if visible {
-                scores_high[query][lane] * scale
-            } else {
-                f32::NEG_INFINITY
-            };
-        }
-        // In every lane the same.
-        let state = maxima[query];
-        let mut max = max_lanes(scores);
-        for max in &mut max {
-            *max = larger(state, *max);
-        }
-        let mut p = [0.0; TILE_KEYS];
-        for first in (0..TILE_KEYS).step_by(REGISTER) {
-            for i in 0..REGISTER {
-                let key = (first + i) as u32;
+    // A register of queries in loops of few instructions each, so that a processor has several at work; by
+    // index: iterators are called.
+    let mut first = 0;
+    while first < n {
+        let end = n.min(first + REGISTER);
+        let mut shrunk = [0.0; REGISTER];
+        for query in first..end {
+            let (low, high) = (scores_low[query], scores_high[query]);
+            let mut scores = [f32::NEG_INFINITY; TILE_KEYS];
+            for lane in 0..LANES {
+                let key = lane as u32;
                 let visible = key >= from && key < to;
-                let e = exp(scores[first + i] - max[i]);
-                p[first + i] = if visible { e } else { 0.0 };
+                scores[lane] = if visible {
+                    low[lane] * scale
+                } else {
+                    f32::NEG_INFINITY
+                };
+                let key = key + LANES as u32;
+                let visible = key >= from && key < to;
+                scores[LANES + lane] = if visible {
+                    high[lane] * scale
+                } else {
+                    f32::NEG_INFINITY
+                };
+            }
+            // In every lane the same.
+            let state = maxima[query];
+            let mut max = max_lanes(scores);
+            for max in &mut max {
+                *max = larger(state, *max);
+            }
+            shrunk[query - first] = state - max[0];
+            maxima[query] = max[0];
+        }
+        // The score of a key that is not visible may be anything.
+        let mut sums = [[0.0; REGISTER]; REGISTER];
+        for query in first..end {
+            let (low, high) = (scores_low[query], scores_high[query]);
+            let max = maxima[query];
+            let mut p = [0.0; TILE_KEYS];
+            for lane in 0..LANES {
+                let key = lane as u32;
+                let visible = key >= from && key < to;
+                let e = exp(low[lane] * scale - max);
+                p[lane] = if visible { e } else { 0.0 };
+                let key = key + LANES as u32;
+                let visible = key >= from && key < to;
+                let e = exp(high[lane] * scale - max);
+                p[LANES + lane] = if visible { e } else { 0.0 };
+            }
+            sums[query - first] = halved(p, |a, b| a + b);
+            let out = &mut probabilities[query];
+            for key in 0..TILE_KEYS {
+                out[key] = if exact { p[key] } else { bf16::round(p[key]) };
             }
         }
-        decay[query] = state - max[0];
-        maxima[query] = max[0];
-        sums[query] = sum_lanes(p);
-        let out = &mut probabilities[query];
-        for key in 0..TILE_KEYS {
-            out[key] = if exact { p[key] } else { bf16::round(p[key]) };
+        for shrunk in &mut shrunk {
+            *shrunk = exp(*shrunk);
         }
-    }
-    let denominators = &mut denominators[..n];
-    for query in 0..n {
-        decay[query] = exp(decay[query]);
-        denominators[query] = denominators[query].mul_add(decay[query], sums[query]);
+        for query in first..end {
+            next_row();
+            let shrunk = shrunk[query - first];
+            decay[query] = shrunk;
+            denominators[query] =
+                denominators[query].mul_add(shrunk, sum_register(&sums[query - first]));
+        }
+        first = end;
     }
 }
 
@@ -473,14 +499,40 @@ fn fold_body(
     old: &mut [f32; MAX_QUERIES],
     new: &mut [f32; MAX_QUERIES],
 ) {
+    const { assert!(MAX_QUERIES.is_multiple_of(REGISTER)) };
     assert!(queries.end <= MAX_QUERIES, "queries of a task");
-    for query in queries {
-        let max = larger(folded.max[query], split.max[query]);
-        old[query] = exp(folded.max[query] - max);
-        new[query] = exp(split.max[query] - max);
-        folded.sum[query] = split.sum[query].mul_add(new[query], folded.sum[query] * old[query]);
-        folded.max[query] = max;
+    // Whole registers: what a loop over some leaves over is done one by one.
+    let (start, end) = (queries.start as u32, queries.end as u32);
+    let mut first = queries.start / REGISTER * REGISTER;
+    while first < queries.end {
+        let (max, sum) = (
+            register(&mut folded.max, first),
+            register(&mut folded.sum, first),
+        );
+        let (old, new) = (register(old, first), register(new, first));
+        let split_max: [f32; REGISTER] =
+            split.max[first..][..REGISTER].try_into().expect("as many");
+        let split_sum: [f32; REGISTER] =
+            split.sum[first..][..REGISTER].try_into().expect("as many");
+        for i in 0..REGISTER {
+            let query = first as u32 + i as u32;
+            let is_one = query >= start && query < end;
+            let larger = larger(max[i], split_max[i]);
+            let (of_old, of_new) = (exp(max[i] - larger), exp(split_max[i] - larger));
+            let both = split_sum[i].mul_add(of_new, sum[i] * of_old);
+            old[i] = if is_one { of_old } else { old[i] };
+            new[i] = if is_one { of_new } else { new[i] };
+            sum[i] = if is_one { both } else { sum[i] };
+            max[i] = if is_one { larger } else { max[i] };
+        }
+        first += REGISTER;
     }
+}
+
+/// A register of queries' values.
+#[inline(always)]
+fn register(values: &mut [f32; MAX_QUERIES], first: usize) -> &mut [f32; REGISTER] {
+    values[first..].first_chunk_mut().expect("whole registers")
 }
 
 on_each_path! {

@@ -306,7 +306,10 @@ pub const REGISTER: usize = 16;
 
 /// Halves onto halves, down to a register.
 #[inline(always)]
-fn halved<const N: usize>(mut lanes: [f32; N], onto: impl Fn(f32, f32) -> f32) -> [f32; REGISTER] {
+pub fn halved<const N: usize>(
+    mut lanes: [f32; N],
+    onto: impl Fn(f32, f32) -> f32,
+) -> [f32; REGISTER] {
     const { assert!(N.is_power_of_two() && N >= REGISTER) };
     let mut n = N;
     while n > REGISTER {
@@ -327,7 +330,13 @@ fn halved<const N: usize>(mut lanes: [f32; N], onto: impl Fn(f32, f32) -> f32) -
 #[inline(always)]
 pub fn sum_lanes<const N: usize>(lanes: [f32; N]) -> f32 {
     // Else the compiler takes registers apart from the first addition on, since one lane is asked for.
-    let mut lanes = black_box(halved(lanes, |a, b| a + b));
+    sum_register(&black_box(halved(lanes, |a, b| a + b)))
+}
+
+/// The same of what [`halved`] leaves.
+#[inline(always)]
+pub fn sum_register(lanes: &[f32; REGISTER]) -> f32 {
+    let mut lanes = *lanes;
     let mut n = REGISTER;
     while n > 1 {
         n /= 2;

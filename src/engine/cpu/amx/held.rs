@@ -16,12 +16,9 @@ use super::super::weights::PairedBlock;
 use super::unit::{self, TileUnit};
 use super::{BLOCK_ROWS, STEP_K, STEP_PAIRS, join_steps};
 
-/// Lanes of all tiles, at most: keys of a tile, or a head's dimensions.
-const MAX_LANES: usize = 512;
-
-/// Whether attention by heads of so many dimensions can be done here: they are whole tiles, and not too many.
+/// Whether attention by heads of so many dimensions can be done here: they are whole tiles.
 pub fn takes_heads(head_dim: usize) -> bool {
-    head_dim.is_multiple_of(LANES) && head_dim <= MAX_LANES
+    head_dim.is_multiple_of(LANES)
 }
 
 /// Joins rows of bf16 values, `n_k` from each start.
@@ -30,30 +27,45 @@ pub fn join_rows(path: CpuPath, x: &[f32], starts: &[usize], n_k: usize, rows: &
 }
 
 on_each_path! {
-    /// Makes tiles of bf16 values `[k][n_lanes]`, of which those of k `from` and on are there; what is
-    /// not is zeros.
-    pub fn pair_rows(values: &[u16], n_lanes: usize, from: usize, tiles: &mut [PairedBlock])
-        = pair_rows_body
+    /// Makes tiles of bf16 values `[k][n_lanes]`, of the blocks `blocks` of 32 lanes, of which those of k `from`
+    /// and on are there; what is not is zeros.
+    pub fn pair_rows(
+        values: &[u16],
+        n_lanes: usize,
+        from: usize,
+        blocks: Range<usize>,
+        tiles: &mut [PairedBlock],
+    ) = pair_rows_body
 }
 
 #[inline(always)]
-fn pair_rows_body(values: &[u16], n_lanes: usize, from: usize, tiles: &mut [PairedBlock]) {
-    const NONE: &[u16] = &[0; MAX_LANES];
-    let n_steps = tiles.len() / (n_lanes / LANES);
-    let of_k = |k: usize| {
-        let row = k.checked_sub(from).map(|row| row * n_lanes);
-        let row = row.and_then(|row| values.get(row..row + n_lanes));
-        row.unwrap_or(&NONE[..n_lanes]).as_chunks::<LANES>().0
+fn pair_rows_body(
+    values: &[u16],
+    n_lanes: usize,
+    from: usize,
+    blocks: Range<usize>,
+    tiles: &mut [PairedBlock],
+) {
+    let (values, _) = values.as_chunks::<LANES>();
+    let (n_steps, a_row) = (tiles.len() / blocks.len(), n_lanes / LANES);
+    // As arrays and by index: what joins two iterators, and a slice's copy, is called. What is before the first
+    // row wraps to behind the last.
+    let of_k = |k: usize, block: usize| {
+        let at = k.wrapping_sub(from).wrapping_mul(a_row);
+        values
+            .get(at.wrapping_add(block))
+            .copied()
+            .unwrap_or([0; LANES])
     };
-    for pair in 0..n_steps * STEP_PAIRS {
-        let (step, at) = (pair / STEP_PAIRS, pair % STEP_PAIRS * LANES);
-        let (even, odd) = (of_k(2 * pair), of_k(2 * pair + 1));
-        // By index: what joins two iterators is not part of the loop but called.
-        for block in 0..n_lanes / LANES {
-            let to = &mut tiles[block * n_steps + step][at..];
-            let to: &mut [u32; LANES] = to.first_chunk_mut().expect("a row of a tile");
-            for lane in 0..LANES {
-                to[lane] = u32::from(even[block][lane]) | u32::from(odd[block][lane]) << 16;
+    for block in blocks.clone() {
+        for step in 0..n_steps {
+            let tile = &mut tiles[(block - blocks.start) * n_steps + step];
+            for pair in 0..STEP_PAIRS {
+                let k = step * STEP_K + 2 * pair;
+                let (even, odd) = (of_k(k, block), of_k(k + 1, block));
+                for lane in 0..LANES {
+                    tile[pair * LANES + lane] = u32::from(even[lane]) | u32::from(odd[lane]) << 16;
+                }
             }
         }
     }
