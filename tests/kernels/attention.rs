@@ -6,6 +6,7 @@ use podium::engine::config::ModelConfig;
 use podium::engine::cpu::attention::{self, Queries, Row};
 use podium::engine::cpu::kv_append;
 use podium::engine::cpu::kv_cache::{KvElement, KvGeometry};
+use podium::engine::cpu::lanes::LANES;
 use podium::engine::cpu::path::CpuPath;
 
 use crate::common::{PRODUCT, assert_same_bits, config, exec, on_all_paths, vector};
@@ -60,11 +61,13 @@ fn attended<'t, E: KvElement>(
     let Queries { rows, group, .. } = *queries;
     let head_dim = geometry.head_dim;
     let mut out = vec![f32::NAN; rows.len() * group * head_dim];
-    let mut parts: Vec<Option<&mut [f32]>> = out.chunks_mut(head_dim).map(Some).collect();
-    let write = |index: usize, g: usize| {
+    let write = |index: usize, g: usize, block: usize, lanes: &[f32; LANES]| {
         let row = rows.iter().position(|row| row.index == index);
-        let part = &mut parts[row.expect("a row of the queries") * group + g];
-        part.take().expect("each output is written once")
+        let query = row.expect("a row of the queries") * group + g;
+        let n = LANES.min(head_dim - block * LANES);
+        let out = &mut out[query * head_dim + block * LANES..][..n];
+        assert!(out[0].is_nan(), "each output is written once");
+        out.copy_from_slice(&lanes[..n]);
     };
     exec(path, queries.exact, head_dim).with_scratch(|scratch| {
         let scratch = &mut scratch.attention;
@@ -148,6 +151,7 @@ fn check_attention<E: KvElement>(exact: bool, tolerance: f32) {
                     first_sink: group,
                     exact,
                     by_tiles: false,
+                    to_pairs: false,
                 };
                 let what = format!("rows {first}+{n_rows}, {group} x {head_dim}, {window:?}");
                 let tile_of = |_, tile: usize| &tiles[tile][..];
@@ -231,6 +235,7 @@ fn check_shared_pages<E: KvElement>(exact: bool, tolerance: f32) {
                 first_sink: group,
                 exact,
                 by_tiles: false,
+                to_pairs: false,
             };
             let tile_of =
                 |sequence: usize, tile: usize| &pages[of_group[sequence].0[tile / 4]][tile % 4][..];
@@ -286,6 +291,7 @@ fn a_shared_page_is_read_for_one_row_alone() {
         first_sink: 0,
         exact: false,
         by_tiles: false,
+        to_pairs: false,
     };
     let asked = std::cell::RefCell::new(std::collections::BTreeSet::new());
     let tile_of = |sequence: usize, tile: usize| {

@@ -1,6 +1,7 @@
 //! Products on packed weights: tiles unpack to what was packed, and dense and experts' products of
 //! every format have the same bits on the same values.
 
+use podium::engine::cpu::gemm::Rows;
 use podium::engine::cpu::lanes::LANES;
 use podium::engine::cpu::matmul::{self, Epilogue, Projection};
 use podium::engine::cpu::moe_combine;
@@ -153,7 +154,7 @@ fn matmul_in_every_format() {
                 on_all_paths(&expected, PRODUCT, &what, |path| {
                     let mut out = before.clone();
                     let exec = exec(path, true, 32);
-                    matmul::matmul(&exec, &weights, 0, &x, n_rows, into, &mut out);
+                    matmul::matmul(&exec, &weights, 0, Rows::Values(&x), n_rows, into, &mut out);
                     let calls = exec.calls.by_name();
                     assert_eq!(calls.get(&format!("matmul_{format}")), Some(&1));
                     out
@@ -185,12 +186,28 @@ fn a_row_of_a_product_does_not_depend_on_its_mates() {
     for (path, exact, weights) in kinds {
         let exec = exec(path, exact, 32);
         let mut all = vec![0.0; n_rows * n_out];
-        matmul::matmul(&exec, weights, 0, &x, n_rows, Epilogue::Store, &mut all);
+        matmul::matmul(
+            &exec,
+            weights,
+            0,
+            Rows::Values(&x),
+            n_rows,
+            Epilogue::Store,
+            &mut all,
+        );
         for n in 1..=13 {
             for first in [0, 40, n_rows - n] {
                 let mut some = vec![0.0; n * n_out];
                 let x = &x[first * n_k..(first + n) * n_k];
-                matmul::matmul(&exec, weights, 0, x, n, Epilogue::Store, &mut some);
+                matmul::matmul(
+                    &exec,
+                    weights,
+                    0,
+                    Rows::Values(x),
+                    n,
+                    Epilogue::Store,
+                    &mut some,
+                );
                 assert_same_bits(&some, &all[first * n_out..][..n * n_out], path.name());
             }
         }
@@ -261,10 +278,10 @@ fn moe_matmul() {
         on_all_paths(&act, PRODUCT, &format!("gate-up, {what}"), |path| {
             let exec = exec(path, true, 32);
             let mut out = vec![f32::NAN; act.len()];
-            moe_matmul::gate_up(&exec, &experts, &routing, limit, &x, &mut out);
+            moe_matmul::gate_up(&exec, &experts, &routing, limit, Rows::Values(&x), &mut out);
             for copy in &copies {
                 let mut of_copy = vec![f32::NAN; act.len()];
-                moe_matmul::gate_up(&exec, copy, &routing, limit, &x, &mut of_copy);
+                moe_matmul::gate_up(&exec, copy, &routing, limit, Rows::Values(&x), &mut of_copy);
                 assert_same_bits(&of_copy, &out, copy.gate_up.format().name());
             }
             out

@@ -53,6 +53,8 @@ pub struct Queries<'a> {
     /// Products are done as pairs of bf16 by the tile unit, in its order, where keys and values are bf16 and
     /// it takes such heads.
     pub by_tiles: bool,
+    /// Outputs are written as pairs of bf16, in the lower half of their lanes.
+    pub to_pairs: bool,
 }
 
 impl Queries<'_> {
@@ -87,15 +89,15 @@ struct Starts {
     p: [usize; MAX_QUERIES],
 }
 
-/// Attends; `tile_of(sequence, t)` is the tile of positions `64 t..`, and `write(index, g)` is
-/// where the output `[head_dim]` of a row's query goes.
-pub fn attend<'t, 'o, E: KvElement>(
+/// Attends; `tile_of(sequence, t)` is the tile of positions `64 t..`, and `write(index, g, block, lanes)`
+/// takes 32 dimensions of the output of a row's query, those behind `head_dim` nothing.
+pub fn attend<'t, E: KvElement>(
     path: CpuPath,
     geometry: &KvGeometry,
     scratch: &mut AttentionScratch,
     queries: &Queries,
     tile_of: impl Fn(usize, usize) -> &'t [E],
-    mut write: impl FnMut(usize, usize) -> &'o mut [f32],
+    mut write: impl FnMut(usize, usize, usize, &[f32; LANES]),
 ) {
     let (head_dim, padded) = (geometry.head_dim, geometry.padded_head_dim);
     let (rows, group) = (queries.rows, queries.group);
@@ -185,17 +187,15 @@ pub fn attend<'t, 'o, E: KvElement>(
     fold(path, 0..n_queries, &mut folded, &split, &mut old, &mut new);
     for block in 0..padded / LANES {
         let of_block = &mut lanes_of(&mut scratch.folded, block)[..n_queries];
-        finish(path, &old, &folded.sum, queries.exact, of_block);
+        match queries.to_pairs {
+            true => finish_to_pairs(path, &old, &folded.sum, of_block),
+            false => finish(path, &old, &folded.sum, queries.exact, of_block),
+        }
     }
     for query in 0..n_queries {
-        let out = write(rows[query / group].index, query % group);
-        for (block, out) in out.chunks_mut(LANES).enumerate() {
-            let from = &lanes_of(&mut scratch.folded, block)[query];
-            match out.first_chunk_mut::<LANES>() {
-                // As an array: a slice would be copied by a call.
-                Some(out) => *out = *from,
-                None => out.copy_from_slice(&from[..out.len()]),
-            }
+        for block in 0..padded / LANES {
+            let lanes = &lanes_of(&mut scratch.folded, block)[query];
+            write(rows[query / group].index, query % group, block, lanes);
         }
     }
 }
@@ -579,15 +579,39 @@ fn finish_body(decay: &[f32], sums: &[f32], exact: bool, out: &mut [[f32; LANES]
     }
 }
 
+on_each_path! {
+    /// The same, rounded, as pairs of bf16 in the lower half of the lanes.
+    fn finish_to_pairs(decay: &[f32], sums: &[f32], out: &mut [[f32; LANES]])
+        = finish_to_pairs_body
+}
+
+#[inline(always)]
+fn finish_to_pairs_body(decay: &[f32], sums: &[f32], out: &mut [[f32; LANES]]) {
+    let (decay, sums) = (&decay[..out.len()], &sums[..out.len()]);
+    for (query, out) in out.iter_mut().enumerate() {
+        let (decay, sum) = (decay[query], sums[query]);
+        next_row();
+        let mut values = [0; LANES];
+        for lane in 0..LANES {
+            values[lane] = bf16::from_f32(out[lane] * decay / sum);
+        }
+        let lower: &mut [f32; LANES / 2] = out.first_chunk_mut().expect("half of the lanes");
+        // SAFETY: both are 64 bytes, and any bits are a number.
+        #[allow(unsafe_code, reason = "see above")]
+        let pairs = unsafe { std::mem::transmute::<[u16; LANES], [f32; LANES / 2]>(values) };
+        *lower = pairs;
+    }
+}
+
 /// As [`attend`], slow and obvious: one softmax over all visible keys in f64. Without `exact`
-/// it rounds the result alone.
-pub fn reference<'t, 'o, E: KvElement>(
+/// it rounds the result alone; it writes values.
+pub fn reference<'t, E: KvElement>(
     _path: CpuPath,
     geometry: &KvGeometry,
     _scratch: &mut AttentionScratch,
     queries: &Queries,
     tile_of: impl Fn(usize, usize) -> &'t [E],
-    mut write: impl FnMut(usize, usize) -> &'o mut [f32],
+    mut write: impl FnMut(usize, usize, usize, &[f32; LANES]),
 ) {
     let (head_dim, padded) = (geometry.head_dim, geometry.padded_head_dim);
     let value = |x: E| {
@@ -609,7 +633,8 @@ pub fn reference<'t, 'o, E: KvElement>(
             let sink = f64::from(queries.sinks.get(queries.first_sink + g));
             let max = scores.iter().copied().fold(sink, f64::max);
             let sum = (sink - max).exp() + scores.iter().map(|s| (s - max).exp()).sum::<f64>();
-            for (dim, out) in write(row.index, g).iter_mut().enumerate() {
+            let mut values = vec![0.0; padded];
+            for (dim, out) in values[..head_dim].iter_mut().enumerate() {
                 let mut total = 0.0;
                 for (key, score) in keys.clone().zip(&scores) {
                     let tile = tile_of(key / TILE_KEYS);
@@ -622,6 +647,9 @@ pub fn reference<'t, 'o, E: KvElement>(
                 } else {
                     bf16::round(total)
                 };
+            }
+            for (block, lanes) in values.as_chunks::<LANES>().0.iter().enumerate() {
+                write(row.index, g, block, lanes);
             }
         }
     }

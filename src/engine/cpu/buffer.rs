@@ -154,6 +154,15 @@ pub fn bits_of(values: &[f32]) -> &[u32] {
     }
 }
 
+/// The same, to be written.
+pub fn bits_of_mut(values: &mut [f32]) -> &mut [u32] {
+    // SAFETY: as above.
+    #[allow(unsafe_code, reason = "see above")]
+    unsafe {
+        std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len())
+    }
+}
+
 /// Asks for a line of the cache, to be written: a hint. The library's own would ask for it to be read, since its
 /// compiler is not told that there is another instruction; a CPU without that one passes over it.
 #[inline(always)]

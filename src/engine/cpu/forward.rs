@@ -6,20 +6,22 @@
 use std::cmp::Reverse;
 use std::ops::Range;
 
+use super::amx::Place;
 use super::attention::{Queries, Row, attend};
-use super::buffer::{Buffer, Disjoint};
+use super::buffer::{Buffer, Disjoint, bits_of, bits_of_mut};
 use super::embed::embed;
-use super::gemm::{Exec, MAX_QUERIES, Products};
+use super::gemm::{Exec, MAX_QUERIES, Rows};
 use super::kv_append::kv_append;
 use super::kv_cache::{KvCache, KvElement};
-use super::lanes::{for_each, for_each_in_turn};
+use super::lanes::{LANES, for_each, for_each_in_turn};
 use super::matmul::{Epilogue, matmul};
 use super::model::{CpuModel, LayerWeights};
 use super::moe_combine::moe_combine;
 use super::moe_matmul;
-use super::rmsnorm::rmsnorm;
+use super::rmsnorm::{rmsnorm, rmsnorm_to_blocks};
 use super::rope::rope;
 use super::topk_routing::route;
+use super::weights::Vector;
 use super::workspace::Workspace;
 use crate::engine::config::{LayerKind, ModelConfig};
 use crate::engine::{PAGE_POSITIONS, TILE_KEYS, TokenId};
@@ -166,22 +168,22 @@ pub fn forward<E: KvElement>(
     }
     for (i, layer) in model.layers.iter().enumerate() {
         let cached_only = until == Until::Cached && i + 1 == model.layers.len();
-        rmsnorm(
+        let t = normed(
             exec,
+            config,
             &layer.attention_norm,
-            config.rms_norm_eps,
             &work.x,
             n_rows,
             &mut work.t,
         );
         // Queries of a layer whose output nobody needs are left out.
         let first_head = if cached_only { config.n_heads } else { 0 };
-        let first_tile = first_head * config.head_dim / super::lanes::LANES;
+        let first_tile = first_head * config.head_dim / LANES;
         matmul(
             exec,
             &layer.qkv,
             first_tile,
-            &work.t,
+            t,
             n_rows,
             Epilogue::Store,
             &mut work.qkv,
@@ -211,24 +213,20 @@ pub fn forward<E: KvElement>(
             exec,
             &layer.out,
             0,
-            &work.attended,
+            match attended_in_blocks(exec, config) {
+                true => Rows::Blocks(bits_of(&work.attended), n_rows),
+                false => Rows::Values(&work.attended),
+            },
             n_rows,
             Epilogue::Add,
             &mut work.x,
         );
-        rmsnorm(
-            exec,
-            &layer.mlp_norm,
-            config.rms_norm_eps,
-            &work.x,
-            n_rows,
-            &mut work.t,
-        );
+        let t = normed(exec, config, &layer.mlp_norm, &work.x, n_rows, &mut work.t);
         matmul(
             exec,
             &layer.router,
             0,
-            &work.t,
+            t,
             n_rows,
             Epilogue::Store,
             &mut work.router_logits,
@@ -239,7 +237,7 @@ pub fn forward<E: KvElement>(
             routed.push(work.routing.experts[..n_entries].to_vec());
         }
         let (experts, limit) = (&layer.experts, config.swiglu_limit);
-        moe_matmul::gate_up(exec, experts, &work.routing, limit, &work.t, &mut work.act);
+        moe_matmul::gate_up(exec, experts, &work.routing, limit, t, &mut work.act);
         moe_matmul::down(exec, experts, &work.routing, &work.act, &mut work.y);
         moe_combine(
             exec.path,
@@ -251,24 +249,36 @@ pub fn forward<E: KvElement>(
     }
 }
 
+/// The normed rows of `x`, in the form that products take.
+fn normed<'a>(
+    exec: &Exec,
+    config: &ModelConfig,
+    scale: &Vector,
+    x: &[f32],
+    n_rows: usize,
+    t: &'a mut [f32],
+) -> Rows<'a> {
+    let eps = config.rms_norm_eps;
+    if exec.in_blocks() {
+        rmsnorm_to_blocks(exec, scale, eps, x, n_rows, bits_of_mut(t));
+        Rows::Blocks(bits_of(t), n_rows)
+    } else {
+        rmsnorm(exec, scale, eps, x, n_rows, t);
+        Rows::Values(t)
+    }
+}
+
 /// Logits of residual rows `rows`, into the first rows of `work.logits`.
 pub fn lm_head(exec: &Exec, model: &CpuModel, work: &mut Workspace, rows: std::ops::Range<usize>) {
     let config = &model.config;
     let n_rows = rows.len();
     let x = &work.x[rows.start * config.hidden..rows.end * config.hidden];
-    rmsnorm(
-        exec,
-        &model.final_norm,
-        config.rms_norm_eps,
-        x,
-        n_rows,
-        &mut work.t,
-    );
+    let t = normed(exec, config, &model.final_norm, x, n_rows, &mut work.t);
     matmul(
         exec,
         &model.lm_head,
         0,
-        &work.t,
+        t,
         n_rows,
         Epilogue::Store,
         &mut work.logits,
@@ -331,13 +341,13 @@ fn attend_full<E: KvElement>(
 ) {
     let geometry = kv.geometry;
     let n_heads = geometry.n_kv_heads;
-    let attended = Disjoint::new(&mut work.attended);
+    let attended = Attended::new(exec, config, batch.n_rows(), &mut work.attended);
     let (qkv, table, max_pages) = (&work.qkv, &work.page_table, work.max_pages);
     for_each_in_turn(batch.blocks.len() * n_heads, |task| {
         let (block, head) = (&batch.blocks[task / n_heads], task % n_heads);
         let rows = &batch.by_pages[block.clone()];
         let queries = queries(exec, config, layer, qkv, rows, head);
-        prefetch_outputs(config, &attended, rows, head);
+        attended.prefetch(rows, head);
         let tile_of = |sequence: usize, tile: usize| {
             let page = page_of(table, max_pages, sequence, tile);
             let start = geometry.page_tile(page, layer.kind_index, head, tile);
@@ -350,7 +360,7 @@ fn attend_full<E: KvElement>(
                 &mut scratch.attention,
                 &queries,
                 tile_of,
-                |row, g| output(config, &attended, row, head, g),
+                attended.writer(head),
             );
         });
     });
@@ -370,7 +380,7 @@ fn attend_sliding<E: KvElement>(
     let geometry = kv.geometry;
     let n_heads = geometry.n_kv_heads;
     let rings = Disjoint::new(&mut kv.rings);
-    let attended = Disjoint::new(&mut work.attended);
+    let attended = Attended::new(exec, config, batch.n_rows(), &mut work.attended);
     let qkv: &Buffer<f32> = &work.qkv;
     let ring_len = geometry.ring_tiles * geometry.tile_len();
     for_each_in_turn(batch.segments.len() * n_heads, |task| {
@@ -400,7 +410,7 @@ fn attend_sliding<E: KvElement>(
                     window: Some(geometry.window),
                     ..queries(exec, config, layer, qkv, rows, head)
                 };
-                prefetch_outputs(config, &attended, rows, head);
+                attended.prefetch(rows, head);
                 let tile_of = |_, tile: usize| &ring[tile_start(tile)..][..geometry.tile_len()];
                 exec.with_scratch(|scratch| {
                     attend(
@@ -409,7 +419,7 @@ fn attend_sliding<E: KvElement>(
                         &mut scratch.attention,
                         &queries,
                         tile_of,
-                        |row, g| output(config, &attended, row, head, g),
+                        attended.writer(head),
                     );
                 });
             }
@@ -436,32 +446,86 @@ fn queries<'a>(
         sinks: &layer.sinks,
         first_sink: head * group,
         exact: exec.exact,
-        by_tiles: Products::of(exec.path, exec.exact) == Products::Tiles,
+        by_tiles: exec.in_blocks(),
+        to_pairs: attended_in_blocks(exec, config),
     }
 }
 
-/// Brings what the attention outputs of rows will be written to.
-fn prefetch_outputs(config: &ModelConfig, attended: &Disjoint<f32>, rows: &[Row], head: usize) {
-    let n = config.group() * config.head_dim;
-    for row in rows {
-        attended.prefetch(row.index * config.q_width() + head * n, n);
-    }
+/// Whether attention writes its outputs in the blocks that the next product takes: heads are whole steps.
+fn attended_in_blocks(exec: &Exec, config: &ModelConfig) -> bool {
+    exec.in_blocks() && config.head_dim.is_multiple_of(LANES)
 }
 
-/// Where the attention output of (row, KV head, query head of its group) goes.
-#[allow(clippy::mut_from_ref, reason = "as `Disjoint::slice_mut`")]
-fn output<'a>(
-    config: &ModelConfig,
-    attended: &'a Disjoint<f32>,
-    row: usize,
-    head: usize,
-    g: usize,
-) -> &'a mut [f32] {
-    let start = row * config.q_width() + (head * config.group() + g) * config.head_dim;
-    // SAFETY: each (row, query head) is written by one task, once.
-    #[allow(unsafe_code, reason = "rows and heads are disjoint")]
-    unsafe {
-        attended.slice_mut(start, config.head_dim)
+/// Where attention's outputs go.
+struct Attended<'a> {
+    out: Disjoint<'a, f32>,
+    n_rows: usize,
+    /// Values of a row.
+    width: usize,
+    group: usize,
+    head_dim: usize,
+    in_blocks: bool,
+}
+
+impl<'a> Attended<'a> {
+    fn new(exec: &Exec, config: &ModelConfig, n_rows: usize, out: &'a mut [f32]) -> Self {
+        Self {
+            out: Disjoint::new(out),
+            n_rows,
+            width: config.q_width(),
+            group: config.group(),
+            head_dim: config.head_dim,
+            in_blocks: attended_in_blocks(exec, config),
+        }
+    }
+
+    fn place(&self, row: usize) -> Place {
+        Place::of(row, self.n_rows, self.width)
+    }
+
+    /// Brings what the outputs of rows under a KV head will be written to.
+    fn prefetch(&self, rows: &[Row], head: usize) {
+        let n = self.group * self.head_dim;
+        for row in rows {
+            if self.in_blocks {
+                let place = self.place(row.index);
+                for step in head * n / LANES..(head + 1) * n / LANES {
+                    let start = place.start + step * place.a_step;
+                    self.out.prefetch(start, LANES / 2);
+                }
+            } else {
+                self.out.prefetch(row.index * self.width + head * n, n);
+            }
+        }
+    }
+
+    /// Writes what [`attend`] gives of a KV head: 32 dimensions of (row, query head of its group).
+    fn writer(&self, head: usize) -> impl FnMut(usize, usize, usize, &[f32; LANES]) {
+        let mut of_row = None;
+        move |row, g, block, lanes| {
+            let at = (head * self.group + g) * self.head_dim + block * LANES;
+            // SAFETY: each (row, query head) is written by one task, once.
+            #[allow(unsafe_code, reason = "rows and heads are disjoint")]
+            let out = |start, n| unsafe { self.out.slice_mut(start, n) };
+            // As arrays: slices would be copied by a call.
+            if self.in_blocks {
+                let place = match of_row {
+                    Some((of, place)) if of == row => place,
+                    _ => self.place(row),
+                };
+                of_row = Some((row, place));
+                let out = out(place.start + at / LANES * place.a_step, LANES / 2);
+                let out: &mut [f32; LANES / 2] = out.first_chunk_mut().expect("as many");
+                *out = *lanes.first_chunk().expect("half of the lanes");
+                return;
+            }
+            let n = LANES.min(self.head_dim - block * LANES);
+            let out = out(row * self.width + at, n);
+            match out.first_chunk_mut::<LANES>() {
+                Some(out) => *out = *lanes,
+                None => out.copy_from_slice(&lanes[..n]),
+            }
+        }
     }
 }
 

@@ -71,6 +71,15 @@ pub enum Inputs<'a> {
     Blocks(&'a [u32]),
 }
 
+/// Rows as the operation before left them.
+#[derive(Clone, Copy)]
+pub enum Rows<'a> {
+    /// `[row][k]`.
+    Values(&'a [f32]),
+    /// In the blocks of one set of so many rows ([`amx::join`]), with [`amx::SLACK`] words behind them.
+    Blocks(&'a [u32], usize),
+}
+
 /// Which rows a product has: sets that meet the same weights, one behind the other.
 pub struct RowSets<'a> {
     /// Values of a row.
@@ -243,18 +252,26 @@ impl Exec {
         (input_words(n_inputs) * size_of::<u32>()) as u64
     }
 
+    /// Whether rows are written in blocks for the products that take them.
+    pub fn in_blocks(&self) -> bool {
+        Products::of(self.path, self.exact) == Products::Tiles
+    }
+
     /// Runs a product on rows of `x`, in the form that the path multiplies.
-    pub fn with_inputs<R>(
-        &self,
-        x: &[f32],
-        rows: &RowSets,
-        product: impl FnOnce(Inputs) -> R,
-    ) -> R {
+    pub fn with_inputs<R>(&self, x: Rows, rows: &RowSets, product: impl FnOnce(Inputs) -> R) -> R {
         let products = Products::of(self.path, self.exact);
-        if products == Products::Values {
+        if let (Products::Values, Rows::Values(x)) = (products, x) {
             return product(Inputs::Values(x));
         }
         let mut pairs = self.pairs.lock().unwrap_or_else(PoisonError::into_inner);
+        let x = match x {
+            Rows::Values(x) => x,
+            Rows::Blocks(x, n_rows) => {
+                assert_eq!(products, Products::Tiles, "rows in blocks");
+                amx::gather(self.path, x, n_rows, rows, &mut pairs);
+                return product(Inputs::Blocks(&pairs));
+            }
+        };
         if products == Products::Tiles {
             amx::join(self.path, x, rows, &mut pairs);
             return product(Inputs::Blocks(&pairs));

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::buffer::Disjoint;
 use super::calls::Op;
-use super::gemm::{Exec, Inputs, Output, RowSets, multiply, tiles_a_task};
+use super::gemm::{Exec, Inputs, Output, RowSets, Rows, multiply, tiles_a_task};
 use super::lanes::{LANES, for_each_in_turn};
 use super::weights::{Matrix, Tiles, Vector};
 
@@ -85,7 +85,7 @@ pub fn matmul(
     exec: &Exec,
     weights: &Projection,
     first_tile: usize,
-    x: &[f32],
+    x: Rows,
     n_rows: usize,
     into: Epilogue,
     out: &mut [f32],
@@ -113,7 +113,13 @@ pub fn matmul(
             multiply(exec, &weights.tiles, tiles, x, &rows, 0, output);
         });
     };
-    exec.with_inputs(&x[..n_rows * n_k], &rows, product);
+    match x {
+        Rows::Values(x) => exec.with_inputs(Rows::Values(&x[..n_rows * n_k]), &rows, product),
+        Rows::Blocks(x, n) => {
+            assert_eq!(n, n_rows, "the rows of the blocks");
+            product(Inputs::Blocks(x));
+        }
+    }
 }
 
 /// As [`matmul`], slow and obvious.

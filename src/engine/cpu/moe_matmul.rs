@@ -17,7 +17,7 @@ use std::ops::Range;
 use super::amx;
 use super::buffer::{Disjoint, bits_of};
 use super::calls::Op;
-use super::gemm::{Exec, Inputs, Output, Products, RowSets, multiply, tiles_a_task};
+use super::gemm::{Exec, Inputs, Output, RowSets, Rows, multiply, tiles_a_task};
 use super::lanes::{LANES, for_each_in_turn};
 use super::swiglu::{self, PAIRS};
 use super::topk_routing::Routing;
@@ -45,19 +45,14 @@ impl Experts {
     }
 }
 
-/// Whether `act` lies in blocks of pairs, those of each expert's entries ([`amx::join`]).
-pub fn act_in_blocks(exec: &Exec) -> bool {
-    Products::of(exec.path, exec.exact) == Products::Tiles
-}
-
 /// The first half of the experts, from `x` `[n_rows, hidden]` to `act`
-/// `[n_rows * k, intermediate]`, or in blocks ([`act_in_blocks`]).
+/// `[n_rows * k, intermediate]`, or in blocks of each expert's entries ([`Exec::in_blocks`]).
 pub fn gate_up(
     exec: &Exec,
     experts: &Experts,
     routing: &Routing,
     limit: f32,
-    x: &[f32],
+    x: Rows,
     act: &mut [f32],
 ) {
     let hidden = experts.hidden();
@@ -72,11 +67,15 @@ pub fn gate_up(
         exec,
         experts,
         limit,
-        in_blocks: act_in_blocks(exec),
+        in_blocks: exec.in_blocks(),
         of,
         act: &act,
     };
-    exec.with_inputs(&x[..routing.n_rows * hidden], &rows, |x| {
+    let x = match x {
+        Rows::Values(x) => Rows::Values(&x[..routing.n_rows * hidden]),
+        blocks => blocks,
+    };
+    exec.with_inputs(x, &rows, |x| {
         grouped(exec, &experts.gate_up, routing, &rows, x, output);
     });
 }
@@ -93,10 +92,11 @@ pub fn down(exec: &Exec, experts: &Experts, routing: &Routing, act: &[f32], y: &
     };
     let output = |of| Down { experts, of, y: &y };
     let product = |x: Inputs| grouped(exec, &experts.down, routing, &rows, x, output);
-    if act_in_blocks(exec) {
+    if exec.in_blocks() {
         product(Inputs::Blocks(bits_of(act)));
     } else {
-        exec.with_inputs(&act[..n_entries * intermediate], &rows, product);
+        let act = Rows::Values(&act[..n_entries * intermediate]);
+        exec.with_inputs(act, &rows, product);
     }
 }
 

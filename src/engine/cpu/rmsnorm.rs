@@ -1,6 +1,7 @@
 //! RMSNorm: `out = x / sqrt(mean(x^2) + eps) * scale`, the sum and the product with the scale in
 //! f32, then rounded to bf16 unless exact (gpt_oss/torch/model.py, `RMSNorm`).
 
+use super::amx::Place;
 use super::buffer::Disjoint;
 use super::gemm::Exec;
 use super::lanes::{LANES, for_each, sum_lanes};
@@ -27,20 +28,67 @@ pub fn rmsnorm(exec: &Exec, scale: &Vector, eps: f32, x: &[f32], n_rows: usize, 
     });
 }
 
+/// As [`rmsnorm`], rounded, into blocks of a set ([`amx::join`](super::amx::join)).
+pub fn rmsnorm_to_blocks(
+    exec: &Exec,
+    scale: &Vector,
+    eps: f32,
+    x: &[f32],
+    n_rows: usize,
+    blocks: &mut [u32],
+) {
+    let hidden = scale.len();
+    let blocks = Disjoint::new(blocks);
+    for_each(n_rows, 16, |row| {
+        let place = Place::of(row, n_rows, hidden);
+        let x = &x[row * hidden..][..hidden];
+        norm_row_to_blocks(exec.path, scale, eps, x, place, &blocks);
+    });
+}
+
+on_each_path! {
+    fn norm_row_to_blocks(
+        scale: &Vector,
+        eps: f32,
+        x: &[f32],
+        place: Place,
+        blocks: &Disjoint<u32>,
+    ) = norm_row_to_blocks_body
+}
+
+#[inline(always)]
+fn norm_row_to_blocks_body(
+    scale: &Vector,
+    eps: f32,
+    x: &[f32],
+    place: Place,
+    blocks: &Disjoint<u32>,
+) {
+    let inverse = inverse_of(eps, x);
+    let (x, _) = x.as_chunks::<LANES>();
+    for (step, x) in x.iter().enumerate() {
+        let scale = scale.lanes::<LANES>(step * LANES);
+        let mut values = [0; LANES];
+        for lane in 0..LANES {
+            values[lane] = bf16::from_f32(x[lane] * inverse * scale[lane]);
+        }
+        // SAFETY: both are 64 bytes, and any bits are a number; each row is written by one task.
+        #[allow(unsafe_code, reason = "rows are disjoint")]
+        unsafe {
+            let pairs = std::mem::transmute::<[u16; LANES], [u32; LANES / 2]>(values);
+            let out = blocks.slice_mut(place.start + step * place.a_step, pairs.len());
+            *out.first_chunk_mut().expect("as many") = pairs;
+        }
+    }
+}
+
 on_each_path! {
     fn norm_row(scale: &Vector, eps: f32, exact: bool, x: &[f32], out: &mut [f32]) = norm_row_body
 }
 
 #[inline(always)]
 fn norm_row_body(scale: &Vector, eps: f32, exact: bool, x: &[f32], out: &mut [f32]) {
-    let mut squares = [0.0f32; LANES];
-    for x in x.as_chunks::<LANES>().0 {
-        for lane in 0..LANES {
-            squares[lane] = x[lane].mul_add(x[lane], squares[lane]);
-        }
-    }
-    let mean = sum_lanes(squares) / x.len() as f32;
-    let inverse = 1.0 / (mean + eps).sqrt();
+    let inverse = inverse_of(eps, x);
     let chunks = x
         .as_chunks::<LANES>()
         .0
@@ -53,6 +101,19 @@ fn norm_row_body(scale: &Vector, eps: f32, exact: bool, x: &[f32], out: &mut [f3
             out[lane] = if exact { value } else { bf16::round(value) };
         }
     }
+}
+
+/// One over the root of the mean square.
+#[inline(always)]
+fn inverse_of(eps: f32, x: &[f32]) -> f32 {
+    let mut squares = [0.0f32; LANES];
+    for x in x.as_chunks::<LANES>().0 {
+        for lane in 0..LANES {
+            squares[lane] = x[lane].mul_add(x[lane], squares[lane]);
+        }
+    }
+    let mean = sum_lanes(squares) / x.len() as f32;
+    1.0 / (mean + eps).sqrt()
 }
 
 /// As [`rmsnorm`], slow and obvious.

@@ -15,11 +15,11 @@ pub const NO_PAGE: u32 = u32::MAX;
 pub struct Workspace {
     /// Residual `[R, hidden]`.
     pub x: Buffer<f32>,
-    /// Normed residual `[R, hidden]`.
+    /// Normed residual `[R, hidden]`, or in blocks.
     pub t: Buffer<f32>,
     /// `[R, (n_heads + 2 n_kv_heads) * head_dim]`.
     pub qkv: Buffer<f32>,
-    /// `[R, n_heads * head_dim]`.
+    /// `[R, n_heads * head_dim]`, or in blocks.
     pub attended: Buffer<f32>,
     /// `[R, n_experts]`.
     pub router_logits: Buffer<f32>,
@@ -41,6 +41,7 @@ pub struct Workspace {
 /// Elements of each activation, in the order of [`Workspace`]'s fields.
 struct Lengths {
     x: usize,
+    t: usize,
     qkv: usize,
     attended: usize,
     router_logits: usize,
@@ -59,8 +60,9 @@ impl Lengths {
         let max_pages = shape.max_context.div_ceil(PAGE_POSITIONS);
         Self {
             x: rows.saturating_mul(config.hidden),
+            t: rows.saturating_mul(config.hidden).saturating_add(SLACK),
             qkv: rows.saturating_mul(config.qkv_width()),
-            attended: rows.saturating_mul(config.q_width()),
+            attended: rows.saturating_mul(config.q_width()).saturating_add(SLACK),
             router_logits: rows.saturating_mul(config.n_experts),
             act: entries
                 .saturating_mul(config.intermediate)
@@ -89,7 +91,7 @@ impl Workspace {
         page_table.fill(NO_PAGE);
         Ok(Self {
             x: activations(n.x)?,
-            t: activations(n.x)?,
+            t: activations(n.t)?,
             qkv: activations(n.qkv)?,
             attended: activations(n.attended)?,
             router_logits: activations(n.router_logits)?,
@@ -142,7 +144,7 @@ impl Workspace {
         let n = Lengths::new(config, shape);
         let activations = [
             n.x,
-            n.x,
+            n.t,
             n.qkv,
             n.attended,
             n.router_logits,

@@ -64,12 +64,29 @@ fn block_rows(n_rows: usize) -> usize {
 /// Writes rows of bf16 values as the blocks that [`multiply`] takes: those of a set, wherever in `x`
 /// they are, one behind the other.
 pub fn join(path: CpuPath, x: &[f32], rows: &RowSets, blocks: &mut [u32]) {
-    /// k of a task.
-    const PART_K: usize = 16 * STEP_K;
+    each_part(rows, blocks, |numbers, steps, block| {
+        let mut starts = [0; BLOCK_ROWS];
+        for (start, row) in starts.iter_mut().zip(numbers.clone()) {
+            *start = (rows.start)(row) + steps.start * STEP_K;
+        }
+        join_steps(path, x, &starts[..numbers.len()], block);
+    });
+}
+
+/// Runs `part(rows, steps, words)` in parallel for the parts of all sets' blocks: some steps of a block's rows,
+/// which are numbered through all sets.
+fn each_part(
+    rows: &RowSets,
+    blocks: &mut [u32],
+    part: impl Fn(Range<usize>, Range<usize>, &mut [u32]) + Sync + Send,
+) {
+    /// Steps of a task.
+    const PART: usize = 16;
     /// Values too few to be worth tasks.
     const FEW: usize = 1 << 15;
     let n_k = rows.n_k;
-    let (n_groups, n_parts) = (rows.n_rows().div_ceil(GROUP_ROWS), n_k.div_ceil(PART_K));
+    let n_steps = n_k / STEP_K;
+    let (n_groups, n_parts) = (rows.n_rows().div_ceil(GROUP_ROWS), n_steps.div_ceil(PART));
     let n_tasks = rows.n_sets() * n_groups * n_parts;
     let blocks = Disjoint::new(blocks);
     let one_by_one = if rows.n_rows() * n_k <= FEW {
@@ -78,26 +95,23 @@ pub fn join(path: CpuPath, x: &[f32], rows: &RowSets, blocks: &mut [u32]) {
         1
     };
     for_each(n_tasks, one_by_one, |task| {
-        let (set, part) = (task / n_parts / n_groups, task % n_parts);
+        let (set, steps) = (task / n_parts / n_groups, task % n_parts * PART);
         let set = rows.of_set(set);
-        let first = set.start + task / n_parts % n_groups * GROUP_ROWS;
-        if first >= set.end {
+        let group = set.start + task / n_parts % n_groups * GROUP_ROWS;
+        if group >= set.end {
             return;
         }
-        let n = GROUP_ROWS.min(set.end - first);
-        let part_k = PART_K.min(n_k - part * PART_K);
-        let group = first..first + n;
-        for first in group.clone().step_by(block_rows(n)) {
-            let n = block_rows(n).min(group.end - first);
-            let mut starts = [0; BLOCK_ROWS];
-            for (i, start) in starts[..n].iter_mut().enumerate() {
-                *start = (rows.start)(first + i) + part * PART_K;
-            }
-            let start = first * n_k / 2 + part * PART_K / 2 * n;
+        let end = set.end.min(group + GROUP_ROWS);
+        let steps = steps..n_steps.min(steps + PART);
+        let a_block = block_rows(end - group);
+        for first in (group..end).step_by(a_block) {
+            let numbers = first..end.min(first + a_block);
+            let n = numbers.len();
+            let start = first * n_k / 2 + steps.start * STEP_PAIRS * n;
             // SAFETY: each part of a block of a set is written by one task.
             #[allow(unsafe_code, reason = "parts are disjoint")]
-            let block = unsafe { blocks.slice_mut(start, part_k / 2 * n) };
-            join_steps(path, x, &starts[..n], block);
+            let words = unsafe { blocks.slice_mut(start, steps.len() * STEP_PAIRS * n) };
+            part(numbers, steps.clone(), words);
         }
     });
 }
@@ -118,6 +132,60 @@ pub fn places(
         let start = (first + block) * n_k / 2 + k / STEP_K * n * STEP_PAIRS + k % STEP_K / 2;
         for i in 0..n {
             place(block + i, start + i * STEP_PAIRS);
+        }
+    }
+}
+
+/// Where a row lies in the blocks of a set.
+#[derive(Clone, Copy, Default)]
+pub struct Place {
+    /// Word of its first step.
+    pub start: usize,
+    /// Words from a step to the next.
+    pub a_step: usize,
+}
+
+impl Place {
+    /// Of a row of a set of `n_rows` rows of `n_k` values, whose blocks begin at word 0.
+    #[inline(always)]
+    pub fn of(row: usize, n_rows: usize, n_k: usize) -> Self {
+        let group = row / GROUP_ROWS * GROUP_ROWS;
+        let of_group = GROUP_ROWS.min(n_rows - group);
+        let a_block = block_rows(of_group);
+        let block = (row - group) / a_block * a_block;
+        let n = a_block.min(of_group - block);
+        Self {
+            start: (group + block) * n_k / 2 + (row - group - block) * STEP_PAIRS,
+            a_step: n * STEP_PAIRS,
+        }
+    }
+}
+
+/// As [`join`], of rows that lie in the blocks of one set of `n_rows` rows.
+pub fn gather(path: CpuPath, x: &[u32], n_rows: usize, rows: &RowSets, blocks: &mut [u32]) {
+    let n_k = rows.n_k;
+    each_part(rows, blocks, |numbers, steps, block| {
+        let mut places = [Place::default(); BLOCK_ROWS];
+        for (place, row) in places.iter_mut().zip(numbers.clone()) {
+            *place = Place::of((rows.start)(row) / n_k, n_rows, n_k);
+            place.start += steps.start * place.a_step;
+        }
+        gather_steps(path, x, &places[..numbers.len()], block);
+    });
+}
+
+on_each_path! {
+    fn gather_steps(x: &[u32], places: &[Place], blocks: &mut [u32]) = gather_steps_body
+}
+
+#[inline(always)]
+fn gather_steps_body(x: &[u32], places: &[Place], blocks: &mut [u32]) {
+    let (blocks, _) = blocks.as_chunks_mut::<STEP_PAIRS>();
+    for (step, blocks) in blocks.chunks_exact_mut(places.len()).enumerate() {
+        for (i, row) in blocks.iter_mut().enumerate() {
+            let at = step.wrapping_mul(places[i].a_step);
+            let start = places[i].start.wrapping_add(at);
+            *row = *x[start..].first_chunk().expect("whole steps");
         }
     }
 }

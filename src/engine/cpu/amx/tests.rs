@@ -4,8 +4,10 @@
 
 #![allow(clippy::print_stderr, reason = "a test that cannot run says so")]
 
+use super::super::gemm;
 use super::super::matmul::{self, Epilogue, Projection};
 use super::super::moe_matmul::{self, Experts};
+use super::super::rmsnorm;
 use super::super::swiglu::{self, PAIRS};
 use super::super::topk_routing::{self, Routing};
 use super::super::weights::tests::{ByValues, Random, formats};
@@ -80,7 +82,15 @@ fn assert_close(got: &[f32], expected: &[f32], what: &str) {
 
 fn multiplied(exec: &Exec, weights: &Projection, x: &[f32], n_rows: usize) -> Vec<f32> {
     let mut out = vec![f32::NAN; n_rows * weights.n_out];
-    matmul::matmul(exec, weights, 0, x, n_rows, Epilogue::Store, &mut out);
+    matmul::matmul(
+        exec,
+        weights,
+        0,
+        gemm::Rows::Values(x),
+        n_rows,
+        Epilogue::Store,
+        &mut out,
+    );
     out
 }
 
@@ -319,7 +329,7 @@ fn experts(random: &mut Random, n: usize, hidden: usize, intermediate: usize) ->
 
 /// Rows of entries in the blocks of their experts, with the slack behind them.
 fn joined_act(exec: &Exec, routing: &Routing, intermediate: usize, act: &[f32]) -> Vec<f32> {
-    assert!(moe_matmul::act_in_blocks(exec), "products of tiles");
+    assert!(exec.in_blocks(), "products of tiles");
     let rows = RowSets {
         n_k: intermediate,
         offsets: routing.offsets(),
@@ -373,9 +383,21 @@ fn amx_scattered_experts_are_the_models_sums() {
         for experts in &of_formats {
             let what = format!("{}, {n_rows} rows x {k}", experts.down.format().name());
             let mut got = vec![f32::NAN; act.len() + SLACK];
-            moe_matmul::gate_up(&exec, experts, &routing, LIMIT, &x, &mut got);
+            moe_matmul::gate_up(
+                &exec,
+                experts,
+                &routing,
+                LIMIT,
+                gemm::Rows::Values(&x),
+                &mut got,
+            );
             let joined = joined_act(&exec, &routing, intermediate, &expected_act);
             let n = act.len() / 2;
+            assert_same_bits(&got[..n], &joined[..n], &what);
+            let blocks = in_blocks(exec.path, &x, n_rows, hidden);
+            let x = gemm::Rows::Blocks(&blocks, n_rows);
+            let mut got = vec![f32::NAN; act.len() + SLACK];
+            moe_matmul::gate_up(&exec, experts, &routing, LIMIT, x, &mut got);
             assert_same_bits(&got[..n], &joined[..n], &what);
             let mut got = vec![f32::NAN; expected_y.len()];
             let joined = joined_act(&exec, &routing, intermediate, &act);
@@ -385,6 +407,68 @@ fn amx_scattered_experts_are_the_models_sums() {
         let mut close = vec![f32::NAN; expected_y.len()];
         moe_matmul::down_reference(&exec, base, &routing, &act, &mut close);
         assert_close(&expected_y, &close, "down");
+    }
+}
+
+/// The words of a set of rows in blocks, the slack behind them.
+fn in_blocks(path: CpuPath, x: &[f32], n_rows: usize, n_k: usize) -> Vec<u32> {
+    let rows = RowSets {
+        n_k,
+        offsets: &[0, n_rows as u32],
+        start: &|row| row * n_k,
+    };
+    let mut blocks = vec![u32::MAX; x.len() / 2 + SLACK];
+    join(path, x, &rows, &mut blocks);
+    blocks
+}
+
+#[test]
+fn rows_gathered_from_blocks_are_those_joined_from_values() {
+    let mut random = Random(28);
+    for path in CpuPath::available() {
+        for (n_rows, n_k) in [
+            (1usize, 32usize),
+            (3, 2880),
+            (17, 544),
+            (100, 96),
+            (230, 64),
+        ] {
+            let x = values(&mut random, n_rows * n_k);
+            let of_rows = in_blocks(path, &x, n_rows, n_k);
+            // Each row several times, in sets of which one is empty and one has several groups.
+            let n = 3 * n_rows;
+            let chosen: Vec<usize> = (0..n).map(|_| random.next() as usize % n_rows).collect();
+            let offsets = [0, n / 7, n / 7, n - n / 9, n].map(|offset| offset as u32);
+            let rows = RowSets {
+                n_k,
+                offsets: &offsets,
+                start: &|i| chosen[i] * n_k,
+            };
+            let [mut expected, mut got] = [(); 2].map(|()| vec![u32::MAX; n * n_k / 2]);
+            join(path, &x, &rows, &mut expected);
+            gather(path, &of_rows, n_rows, &rows, &mut got);
+            assert!(got == expected, "{n_rows} rows x {n_k} on {path:?}");
+        }
+    }
+}
+
+#[test]
+fn rows_normed_to_blocks_are_those_normed_and_joined() {
+    let mut random = Random(29);
+    for path in CpuPath::available() {
+        for (n_rows, hidden) in [(1usize, 32usize), (16, 96), (20, 2880), (115, 64)] {
+            let exec = Exec::new(path, false, 2, 32, 0).expect("memory");
+            let x = values(&mut random, n_rows * hidden);
+            let mut scale = Buffer::zeroed("a test", hidden).expect("memory");
+            scale.iter_mut().for_each(|scale| *scale = random.value());
+            let scale = Vector::F32(scale);
+            let mut normed = vec![f32::NAN; x.len()];
+            rmsnorm::rmsnorm(&exec, &scale, 1e-5, &x, n_rows, &mut normed);
+            let expected = in_blocks(path, &normed, n_rows, hidden);
+            let mut got = vec![u32::MAX; expected.len()];
+            rmsnorm::rmsnorm_to_blocks(&exec, &scale, 1e-5, &x, n_rows, &mut got);
+            assert!(got == expected, "{n_rows} rows x {hidden} on {path:?}");
+        }
     }
 }
 

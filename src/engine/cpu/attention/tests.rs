@@ -59,11 +59,20 @@ fn attended<'t>(
     let exec = Exec::new(path, false, 1, geometry.head_dim, 0).expect("memory");
     let n = queries.rows.len() * GROUP * geometry.head_dim;
     let mut out = vec![f32::NAN; n];
-    let mut parts: Vec<_> = out.chunks_mut(geometry.head_dim).map(Some).collect();
-    let write = |index: usize, g: usize| {
+    let write = |index: usize, g: usize, block: usize, lanes: &[f32; LANES]| {
         let row = queries.rows.iter().position(|row| row.index == index);
-        let part = parts[row.expect("a row of the queries") * GROUP + g].take();
-        part.expect("each output is written once")
+        let query = row.expect("a row of the queries") * GROUP + g;
+        let out = &mut out[query * geometry.head_dim + block * LANES..][..LANES];
+        assert!(out[0].is_nan(), "each output is written once");
+        match queries.to_pairs && !is_reference {
+            true => {
+                for (pair, out) in lanes.iter().zip(out.as_chunks_mut::<2>().0) {
+                    let bits = pair.to_bits();
+                    *out = [bits << 16, bits & 0xFFFF_0000].map(f32::from_bits);
+                }
+            }
+            false => out.copy_from_slice(lanes),
+        }
     };
     exec.with_scratch(|scratch| {
         let scratch = &mut scratch.attention;
@@ -110,8 +119,16 @@ fn check<'t>(
         first_sink: GROUP,
         exact: false,
         by_tiles: true,
+        to_pairs: false,
     };
     let all = attended(geometry, &queries, &tile_of, false);
+    let to_pairs = Queries {
+        to_pairs: true,
+        ..queries
+    };
+    let pairs = attended(geometry, &to_pairs, &tile_of, false);
+    let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits();
+    assert!(all.iter().zip(&pairs).all(same), "as pairs: {what}");
     let expected = attended(geometry, &queries, &tile_of, true);
     for (i, (a, b)) in all.iter().zip(&expected).enumerate() {
         let error = (a - b).abs() / b.abs().max(1.0);
