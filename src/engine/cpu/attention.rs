@@ -336,7 +336,7 @@ fn unpack<'a, E: KvElement>(path: CpuPath, source: &'a [E], scratch: &'a mut [f3
         // SAFETY: a path of this kind exists only where the CPU has its features.
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "features were detected")]
-        Kind::Avx512 | Kind::Avx512Bf16 | Kind::Amx => unsafe { avx512(source, scratch) },
+        Kind::Avx512 | Kind::Avx512Bf16 => unsafe { avx512(source, scratch) },
         _ => body(source, scratch),
     }
 }

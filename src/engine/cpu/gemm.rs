@@ -54,8 +54,9 @@ impl Products {
     /// Of a path; an exact run's values are not bf16.
     pub fn of(path: CpuPath, exact: bool) -> Self {
         match path.kind() {
-            Kind::Avx512Bf16 if !exact => Self::Pairs,
-            Kind::Amx if !exact => Self::Tiles,
+            _ if exact => Self::Values,
+            _ if path.has_tiles() => Self::Tiles,
+            Kind::Avx512Bf16 => Self::Pairs,
             _ => Self::Values,
         }
     }

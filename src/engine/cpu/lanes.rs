@@ -55,7 +55,7 @@ pub(super) fn most_rows(path: CpuPath) -> usize {
         // 6 rows x 2 registers of 8 lanes, of 16 registers; half the lanes at a time.
         Kind::Avx2 => 6,
         // 12 rows x 2 registers of 16 lanes, of 32 registers.
-        Kind::Avx512 | Kind::Avx512Bf16 | Kind::Amx => 12,
+        Kind::Avx512 | Kind::Avx512Bf16 => 12,
     }
 }
 
@@ -124,7 +124,7 @@ fn block<const T: usize, const PAIRS: bool>(
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "features were detected, bounds checked")]
         // SAFETY: as above.
-        Kind::Avx512 | Kind::Avx512Bf16 | Kind::Amx => unsafe {
+        Kind::Avx512 | Kind::Avx512Bf16 => unsafe {
             x86::block_avx512::<T, PAIRS>(acc, w, w_stride, x, x_starts, n_k);
         },
         #[cfg(not(target_arch = "x86_64"))]

@@ -11,10 +11,14 @@ use crate::engine::config::ConfigError;
 /// The variable that forces a path.
 const VARIABLE: &str = "PODIUM_CPU";
 
-/// The instructions a kernel may use. A value other than [`Kind::Portable`] exists only where
+/// The instructions a kernel may use. A value of a kind other than [`Kind::Portable`] exists only where
 /// the CPU has them, which is what makes the calls in `on_each_path` sound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct CpuPath(Kind);
+pub struct CpuPath {
+    kind: Kind,
+    /// Matrix products are of tiles, by AMX-BF16 or in tests its emulation.
+    has_tiles: bool,
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
@@ -27,26 +31,36 @@ pub enum Kind {
     /// The same with VBMI and AVX512-BF16: products of bf16 pairs. It takes subnormal numbers for 0,
     /// which those above do not.
     Avx512Bf16,
-    /// The same with AMX-BF16: products of tiles of bf16 pairs.
-    Amx,
 }
 
 impl CpuPath {
     /// Always available.
-    pub const PORTABLE: Self = Self(Kind::Portable);
+    pub const PORTABLE: Self = Self::of(Kind::Portable);
+
+    const fn of(kind: Kind) -> Self {
+        Self {
+            kind,
+            has_tiles: false,
+        }
+    }
 
     pub fn kind(self) -> Kind {
-        self.0
+        self.kind
+    }
+
+    /// Whether matrix products are of tiles of bf16 pairs.
+    pub fn has_tiles(self) -> bool {
+        self.has_tiles
     }
 
     /// Whether the CPU has all of [`Kind::Avx512Bf16`].
     pub fn has_pairs(self) -> bool {
-        matches!(self.0, Kind::Avx512Bf16 | Kind::Amx)
+        self.kind == Kind::Avx512Bf16
     }
 
     /// Whether the CPU has all of [`Kind::Avx2`].
     pub fn has_avx2(self) -> bool {
-        self.0 != Kind::Portable
+        self.kind != Kind::Portable
     }
 
     /// The paths this CPU can run, slowest first.
@@ -56,7 +70,7 @@ impl CpuPath {
         {
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
             if avx2 {
-                paths.push(Self(Kind::Avx2));
+                paths.push(Self::of(Kind::Avx2));
             }
             if avx2
                 && is_x86_feature_detected!("avx512f")
@@ -64,13 +78,14 @@ impl CpuPath {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
             {
-                paths.push(Self(Kind::Avx512));
+                paths.push(Self::of(Kind::Avx512));
                 // Of the CPUs that multiply pairs, Cooper Lake alone cannot permute bytes.
                 if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vbmi")
                 {
-                    paths.push(Self(Kind::Avx512Bf16));
+                    let pairs = Self::of(Kind::Avx512Bf16);
+                    paths.push(pairs);
                     if super::amx::is_available() {
-                        paths.push(Self(Kind::Amx));
+                        paths.push(pairs.with_tiles());
                     }
                 }
             }
@@ -80,14 +95,21 @@ impl CpuPath {
 
     /// Whether the bits of a run are those of the other paths that say so, subnormal numbers aside.
     pub fn gives_common_bits(self, exact: bool) -> bool {
-        exact || self.0 != Kind::Amx
+        exact || !self.has_tiles
     }
 
-    /// The path `amx` with its instruction emulated, where the CPU has all else that it needs.
+    /// The same with products of tiles: where there is no unit, in tests alone, which emulate it.
+    fn with_tiles(self) -> Self {
+        Self {
+            has_tiles: true,
+            ..self
+        }
+    }
+
+    /// `amx` where the CPU has it, else its products emulated beside the fastest of the other paths.
     #[cfg(test)]
-    pub fn emulated_amx() -> Option<Self> {
-        let has_pairs = Self::available().contains(&Self(Kind::Avx512Bf16));
-        has_pairs.then_some(Self(Kind::Amx))
+    pub fn tiles() -> Self {
+        Self::best().with_tiles()
     }
 
     /// The fastest path, or the one that `PODIUM_CPU` names.
@@ -121,12 +143,12 @@ impl CpuPath {
     }
 
     pub fn name(self) -> &'static str {
-        match self.0 {
+        match self.kind {
+            _ if self.has_tiles => "amx",
             Kind::Portable => "portable",
             Kind::Avx2 => "avx2",
             Kind::Avx512 => "avx512",
             Kind::Avx512Bf16 => "avx512bf16",
-            Kind::Amx => "amx",
         }
     }
 }
@@ -171,8 +193,7 @@ macro_rules! on_each_path {
                 #[cfg(target_arch = "x86_64")]
                 #[allow(unsafe_code, reason = "features were detected")]
                 $crate::engine::cpu::path::Kind::Avx512
-                | $crate::engine::cpu::path::Kind::Avx512Bf16
-                | $crate::engine::cpu::path::Kind::Amx => {
+                | $crate::engine::cpu::path::Kind::Avx512Bf16 => {
                     // SAFETY: as above; those behind the first have its features, too.
                     unsafe { avx512($($arg),*) }
                 }

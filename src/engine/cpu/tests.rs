@@ -38,18 +38,22 @@ fn backend(exact: bool) -> CpuBackend {
     CpuBackend::open(&checkpoint(), Precision::Stored, SHAPE, options(exact)).expect("it opens")
 }
 
-/// The paths that this CPU can run; `amx` in emulation where it lacks that alone.
+/// The paths that this CPU can run, and `amx` in emulation where it cannot.
 fn paths() -> Vec<CpuPath> {
-    let mut paths = CpuPath::available();
-    paths.extend(CpuPath::emulated_amx().filter(|path| !CpuPath::available().contains(path)));
-    paths
+    with_tiles(CpuPath::available())
 }
 
-/// A path of each kind of bits: the default one, and `amx` where it can be emulated at least.
+/// A path of each kind of bits: the default one, and `amx`, be it emulated.
 fn kinds() -> Vec<CpuPath> {
-    let mut kinds = vec![CpuPath::choose().expect("a path of this CPU")];
-    kinds.extend(CpuPath::emulated_amx().filter(|amx| !kinds.contains(amx)));
-    kinds
+    with_tiles(vec![CpuPath::choose().expect("a path of this CPU")])
+}
+
+fn with_tiles(mut paths: Vec<CpuPath>) -> Vec<CpuPath> {
+    let tiles = CpuPath::tiles();
+    if !paths.contains(&tiles) {
+        paths.push(tiles);
+    }
+    paths
 }
 
 fn backend_on(path: CpuPath, precision: Precision, exact: bool) -> CpuBackend {

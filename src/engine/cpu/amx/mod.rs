@@ -32,7 +32,7 @@ use std::ops::Range;
 use super::buffer::Disjoint;
 use super::gemm::{Exec, GROUP_ROWS, Output, RowSets, Scratch};
 use super::lanes::{LANES, for_each};
-use super::path::{CpuPath, Kind, on_each_path};
+use super::path::{CpuPath, on_each_path};
 use super::weights::{PARTS, Tiles, in_parts, prefetch, prefetch_near};
 use steps::{LINE_WORDS, Packed, Steps, Unpacked};
 use unit::TileUnit;
@@ -227,7 +227,7 @@ pub fn multiply<W: Tiles>(
     output: impl Output,
 ) {
     let path = exec.path;
-    assert_eq!(path.kind(), Kind::Amx, "products of tiles");
+    assert!(path.has_tiles(), "products of tiles");
     let product = Product {
         path,
         weights,
@@ -264,7 +264,7 @@ impl<W: Tiles> Product<'_, W> {
     /// By the CPU's unit, with the loops compiled for what comes with it.
     ///
     /// # Safety
-    /// The CPU has all of [`Kind::Amx`].
+    /// The CPU has all of [`Kind::Avx512Bf16`](super::path::Kind::Avx512Bf16), and the unit.
     #[cfg_attr(
         target_arch = "x86_64",
         target_feature(enable = "avx512f,avx512bw,avx512vbmi")

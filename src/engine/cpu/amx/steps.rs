@@ -143,7 +143,7 @@ pub const LINE_WORDS: usize = 16;
 pub type Slot = [u32; STEP_WORDS + LINE_WORDS];
 
 /// Weights that are unpacked, where `HERE` by instructions that become part of the loop: in a caller that was
-/// compiled for all of [`Kind::Amx`](super::super::path::Kind::Amx).
+/// compiled for all of [`Kind::Avx512Bf16`](super::super::path::Kind::Avx512Bf16).
 pub struct Unpacked<'a, W, const HERE: bool> {
     weights: &'a W,
     path: CpuPath,

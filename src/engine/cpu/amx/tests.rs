@@ -1,6 +1,6 @@
-//! The driver against plain loops, bit for bit: with the emulated unit on any CPU; with all that the path
-//! has where the CPU lacks nothing but the unit; and with the CPU's own where there is one
-//! ([`super::multiply`] takes that then). The instruction against its emulation.
+//! The driver against plain loops, bit for bit: with the CPU's own unit where there is one
+//! ([`super::multiply`] takes that then), and with its emulation everywhere. The instruction against its
+//! emulation.
 
 #![allow(clippy::print_stderr, reason = "a test that cannot run says so")]
 
@@ -22,13 +22,9 @@ const PRODUCT: f32 = 2e-5;
 
 const LIMIT: f32 = 1.5;
 
-/// Nothing, with a line that says so, where the CPU lacks what even the emulation's path needs.
-fn exec() -> Option<Exec> {
-    let Some(path) = CpuPath::emulated_amx() else {
-        eprintln!("not run: this CPU has no AVX512-BF16");
-        return None;
-    };
-    Some(Exec::new(path, false, 2, 32, 1 << 22).expect("memory"))
+/// With the CPU's own unit, or its emulation where there is none.
+fn exec() -> Exec {
+    Exec::new(CpuPath::tiles(), false, 2, 32, 1 << 22).expect("memory")
 }
 
 fn values(random: &mut Random, n: usize) -> Vec<f32> {
@@ -96,7 +92,7 @@ fn multiplied(exec: &Exec, weights: &Projection, x: &[f32], n_rows: usize) -> Ve
 
 #[test]
 fn amx_rows_of_all_counts_are_the_models_sums() {
-    let Some(exec) = exec() else { return };
+    let exec = exec();
     let mut random = Random(21);
     for (n_rows, n_k, n_tiles) in [
         (1usize, 32, 1),
@@ -143,7 +139,7 @@ fn amx_rows_of_all_counts_are_the_models_sums() {
 
 #[test]
 fn amx_row_does_not_depend_on_its_mates() {
-    let Some(exec) = exec() else { return };
+    let exec = exec();
     let mut random = Random(22);
     let (n_rows, n_k, n_tiles) = (107, 288, 3);
     let x = values(&mut random, n_rows * n_k);
@@ -342,7 +338,7 @@ fn joined_act(exec: &Exec, routing: &Routing, intermediate: usize, act: &[f32]) 
 
 #[test]
 fn amx_scattered_experts_are_the_models_sums() {
-    let Some(exec) = exec() else { return };
+    let exec = exec();
     let mut random = Random(23);
     let (n_experts, hidden, intermediate) = (7, 224, 160);
     let of_formats = experts(&mut random, n_experts, hidden, intermediate);

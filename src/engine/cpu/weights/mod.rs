@@ -50,22 +50,12 @@ pub trait Tiles: Sync {
 
     /// The same of a block of 32 k, numbered through all tiles.
     fn unpack_block(&self, path: CpuPath, block: usize, out: &mut PairedBlock) {
-        let a_tile = self.n_k() / BLOCK;
-        let mut values = [0.0; BLOCK * LANES];
-        let (tile, k) = (block / a_tile, block % a_tile * BLOCK);
-        self.unpack(path, tile, k, BLOCK, &mut values);
-        let rows = values.as_chunks::<LANES>().0.as_chunks::<2>().0;
-        for (pairs, [even, odd]) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(rows) {
-            for lane in 0..LANES {
-                let (even, odd) = (even[lane].to_bits(), odd[lane].to_bits());
-                pairs[lane] = even >> 16 | odd & 0xFFFF_0000;
-            }
-        }
+        unpack_block_by_values(self, path, block, out);
     }
 
     /// As [`Tiles::unpack_block`], as part of a caller that was compiled for all of
-    /// [`Kind::Amx`](super::path::Kind::Amx): after each of [`PARTS`] parts, about equal where the format's loop
-    /// can be taken apart, `between` is run with their number, from 0 on.
+    /// [`Kind::Avx512Bf16`](super::path::Kind::Avx512Bf16): after each of [`PARTS`] parts, about equal where the
+    /// format's loop can be taken apart, `between` is run with their number, from 0 on.
     ///
     /// # Safety
     /// The CPU has all of it.
@@ -126,6 +116,26 @@ pub trait Tiles: Sync {
 
     /// One weight, for the reference kernels.
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32;
+}
+
+/// [`Tiles::unpack_block`] on any path.
+fn unpack_block_by_values<W: Tiles + ?Sized>(
+    weights: &W,
+    path: CpuPath,
+    block: usize,
+    out: &mut PairedBlock,
+) {
+    let a_tile = weights.n_k() / BLOCK;
+    let mut values = [0.0; BLOCK * LANES];
+    let (tile, k) = (block / a_tile, block % a_tile * BLOCK);
+    weights.unpack(path, tile, k, BLOCK, &mut values);
+    let rows = values.as_chunks::<LANES>().0.as_chunks::<2>().0;
+    for (pairs, [even, odd]) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(rows) {
+        for lane in 0..LANES {
+            let (even, odd) = (even[lane].to_bits(), odd[lane].to_bits());
+            pairs[lane] = even >> 16 | odd & 0xFFFF_0000;
+        }
+    }
 }
 
 /// Asks for `n` values ahead of their use, to the first-level cache; they need not exist.

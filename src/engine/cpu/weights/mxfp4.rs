@@ -9,7 +9,7 @@ mod x86;
 
 use super::Tiles;
 #[cfg(target_arch = "x86_64")]
-use super::{PARTS, PairedBlock, block_of, fused_values, in_parts};
+use super::{PARTS, PairedBlock, block_of, fused_values, in_parts, unpack_block_by_values};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
 use crate::engine::cpu::lanes::LANES;
@@ -116,14 +116,16 @@ impl Tiles for Mxfp4Tiles {
     #[cfg(target_arch = "x86_64")]
     #[inline]
     fn unpack_block(&self, path: CpuPath, block: usize, out: &mut PairedBlock) {
-        assert!(path.has_pairs(), "it takes pairs");
+        if !path.has_pairs() {
+            return unpack_block_by_values(self, path, block, out);
+        }
         let block = block_of(&self.bytes, block);
         // SAFETY: a path of this kind exists only where the CPU has its features.
         #[allow(unsafe_code, reason = "features were detected")]
         unsafe {
-            match path.kind() {
-                Kind::Amx => x86::unpack_mxfp4_pairs::<true>(block, out),
-                _ => x86::unpack_mxfp4_pairs::<false>(block, out),
+            match path.has_tiles() {
+                true => x86::unpack_mxfp4_pairs::<true>(block, out),
+                false => x86::unpack_mxfp4_pairs::<false>(block, out),
             }
         }
     }
@@ -238,9 +240,7 @@ fn unpack_mxfp4_block(path: CpuPath, bytes: &Mxfp4Block, out: &mut UnpackedBlock
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "features were detected")]
         // SAFETY: as above.
-        Kind::Avx512 | Kind::Avx512Bf16 | Kind::Amx => unsafe {
-            x86::unpack_mxfp4_avx512(bytes, out)
-        },
+        Kind::Avx512 | Kind::Avx512Bf16 => unsafe { x86::unpack_mxfp4_avx512(bytes, out) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unpack_mxfp4_portable(bytes, out),
     }

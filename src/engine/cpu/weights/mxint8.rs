@@ -6,7 +6,7 @@
 
 use super::Tiles;
 #[cfg(target_arch = "x86_64")]
-use super::{PARTS, PairedBlock, block_of, in_parts};
+use super::{PARTS, PairedBlock, block_of, in_parts, unpack_block_by_values};
 use crate::engine::EngineError;
 use crate::engine::cpu::buffer::Buffer;
 use crate::engine::cpu::lanes::LANES;
@@ -87,7 +87,9 @@ impl Tiles for Mxint8Tiles {
     #[cfg(target_arch = "x86_64")]
     #[inline]
     fn unpack_block(&self, path: CpuPath, block: usize, out: &mut PairedBlock) {
-        assert!(path.has_pairs(), "it takes pairs");
+        if !path.has_pairs() {
+            return unpack_block_by_values(self, path, block, out);
+        }
         let block = block_of(&self.bytes, block);
         // SAFETY: a path of this kind exists only where the CPU has its features.
         #[allow(unsafe_code, reason = "features were detected")]
@@ -136,7 +138,7 @@ fn unpack_block(path: CpuPath, bytes: &PackedBlock, out: &mut UnpackedBlock) {
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "features were detected")]
         // SAFETY: as above.
-        Kind::Avx512 | Kind::Avx512Bf16 | Kind::Amx => unsafe { x86::unpack_avx512(bytes, out) },
+        Kind::Avx512 | Kind::Avx512Bf16 => unsafe { x86::unpack_avx512(bytes, out) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unpack_portable(bytes, out),
     }
