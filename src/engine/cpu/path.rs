@@ -28,7 +28,7 @@ pub enum Kind {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// The same with VBMI and AVX512-BF16: products of bf16 pairs. It takes subnormal numbers for 0,
+    /// The same with VBMI, GFNI and AVX512-BF16: products of bf16 pairs. It takes subnormal numbers for 0,
     /// which those above do not.
     Avx512Bf16,
 }
@@ -80,7 +80,9 @@ impl CpuPath {
             {
                 paths.push(Self::of(Kind::Avx512));
                 // Of the CPUs that multiply pairs, Cooper Lake alone cannot permute bytes.
-                if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vbmi")
+                if is_x86_feature_detected!("avx512bf16")
+                    && is_x86_feature_detected!("avx512vbmi")
+                    && is_x86_feature_detected!("gfni")
                 {
                     let pairs = Self::of(Kind::Avx512Bf16);
                     paths.push(pairs);

@@ -267,7 +267,7 @@ impl<W: Tiles> Product<'_, W> {
     /// The CPU has all of [`Kind::Avx512Bf16`](super::path::Kind::Avx512Bf16), and the unit.
     #[cfg_attr(
         target_arch = "x86_64",
-        target_feature(enable = "avx512f,avx512bw,avx512vbmi")
+        target_feature(enable = "avx512f,avx512bw,avx512vbmi,gfni")
     )]
     #[allow(unsafe_code, reason = "features were detected")]
     unsafe fn multiply(&self, scratch: &mut Scratch, output: impl Output) {

@@ -1,8 +1,13 @@
 //! MXFP4 weights in tiles, 4 bits and a quarter each.
 //!
 //! ```text
-//! [tile][k / 32] { 32 scale bytes | [32 k][16 bytes]: byte j = lane j low, lane 16 + j high }
+//! [tile][k / 32] { 32 scale bytes | [k / 4][16 lanes / 4][2 halves of the lanes][4 lanes][k % 2] bytes of two
+//!                  codes: the lower of k % 4 = 0 or 1, the upper of the k behind the next }
 //! ```
+//!
+//! So 64 bytes are 64 codes and another 64, whose values are looked up in one go each, and interleaving the
+//! bytes of both parts of a value gives pairs of k, 16 lanes a register. Codes are put into another order for
+//! that (see [`stored`]).
 
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -18,6 +23,41 @@ use crate::quant::mxfp4;
 
 /// Bytes of 32 k of a tile: scales, then codes.
 const BLOCK_BYTES: usize = LANES + mxfp4::BLOCK * LANES / 2;
+
+/// Bytes of 4 k.
+const GROUP_BYTES: usize = 2 * LANES;
+
+/// A code as it is kept: the upper two of its bits are those that the lower byte of its value as bf16 has, which
+/// the code has as they are, once 0 and 0.5 have changed places (where 0 is, 0.75 would be). Then come the bit
+/// that is left of the magnitude, and the sign. It works on all codes of a word at once.
+const fn stored(codes: u16) -> u16 {
+    const LOWEST: u16 = 0x1111;
+    let codes = codes ^ (!(codes >> 1 | codes >> 2) & LOWEST);
+    (codes & 3 * LOWEST) << 2 | codes >> 1 & 2 * LOWEST | codes >> 3 & LOWEST
+}
+
+/// The value of each code as it is kept.
+const VALUES: [f32; 16] = {
+    let mut values = [0.0; 16];
+    let mut code = 0;
+    while code < 16 {
+        values[stored(code) as usize & 15] = mxfp4::VALUES[code as usize];
+        code += 1;
+    }
+    values
+};
+
+/// A block's scale as it is kept: of zeros alone, which may have a larger one, the largest that others have, of
+/// which pairs' exponents are made.
+fn loaded_scale(byte: u8) -> u8 {
+    byte.min(mxfp4::SCALE_MAX)
+}
+
+/// Where a code of a block is: its byte behind the scales, and the bit it begins at.
+fn place(lane: usize, k: usize) -> (usize, usize) {
+    let at = lane % 16 / 4 * 16 + lane / 16 * 8 + lane % 4 * 2 + k % 2;
+    (k / 4 * GROUP_BYTES + at, k / 2 % 2 * 4)
+}
 
 /// Packed MXFP4 weights.
 pub struct Mxfp4Tiles {
@@ -57,13 +97,12 @@ pub fn pack_mxfp4_block(
     codes: &[u8; mxfp4::BLOCK_BYTES],
 ) {
     let bytes = &mut tile[block * BLOCK_BYTES..][..BLOCK_BYTES];
-    bytes[lane] = scale;
-    let (column, shift) = (lane % 16, lane / 16 * 4);
-    for (pair, &byte) in codes.iter().enumerate() {
-        for (k, code) in [(2 * pair, byte & 15), (2 * pair + 1, byte >> 4)] {
-            // The tile began as zeros.
-            bytes[LANES + k * 16 + column] |= code << shift;
-        }
+    bytes[lane] = loaded_scale(scale);
+    for k in 0..mxfp4::BLOCK {
+        let code = codes[k / 2] >> (k % 2 * 4) & 15;
+        let (at, shift) = place(lane, k);
+        // The tile began as zeros.
+        bytes[LANES + at] |= (stored(code.into()) as u8 & 15) << shift;
     }
 }
 
@@ -74,17 +113,26 @@ pub fn pack_mxfp4_lanes(
     scales: &[u8; LANES],
     codes: &[[u8; mxfp4::BLOCK_BYTES]; LANES],
 ) {
+    const GROUPS: usize = mxfp4::BLOCK / 4;
     let bytes = &mut tile[block * BLOCK_BYTES..][..BLOCK_BYTES];
     let (to_scales, to_codes) = bytes.split_at_mut(LANES);
-    to_scales.copy_from_slice(scales);
-    let (low, high) = codes.split_at(16);
-    let pairs = to_codes.as_chunks_mut::<32>().0;
-    for (pair, out) in pairs.iter_mut().enumerate() {
-        let (even, odd) = out.split_at_mut(16);
-        for column in 0..16 {
-            let (low, high) = (low[column][pair], high[column][pair]);
-            even[column] = low & 15 | high << 4;
-            odd[column] = low >> 4 | high & 0xF0;
+    for lane in 0..LANES {
+        to_scales[lane] = loaded_scale(scales[lane]);
+    }
+    // A word of 4 k of each lane, whose middle two change places.
+    let mut words = [[0; GROUPS]; LANES];
+    for (words, codes) in words.iter_mut().zip(codes) {
+        let codes = codes.as_chunks().0;
+        for group in 0..GROUPS {
+            let word = stored(u16::from_le_bytes(codes[group]));
+            words[group] = word & 0xF00F | word >> 4 & 0x00F0 | word << 4 & 0x0F00;
+        }
+    }
+    let groups = to_codes.as_chunks_mut::<GROUP_BYTES>().0;
+    for (group, out) in groups.iter_mut().enumerate() {
+        for lane in 0..LANES {
+            let (at, _) = place(lane, 0);
+            out[at..at + 2].copy_from_slice(&words[lane][group].to_le_bytes());
         }
     }
 }
@@ -123,10 +171,7 @@ impl Tiles for Mxfp4Tiles {
         // SAFETY: a path of this kind exists only where the CPU has its features.
         #[allow(unsafe_code, reason = "features were detected")]
         unsafe {
-            match path.has_tiles() {
-                true => x86::unpack_mxfp4_pairs::<true>(block, out),
-                false => x86::unpack_mxfp4_pairs::<false>(block, out),
-            }
+            x86::unpack_mxfp4_pairs(block, out);
         }
     }
 
@@ -142,7 +187,7 @@ impl Tiles for Mxfp4Tiles {
     ) {
         // SAFETY: as the caller says.
         unsafe {
-            x86::unpack_mxfp4_pairs_here::<true>(block_of(&self.bytes, block), out, between);
+            x86::unpack_mxfp4_pairs_here(block_of(&self.bytes, block), out, between);
         }
     }
 
@@ -203,9 +248,9 @@ impl Tiles for Mxfp4Tiles {
     fn get(&self, tile: usize, lane: usize, k: usize) -> f32 {
         let start = tile * Self::tile_bytes(self.n_k) + k / mxfp4::BLOCK * BLOCK_BYTES;
         let bytes = &self.bytes[start..][..BLOCK_BYTES];
-        let byte = bytes[LANES + k % mxfp4::BLOCK * 16 + lane % 16];
-        let code = (byte >> (lane / 16 * 4)) & 15;
-        mxfp4::VALUES[usize::from(code)] * mxfp4::scale(bytes[lane])
+        let (at, shift) = place(lane, k % mxfp4::BLOCK);
+        let code = bytes[LANES + at] >> shift & 15;
+        VALUES[usize::from(code)] * mxfp4::scale(bytes[lane])
     }
 }
 
@@ -246,8 +291,8 @@ fn unpack_mxfp4_block(path: CpuPath, bytes: &Mxfp4Block, out: &mut UnpackedBlock
     }
 }
 
-/// The scale of a loaded byte: blocks with bytes outside 2..=252 hold zeros alone, so the bits
-/// of byte 0 may stand for 0.
+/// The scale of a loaded byte: blocks with bytes below 2 hold zeros alone, so the bits of byte 0 may
+/// stand for 0.
 #[inline(always)]
 fn scale_of(byte: u8) -> f32 {
     f32::from_bits(u32::from(byte) << 23)
@@ -255,11 +300,11 @@ fn scale_of(byte: u8) -> f32 {
 
 fn unpack_mxfp4_portable(bytes: &Mxfp4Block, out: &mut UnpackedBlock) {
     let (scales, codes) = bytes.split_at(LANES);
-    for (codes, out) in codes.chunks_exact(16).zip(out.chunks_exact_mut(LANES)) {
-        let (low, high) = out.split_at_mut(16);
-        for (lane, &byte) in codes.iter().enumerate() {
-            low[lane] = mxfp4::VALUES[usize::from(byte & 15)] * scale_of(scales[lane]);
-            high[lane] = mxfp4::VALUES[usize::from(byte >> 4)] * scale_of(scales[16 + lane]);
+    for (k, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        for lane in 0..LANES {
+            let (at, shift) = place(lane, k);
+            let code = codes[at] >> shift & 15;
+            out[lane] = VALUES[usize::from(code)] * scale_of(scales[lane]);
         }
     }
 }
