@@ -309,7 +309,8 @@ impl Exec {
 
 /// Where a product's sums go.
 pub trait Output {
-    /// Soon there will be sums of a tile with these rows of the set: what they are written to may be brought.
+    /// Soon there will be sums of a tile with these rows of the set: what they are written to may be brought. They
+    /// are a group, or where products are of tiles a block of one; so are those that are taken.
     fn prefetch(&self, tile: usize, rows: Range<usize>);
 
     /// Takes the sums of a tile with the rows of the set from `first` on.

@@ -347,18 +347,29 @@ impl Rows<'_> {
         let mut next = self.next;
         steps.begin(n_blocks);
         for tile in 0..tiles.len() {
-            output.prefetch(tiles.start + tile, first..first + self.n);
             let (steps, next) = (&mut steps, &mut next);
-            match (n_blocks == 1, tile == 0, tile >= last) {
-                (true, true, _) => self.multiply_block::<U, S, OWN>(unit, steps, tile, sums),
-                (true, false, _) => self.multiply_block::<U, S, NONE>(unit, steps, tile, sums),
-                (false, true, _) => {
-                    self.multiply_blocks::<U, S, OWN>(unit, steps, tile, sums, next)
+            let (number, rows) = (tiles.start + tile, first..first + self.n);
+            if n_blocks == 1 {
+                output.prefetch(number, rows);
+                match tile {
+                    0 => self.multiply_block::<U, S, OWN>(unit, steps, tile, sums),
+                    _ => self.multiply_block::<U, S, NONE>(unit, steps, tile, sums),
                 }
-                (_, _, false) => self.multiply_blocks::<U, S, NONE>(unit, steps, tile, sums, next),
-                (_, _, true) => self.multiply_blocks::<U, S, NEXT>(unit, steps, tile, sums, next),
+                output.take(number, first, &mut sums[..self.n]);
+                continue;
             }
-            output.take(tiles.start + tile, first, &mut sums[..self.n]);
+            let mut out = OfTile {
+                output: &mut *output,
+                tile: number,
+                first,
+                sums: &mut *sums,
+            };
+            let out = &mut out;
+            match (tile == 0, tile >= last) {
+                (true, _) => self.multiply_blocks::<U, S, OWN>(unit, steps, tile, next, out),
+                (_, false) => self.multiply_blocks::<U, S, NONE>(unit, steps, tile, next, out),
+                (_, true) => self.multiply_blocks::<U, S, NEXT>(unit, steps, tile, next, out),
+            }
         }
     }
 
@@ -391,14 +402,17 @@ impl Rows<'_> {
 
     /// Several blocks with a tile. Its steps are taken in runs, each by all blocks: in turn from the first to the
     /// last and back, so that the sums of the one a run ends with stay where they are for the next.
+    ///
+    /// A block's sums are taken behind the products of the block after it, which they leave the registers'
+    /// instructions to.
     #[inline(always)]
     fn multiply_blocks<U: TileUnit, S: Steps, const ASKS: usize>(
         &self,
         unit: &U,
         steps: &mut S,
         tile: usize,
-        sums: &mut [[f32; LANES]],
         next: &mut &[u32],
+        out: &mut OfTile<impl Output>,
     ) {
         let a_block = block_rows(self.n);
         let n_blocks = self.n.div_ceil(a_block);
@@ -406,35 +420,71 @@ impl Rows<'_> {
         let step_of = |run| run * self.n_steps / n_runs;
         for run in 0..n_runs {
             let of_run = step_of(run)..step_of(run + 1);
-            for turn in 0..n_blocks {
-                let first = a_block
-                    * match run % 2 {
-                        0 => turn,
-                        _ => n_blocks - 1 - turn,
-                    };
-                let sums = &mut sums[first..];
-                let a_step = a_block.min(self.n - first) * STEP_PAIRS;
-                let block = Block {
-                    turn,
-                    rows: &self.blocks[first * self.n_steps * STEP_PAIRS + of_run.start * a_step..],
-                    a_step,
-                    first_step: tile * self.n_steps + of_run.start,
-                    n_steps: of_run.len(),
+            let is_last = run + 1 == n_runs;
+            let rows_of = |turn: usize| {
+                let block = match run % 2 {
+                    0 => turn,
+                    _ => n_blocks - 1 - turn,
                 };
-                match (run, turn) {
-                    (0, _) => unit.clear(),
-                    (_, 0) => {}
-                    _ => unit.load(sums),
+                block * a_block..self.n.min((block + 1) * a_block)
+            };
+            for turn in 0..n_blocks + usize::from(is_last) {
+                if turn < n_blocks {
+                    let rows = rows_of(turn);
+                    let a_step = rows.len() * STEP_PAIRS;
+                    let start = rows.start * self.n_steps * STEP_PAIRS + of_run.start * a_step;
+                    let block = Block {
+                        turn,
+                        rows: &self.blocks[start..],
+                        a_step,
+                        first_step: tile * self.n_steps + of_run.start,
+                        n_steps: of_run.len(),
+                    };
+                    match (run, turn) {
+                        (0, _) => {
+                            unit.clear();
+                            out.prefetch(rows.clone());
+                        }
+                        (_, 0) => {}
+                        _ => unit.load(&out.sums[rows.start..]),
+                    }
+                    match turn {
+                        0 => block.multiply::<U, S, true, false, ASKS>(unit, steps, next),
+                        _ => block.multiply::<U, S, false, false, ASKS>(unit, steps, next),
+                    }
+                    if turn + 1 < n_blocks || is_last {
+                        unit.store(&mut out.sums[rows.start..]);
+                    }
                 }
-                match turn {
-                    0 => block.multiply::<U, S, true, false, ASKS>(unit, steps, next),
-                    _ => block.multiply::<U, S, false, false, ASKS>(unit, steps, next),
-                }
-                if turn + 1 < n_blocks || run + 1 == n_runs {
-                    unit.store(sums);
+                if is_last && turn > 0 {
+                    out.take(rows_of(turn - 1));
                 }
             }
         }
+    }
+}
+
+/// Where the sums of a tile go, block by block.
+struct OfTile<'a, O> {
+    output: &'a mut O,
+    tile: usize,
+    /// The group's first row.
+    first: usize,
+    /// Those of the group.
+    sums: &'a mut [[f32; LANES]],
+}
+
+impl<O: Output> OfTile<'_, O> {
+    #[inline(always)]
+    fn prefetch(&self, rows: Range<usize>) {
+        let rows = self.first + rows.start..self.first + rows.end;
+        self.output.prefetch(self.tile, rows);
+    }
+
+    #[inline(always)]
+    fn take(&mut self, rows: Range<usize>) {
+        let first = self.first + rows.start;
+        self.output.take(self.tile, first, &mut self.sums[rows]);
     }
 }
 

@@ -54,13 +54,19 @@ impl<T> Ahead<'_, T> {
     /// Values of a line of the cache.
     const LINE: usize = 64 / size_of::<T>();
 
+    /// Asks for a line of a later step.
+    #[inline(always)]
+    fn ask_line(&self, step: usize, line: usize) {
+        let step = step.wrapping_add(Self::STEPS).wrapping_mul(self.a_step);
+        let at = step.wrapping_add(line.wrapping_mul(Self::LINE));
+        prefetch_near(self.packed, at, Self::LINE);
+    }
+
     /// Asks for one of the parts of `n_lines` of a later step, from line `from` on.
     #[inline(always)]
     fn ask(&self, step: usize, from: usize, n_lines: usize, part: usize) {
-        let step = step.wrapping_add(Self::STEPS).wrapping_mul(self.a_step);
         for line in n_lines * part / PARTS..n_lines * (part + 1) / PARTS {
-            let at = from.wrapping_add(line).wrapping_mul(Self::LINE);
-            prefetch_near(self.packed, step.wrapping_add(at), Self::LINE);
+            self.ask_line(step, from.wrapping_add(line));
         }
     }
 }
@@ -151,6 +157,8 @@ pub struct Unpacked<'a, W, const HERE: bool> {
     /// Numbered through all of the weights' tiles.
     steps: Range<usize>,
     ahead: Ahead<'a, u8>,
+    /// Lines of a step that each block asks for.
+    a_turn: usize,
 }
 
 impl<'a, W: Tiles, const HERE: bool> Unpacked<'a, W, HERE> {
@@ -173,7 +181,14 @@ impl<'a, W: Tiles, const HERE: bool> Unpacked<'a, W, HERE> {
             ring,
             steps,
             ahead: Ahead { packed, a_step },
+            a_turn: 0,
         }
+    }
+
+    /// Lines of a step.
+    #[inline(always)]
+    fn n_lines(&self) -> usize {
+        self.ahead.a_step.div_ceil(Ahead::<u8>::LINE)
     }
 
     #[inline(always)]
@@ -194,7 +209,8 @@ impl<W: Tiles, const HERE: bool> Steps for Unpacked<'_, W, HERE> {
     const RUN: usize = 6;
 
     #[inline(always)]
-    fn begin(&mut self, _: usize) {
+    fn begin(&mut self, n_blocks: usize) {
+        self.a_turn = self.n_lines().div_ceil(n_blocks);
         let n = self.ahead.a_step * Ahead::<u8>::STEPS;
         prefetch_near(self.ahead.packed, 0, n.min(self.ahead.packed.len()));
         for (step, slot) in (0..Self::AHEAD.min(self.steps.len())).zip(self.ring.iter_mut()) {
@@ -203,12 +219,13 @@ impl<W: Tiles, const HERE: bool> Steps for Unpacked<'_, W, HERE> {
         }
     }
 
-    /// All is asked for and unpacked beside the first block, since the others need it at once.
+    /// All is unpacked beside the first block, since the others need it at once. Each asks for a share of a later
+    /// step: a core has few places where it waits for memory, and those who need them wait as well.
     #[inline(always)]
     fn step<const FIRST: bool, const ONLY: bool>(
         &mut self,
         step: usize,
-        _: usize,
+        turn: usize,
         mut product: impl FnMut(&[u32; STEP_WORDS], usize),
     ) {
         const {
@@ -219,6 +236,13 @@ impl<W: Tiles, const HERE: bool> Steps for Unpacked<'_, W, HERE> {
         }
         let next = step.wrapping_add(Self::AHEAD);
         let slots = [Self::slot::<ONLY>(step), Self::slot::<ONLY>(next)];
+        let n_lines = self.n_lines();
+        if !ONLY {
+            let from = turn.wrapping_mul(self.a_turn);
+            for line in from..n_lines.min(from.wrapping_add(self.a_turn)) {
+                self.ahead.ask_line(step, line);
+            }
+        }
         if !FIRST || next >= self.steps.len() {
             let pairs = pairs(&self.ring[slots[0]]);
             product(pairs, 0);
@@ -228,10 +252,11 @@ impl<W: Tiles, const HERE: bool> Steps for Unpacked<'_, W, HERE> {
         let [from, to] = self.ring.get_disjoint_mut(slots).expect("two slots");
         let (pairs, to) = (pairs(from), pairs_mut(to));
         let block = self.steps.start.wrapping_add(next);
-        let n_lines = self.ahead.a_step.div_ceil(Ahead::<u8>::LINE);
         product(pairs, 0);
         let mut between = |part| {
-            self.ahead.ask(step, 0, n_lines, part);
+            if ONLY {
+                self.ahead.ask(step, 0, n_lines, part);
+            }
             product(pairs, part + 1);
         };
         if HERE {
