@@ -6,7 +6,7 @@
 use std::cmp::Reverse;
 use std::ops::Range;
 
-use super::amx::Place;
+use super::attended::{Attended, attended_in_blocks};
 use super::attention::{Queries, Row, attend};
 use super::buffer::{Buffer, Disjoint, bits_of, bits_of_mut};
 use super::embed::embed;
@@ -448,84 +448,6 @@ fn queries<'a>(
         exact: exec.exact,
         by_tiles: exec.in_blocks(),
         to_pairs: attended_in_blocks(exec, config),
-    }
-}
-
-/// Whether attention writes its outputs in the blocks that the next product takes: heads are whole steps.
-fn attended_in_blocks(exec: &Exec, config: &ModelConfig) -> bool {
-    exec.in_blocks() && config.head_dim.is_multiple_of(LANES)
-}
-
-/// Where attention's outputs go.
-struct Attended<'a> {
-    out: Disjoint<'a, f32>,
-    n_rows: usize,
-    /// Values of a row.
-    width: usize,
-    group: usize,
-    head_dim: usize,
-    in_blocks: bool,
-}
-
-impl<'a> Attended<'a> {
-    fn new(exec: &Exec, config: &ModelConfig, n_rows: usize, out: &'a mut [f32]) -> Self {
-        Self {
-            out: Disjoint::new(out),
-            n_rows,
-            width: config.q_width(),
-            group: config.group(),
-            head_dim: config.head_dim,
-            in_blocks: attended_in_blocks(exec, config),
-        }
-    }
-
-    fn place(&self, row: usize) -> Place {
-        Place::of(row, self.n_rows, self.width)
-    }
-
-    /// Brings what the outputs of rows under a KV head will be written to.
-    fn prefetch(&self, rows: &[Row], head: usize) {
-        let n = self.group * self.head_dim;
-        for row in rows {
-            if self.in_blocks {
-                let place = self.place(row.index);
-                for step in head * n / LANES..(head + 1) * n / LANES {
-                    let start = place.start + step * place.a_step;
-                    self.out.prefetch(start, LANES / 2);
-                }
-            } else {
-                self.out.prefetch(row.index * self.width + head * n, n);
-            }
-        }
-    }
-
-    /// Writes what [`attend`] gives of a KV head: 32 dimensions of (row, query head of its group).
-    fn writer(&self, head: usize) -> impl FnMut(usize, usize, usize, &[f32; LANES]) {
-        let mut of_row = None;
-        move |row, g, block, lanes| {
-            let at = (head * self.group + g) * self.head_dim + block * LANES;
-            // SAFETY: each (row, query head) is written by one task, once.
-            #[allow(unsafe_code, reason = "rows and heads are disjoint")]
-            let out = |start, n| unsafe { self.out.slice_mut(start, n) };
-            // As arrays: slices would be copied by a call.
-            if self.in_blocks {
-                let place = match of_row {
-                    Some((of, place)) if of == row => place,
-                    _ => self.place(row),
-                };
-                of_row = Some((row, place));
-                let out = out(place.start + at / LANES * place.a_step, LANES / 2);
-                let out: &mut [f32; LANES / 2] = out.first_chunk_mut().expect("as many");
-                *out = *lanes.first_chunk().expect("half of the lanes");
-                return;
-            }
-            let n = LANES.min(self.head_dim - block * LANES);
-            let out = out(row * self.width + at, n);
-            match out.first_chunk_mut::<LANES>() {
-                Some(out) => *out = *lanes,
-                None => out.copy_from_slice(&lanes[..n]),
-            }
-        }
     }
 }
 

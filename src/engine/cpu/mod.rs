@@ -6,6 +6,7 @@
 //! allocated in [`CpuBackend::open`]; a step allocates nothing but what rayon does.
 
 pub mod amx;
+mod attended;
 pub mod attention;
 pub mod buffer;
 pub mod calls;
