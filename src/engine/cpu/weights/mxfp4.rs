@@ -33,7 +33,8 @@ const GROUP_BYTES: usize = 2 * LANES;
 const fn stored(codes: u16) -> u16 {
     const LOWEST: u16 = 0x1111;
     let codes = codes ^ (!(codes >> 1 | codes >> 2) & LOWEST);
-    (codes & 3 * LOWEST) << 2 | codes >> 1 & 2 * LOWEST | codes >> 3 & LOWEST
+    let (lower, third, sign) = (codes & 0x3333, (codes >> 1) & 0x2222, (codes >> 3) & LOWEST);
+    lower << 2 | third | sign
 }
 
 /// The value of each code as it is kept.
@@ -130,9 +131,9 @@ pub fn pack_mxfp4_lanes(
     }
     let groups = to_codes.as_chunks_mut::<GROUP_BYTES>().0;
     for (group, out) in groups.iter_mut().enumerate() {
-        for lane in 0..LANES {
+        for (lane, words) in words.iter().enumerate() {
             let (at, _) = place(lane, 0);
-            out[at..at + 2].copy_from_slice(&words[lane][group].to_le_bytes());
+            out[at..at + 2].copy_from_slice(&words[group].to_le_bytes());
         }
     }
 }

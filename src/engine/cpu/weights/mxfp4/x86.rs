@@ -168,7 +168,7 @@ const HIGH_BYTES: [u8; 64] = {
         if value != 0.0 {
             let bits = (value.to_bits() >> 16) as u16 + (EXPONENT << 7);
             assert!(
-                bits & 0xFF == (i as u16 % 16 >> 2) << 6,
+                bits & 0xFF == (i as u16 / 4 % 4) << 6,
                 "the lower byte is in the code"
             );
             bytes[i] = (bits >> 8) as u8;
