@@ -403,8 +403,8 @@ impl Rows<'_> {
     /// Several blocks with a tile. Its steps are taken in runs, each by all blocks: in turn from the first to the
     /// last and back, so that the sums of the one a run ends with stay where they are for the next.
     ///
-    /// A block's sums are taken behind the products of the block after it, which they leave the registers'
-    /// instructions to.
+    /// A block's sums are taken when the next block's products are under way: the one is for the unit, the other
+    /// for the ports of registers.
     #[inline(always)]
     fn multiply_blocks<U: TileUnit, S: Steps, const ASKS: usize>(
         &self,
