@@ -13,8 +13,9 @@ use super::super::gemm::MAX_QUERIES;
 use super::super::lanes::LANES;
 use super::super::path::{CpuPath, on_each_path};
 use super::super::weights::PairedBlock;
+use super::blocks::join_steps;
 use super::unit::{self, TileUnit};
-use super::{BLOCK_ROWS, STEP_K, STEP_PAIRS, join_steps};
+use super::{BLOCK_ROWS, STEP_K, STEP_PAIRS};
 
 /// Whether attention by heads of so many dimensions can be done here: they are whole tiles.
 pub fn takes_heads(head_dim: usize) -> bool {

@@ -4,7 +4,7 @@
 
 #![allow(clippy::print_stderr, reason = "a test that cannot run says so")]
 
-use super::super::gemm;
+use super::super::gemm::{self, RowSets};
 use super::super::matmul::{self, Epilogue, Projection};
 use super::super::moe_matmul::{self, Experts};
 use super::super::rmsnorm;
