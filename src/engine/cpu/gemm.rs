@@ -412,45 +412,30 @@ fn fused<W: Tiles>(
 }
 
 /// Tiles of one task of a product of `n_sets` sets of about `n_rows` rows, each with `n_tiles` tiles: enough
-/// products to be worth a task, few enough for all threads to work.
+/// products to be worth a task, few enough for all threads to work. Of products of tiles, where rows are brought
+/// once for all of a task's, tasks are as large as leaves `a_thread` of them to a thread.
 pub fn tiles_a_task(
     exec: &Exec,
     weights: &Matrix,
     n_tiles: usize,
     n_sets: usize,
     n_rows: usize,
+    a_thread: usize,
 ) -> usize {
     /// Products that take some ten microseconds.
     const WORTH: usize = 1 << 20;
     /// Tiles for which rows come from the second-level cache all but the first time.
     const MANY: usize = 8;
-    /// Tasks of a thread, where sets are of unequal size.
-    const A_THREAD: usize = 32;
     let n_k = weights.n_k();
     let n_threads = rayon::current_num_threads();
     let worth = WORTH.div_ceil((n_rows * n_k * LANES).max(1));
     let for_all_threads = n_tiles / (4 * n_threads).max(1);
     let many = worth.clamp(1, MANY).max(for_all_threads.min(MANY)).max(1);
-    if Products::of(exec.path, exec.exact) != Products::Tiles {
-        return many;
-    }
-    if n_rows > GROUP_ROWS {
-        return many.min(tiles_that_stay(weights));
-    }
-    // No tile is met twice.
-    let of_sets = n_sets * n_tiles / (A_THREAD * n_threads).max(1);
-    if n_sets > 1 {
+    let by_tiles = Products::of(exec.path, exec.exact) == Products::Tiles;
+    if by_tiles && (n_sets > 1 || n_rows > GROUP_ROWS) {
+        let of_sets = n_sets * n_tiles / (a_thread * n_threads).max(1);
         many.max(of_sets).min(n_tiles)
     } else {
         many
     }
-}
-
-/// Tiles that stay in the second-level cache beside a group of rows of bf16, for the next group: where there
-/// is AMX it has 2 MiB.
-fn tiles_that_stay(weights: &Matrix) -> usize {
-    const ROOM: usize = 3 << 19;
-    let n_k = weights.n_k();
-    let rows = GROUP_ROWS * n_k * 2;
-    (ROOM.saturating_sub(rows) / Matrix::tile_bytes(weights.format(), n_k)).max(2)
 }

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use super::amx;
 use super::buffer::Disjoint;
 use super::calls::Op;
 use super::gemm::{Exec, Inputs, Output, RowSets, Rows, multiply, tiles_a_task};
@@ -40,9 +41,10 @@ fn add(out: &mut [f32], values: &[f32]) {
     }
 }
 
-/// Sums on their way into columns of `out` `[n_rows, n_out]`.
+/// Sums on their way into columns of `out` `[n_rows, n_out]`, of the rows from `first` on.
 struct Columns<'a> {
     weights: &'a Projection,
+    first: usize,
     into: Epilogue,
     out: &'a Disjoint<'a, f32>,
 }
@@ -51,8 +53,8 @@ impl Output for Columns<'_> {
     #[inline(always)]
     fn prefetch(&self, tile: usize, rows: Range<usize>) {
         for row in rows {
-            self.out
-                .prefetch(row * self.weights.n_out + tile * LANES, LANES);
+            let start = (self.first + row) * self.weights.n_out + tile * LANES;
+            self.out.prefetch(start, LANES);
         }
     }
 
@@ -61,15 +63,19 @@ impl Output for Columns<'_> {
         let n_out = self.weights.n_out;
         let start = tile * LANES;
         let n = LANES.min(n_out - start);
-        let bias = self.weights.bias.as_ref();
-        let bias = bias.map_or([0.0; LANES], |bias| bias.lanes::<LANES>(start));
+        // No `map_or`, which would be a call.
+        let bias = match &self.weights.bias {
+            Some(bias) => bias.lanes::<LANES>(start),
+            None => [0.0; LANES],
+        };
         for (i, lanes) in sums.iter_mut().enumerate() {
             for lane in 0..LANES {
                 lanes[lane] += bias[lane];
             }
+            let row = self.first + first + i;
             // SAFETY: each (row, tile) is taken once, by one task.
             #[allow(unsafe_code, reason = "tiles are disjoint columns")]
-            let out = unsafe { self.out.slice_mut((first + i) * n_out + start, n) };
+            let out = unsafe { self.out.slice_mut(row * n_out + start, n) };
             match (self.into, out.first_chunk_mut::<LANES>()) {
                 (Epilogue::Store, Some(out)) => *out = *lanes,
                 (Epilogue::Store, None) => out.copy_from_slice(&lanes[..n]),
@@ -90,31 +96,49 @@ pub fn matmul(
     into: Epilogue,
     out: &mut [f32],
 ) {
+    /// Tasks of a thread, all alike.
+    const A_THREAD: usize = 8;
     let (n_k, n_out) = (weights.tiles.n_k(), weights.n_out);
     let n_tiles = weights.tiles.n_tiles() - first_tile;
     assert!(out.len() >= n_rows * n_out, "output too short");
     exec.calls.count(Op::Matmul, weights.tiles.format());
     let out = Disjoint::new(out);
-    let a_task = tiles_a_task(exec, &weights.tiles, n_tiles, 1, n_rows);
-    let rows = RowSets {
-        n_k,
-        offsets: &[0, n_rows as u32],
-        start: &|row| row * n_k,
+    let a_group = match exec.in_blocks() {
+        true => amx::group_rows(n_rows, n_k).min(n_rows),
+        false => n_rows,
     };
+    let n_groups = n_rows.div_ceil(a_group.max(1));
+    let a_task = tiles_a_task(exec, &weights.tiles, n_tiles, n_groups, a_group, A_THREAD);
+    let n_parts = n_tiles.div_ceil(a_task);
+    let start = |row: usize| row * n_k;
     let product = |x: Inputs| {
-        for_each_in_turn(n_tiles.div_ceil(a_task), |task| {
-            let first = first_tile + task * a_task;
-            let tiles = first..(first + a_task).min(first_tile + n_tiles);
+        for_each_in_turn(n_groups * n_parts, |task| {
+            let first = task / n_parts * a_group;
+            let rows = RowSets {
+                n_k,
+                offsets: &[first, n_rows.min(first + a_group)].map(|row| row as u32),
+                start: &start,
+            };
             let output = Columns {
                 weights,
+                first,
                 into,
                 out: &out,
             };
+            let first = first_tile + task % n_parts * a_task;
+            let tiles = first..(first + a_task).min(first_tile + n_tiles);
             multiply(exec, &weights.tiles, tiles, x, &rows, 0, output);
         });
     };
     match x {
-        Rows::Values(x) => exec.with_inputs(Rows::Values(&x[..n_rows * n_k]), &rows, product),
+        Rows::Values(x) => {
+            let rows = RowSets {
+                n_k,
+                offsets: &[0, n_rows as u32],
+                start: &start,
+            };
+            exec.with_inputs(Rows::Values(&x[..n_rows * n_k]), &rows, product);
+        }
         Rows::Blocks(x, n) => {
             assert_eq!(n, n_rows, "the rows of the blocks");
             product(Inputs::Blocks(x));

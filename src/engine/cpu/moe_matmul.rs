@@ -120,49 +120,73 @@ struct GateUp<'a> {
 }
 
 impl GateUp<'_> {
-    /// Where a tile's values of some rows go: `place(row, start)`.
+    /// The first of a tile's values.
     #[inline(always)]
-    fn places(&self, tile: usize, rows: Range<usize>, mut place: impl FnMut(usize, usize)) {
+    fn column(&self, tile: usize) -> usize {
+        (tile - self.of.base) * PAIRS
+    }
+
+    /// Where a tile's values of a block's first row go.
+    #[inline(always)]
+    fn start_of(&self, tile: usize, rows: &Range<usize>) -> usize {
+        let first = self.of.n_before + rows.start;
         let intermediate = self.experts.intermediate();
-        let first = (tile - self.of.base) * PAIRS;
-        if self.in_blocks {
-            let start = self.of.n_before + rows.start;
-            return amx::places(start, rows.len(), intermediate, first, place);
-        }
-        for (row, &entry) in self.of.entries[rows].iter().enumerate() {
-            place(row, entry as usize * intermediate + first);
-        }
+        amx::start_of(first, rows.len(), intermediate, self.column(tile))
+    }
+
+    /// Where those of a row by itself go.
+    #[inline(always)]
+    fn start_of_row(&self, tile: usize, row: usize) -> usize {
+        let entry = self.of.entries[row] as usize;
+        entry * self.experts.intermediate() + self.column(tile)
     }
 }
 
 impl Output for GateUp<'_> {
     #[inline(always)]
     fn prefetch(&self, tile: usize, rows: Range<usize>) {
-        self.places(tile, rows, |_, start| self.act.prefetch(start, PAIRS));
+        if self.in_blocks {
+            // Of two tiles that share lines the first brings them.
+            if (tile - self.of.base).is_multiple_of(2) {
+                let start = self.start_of(tile, &rows);
+                for row in 0..rows.len() {
+                    self.act.prefetch(start + row * amx::STEP_PAIRS, PAIRS / 2);
+                }
+            }
+        } else {
+            for row in rows {
+                self.act.prefetch(self.start_of_row(tile, row), PAIRS);
+            }
+        }
     }
 
+    // With arrays, and without closures: they, and slices' copies, would be calls.
     #[inline(always)]
     fn take(&mut self, tile: usize, first: usize, sums: &mut [[f32; LANES]]) {
         let bias = self.experts.gate_up_bias.lanes::<LANES>(tile * LANES);
         let (path, limit) = (self.exec.path, self.limit);
         if self.in_blocks {
             swiglu::swiglu_to_bf16(path, limit, &bias, sums);
+            let start = self.start_of(tile, &(first..first + sums.len()));
+            for (row, lanes) in sums.iter().enumerate() {
+                let start = start + row * amx::STEP_PAIRS;
+                // SAFETY: each (entry, tile) is taken once, by one task.
+                #[allow(unsafe_code, reason = "entries and tiles are disjoint")]
+                let out = unsafe { self.act.slice_mut(start, PAIRS / 2) };
+                let out: &mut [f32; PAIRS / 2] = out.first_chunk_mut().expect("as many");
+                *out = *lanes.first_chunk().expect("a quarter of the lanes");
+            }
         } else {
             swiglu::swiglu(path, limit, self.exec.exact, &bias, sums);
-        }
-        self.places(tile, first..first + sums.len(), |row, start| {
-            // SAFETY: each (entry, tile) is taken once, by one task.
-            #[allow(unsafe_code, reason = "entries and tiles are disjoint")]
-            let out = |n| unsafe { self.act.slice_mut(start, n) };
-            // Arrays: slices would be copied by a call.
-            if self.in_blocks {
-                let out: &mut [f32; PAIRS / 2] = out(PAIRS / 2).first_chunk_mut().expect("as many");
-                *out = *sums[row].first_chunk().expect("a quarter of the lanes");
-            } else {
-                let out: &mut [f32; PAIRS] = out(PAIRS).first_chunk_mut().expect("as many");
-                *out = *sums[row].first_chunk().expect("half of the lanes");
+            for (row, lanes) in sums.iter().enumerate() {
+                let start = self.start_of_row(tile, first + row);
+                // SAFETY: each (entry, tile) is taken once, by one task.
+                #[allow(unsafe_code, reason = "entries and tiles are disjoint")]
+                let out = unsafe { self.act.slice_mut(start, PAIRS) };
+                let out: &mut [f32; PAIRS] = out.first_chunk_mut().expect("as many");
+                *out = *lanes.first_chunk().expect("half of the lanes");
             }
-        });
+        }
     }
 }
 
@@ -192,10 +216,10 @@ impl Output for Down<'_> {
     fn take(&mut self, tile: usize, first: usize, sums: &mut [[f32; LANES]]) {
         let bias = self.experts.down_bias.lanes::<LANES>(tile * LANES);
         let entries = &self.of.entries[first..first + sums.len()];
-        for (&entry, lanes) in entries.iter().zip(sums) {
+        for (row, lanes) in sums.iter().enumerate() {
             // SAFETY: each (entry, tile) is taken once, by one task.
             #[allow(unsafe_code, reason = "entries and tiles are disjoint")]
-            let out = unsafe { self.y.slice_mut(self.start(entry, tile), LANES) };
+            let out = unsafe { self.y.slice_mut(self.start(entries[row], tile), LANES) };
             let out: &mut [f32; LANES] = out.first_chunk_mut().expect("as many");
             for lane in 0..LANES {
                 out[lane] = lanes[lane] + bias[lane];
@@ -213,6 +237,8 @@ fn grouped<'a, O: Output>(
     x: Inputs,
     output: impl Fn(OfExpert<'a>) -> O + Sync + Send,
 ) {
+    /// Tasks of a thread: many, since experts have unequal numbers of rows.
+    const A_THREAD: usize = 32;
     exec.calls.count(Op::MoeMatmul, weights.format());
     let n_tiles = weights.n_tiles() / routing.n_experts;
     let n_entries = routing.n_rows * routing.n_experts_per_token;
@@ -220,7 +246,7 @@ fn grouped<'a, O: Output>(
         .filter(|&expert| !routing.of_expert(expert).is_empty())
         .count();
     let mean_rows = n_entries.div_ceil(routing.n_experts);
-    let a_task = tiles_a_task(exec, weights, n_tiles, n_hit, mean_rows);
+    let a_task = tiles_a_task(exec, weights, n_tiles, n_hit, mean_rows, A_THREAD);
     let n_tasks = n_tiles.div_ceil(a_task);
     for_each_in_turn(routing.n_experts * n_tasks, |task| {
         let (expert, part) = (task / n_tasks, task % n_tasks);

@@ -3,10 +3,25 @@
 use std::ops::Range;
 
 use super::super::buffer::Disjoint;
-use super::super::gemm::{GROUP_ROWS, RowSets};
+use super::super::gemm::RowSets;
 use super::super::lanes::for_each;
 use super::super::path::{CpuPath, on_each_path};
 use super::{BLOCK_ROWS, STEP_K, STEP_PAIRS};
+
+/// Rows of a group, at most: as many as weights are read once for.
+pub const GROUP_ROWS: usize = 256;
+
+/// Rows of each group of a set: as many in all but the last. A group stays in the second-level cache while tiles
+/// of weights pass by, so that each comes from memory once for all of its rows, and the rows once for all tiles
+/// of a task.
+#[inline]
+pub fn group_rows(n_rows: usize, n_k: usize) -> usize {
+    /// Bytes of it: where there is AMX the cache has 2 MiB.
+    const ROOM: usize = 3 << 19;
+    let most = (ROOM / (2 * n_k)).clamp(BLOCK_ROWS, GROUP_ROWS) / BLOCK_ROWS * BLOCK_ROWS;
+    let a_group = n_rows.div_ceil(n_rows.div_ceil(most).max(1));
+    a_group.next_multiple_of(BLOCK_ROWS).max(BLOCK_ROWS)
+}
 
 /// Rows of each block of a group: as many in all but the last, of which as many are read.
 #[inline]
@@ -39,7 +54,8 @@ fn each_part(
     const FEW: usize = 1 << 15;
     let n_k = rows.n_k;
     let n_steps = n_k / STEP_K;
-    let (n_groups, n_parts) = (rows.n_rows().div_ceil(GROUP_ROWS), n_steps.div_ceil(PART));
+    let n_groups = |n_rows: usize| n_rows.div_ceil(group_rows(n_rows, n_k));
+    let (n_groups, n_parts) = (n_groups(rows.n_rows()), n_steps.div_ceil(PART));
     let n_tasks = rows.n_sets() * n_groups * n_parts;
     let blocks = Disjoint::new(blocks);
     let one_by_one = if rows.n_rows() * n_k <= FEW {
@@ -50,11 +66,12 @@ fn each_part(
     for_each(n_tasks, one_by_one, |task| {
         let (set, steps) = (task / n_parts / n_groups, task % n_parts * PART);
         let set = rows.of_set(set);
-        let group = set.start + task / n_parts % n_groups * GROUP_ROWS;
+        let a_group = group_rows(set.len(), n_k);
+        let group = set.start + task / n_parts % n_groups * a_group;
         if group >= set.end {
             return;
         }
-        let end = set.end.min(group + GROUP_ROWS);
+        let end = set.end.min(group + a_group);
         let steps = steps..n_steps.min(steps + PART);
         let a_block = block_rows(end - group);
         for first in (group..end).step_by(a_block) {
@@ -69,24 +86,11 @@ fn each_part(
     });
 }
 
-/// Where 16 values of each row of a group lie in its blocks, the values from `k` on: `place(row of the group,
-/// word)`. The group's rows are those from `first` on.
+/// The word where the values from `k` on of a block's first row lie, of `n_rows` rows from row `first` of all sets
+/// on; those of each other row lie [`STEP_PAIRS`] words behind.
 #[inline(always)]
-pub fn places(
-    first: usize,
-    n_rows: usize,
-    n_k: usize,
-    k: usize,
-    mut place: impl FnMut(usize, usize),
-) {
-    let a_block = block_rows(n_rows);
-    for block in (0..n_rows).step_by(a_block) {
-        let n = a_block.min(n_rows - block);
-        let start = (first + block) * n_k / 2 + k / STEP_K * n * STEP_PAIRS + k % STEP_K / 2;
-        for i in 0..n {
-            place(block + i, start + i * STEP_PAIRS);
-        }
-    }
+pub fn start_of(first: usize, n_rows: usize, n_k: usize, k: usize) -> usize {
+    first * n_k / 2 + k / STEP_K * n_rows * STEP_PAIRS + k % STEP_K / 2
 }
 
 /// Where a row lies in the blocks of a set.
@@ -102,8 +106,9 @@ impl Place {
     /// Of a row of a set of `n_rows` rows of `n_k` values, whose blocks begin at word 0.
     #[inline(always)]
     pub fn of(row: usize, n_rows: usize, n_k: usize) -> Self {
-        let group = row / GROUP_ROWS * GROUP_ROWS;
-        let of_group = GROUP_ROWS.min(n_rows - group);
+        let a_group = group_rows(n_rows, n_k);
+        let group = row / a_group * a_group;
+        let of_group = a_group.min(n_rows - group);
         let a_block = block_rows(of_group);
         let block = (row - group) / a_block * a_block;
         let n = a_block.min(of_group - block);

@@ -30,15 +30,15 @@ mod tests;
 
 use std::ops::Range;
 
-use super::gemm::{Exec, GROUP_ROWS, Output, Scratch};
+use super::gemm::{Exec, Output, Scratch};
 use super::lanes::LANES;
 use super::path::CpuPath;
 use super::weights::{PARTS, Tiles, prefetch, prefetch_near};
-use blocks::block_rows;
+use blocks::{GROUP_ROWS, block_rows};
 use steps::{LINE_WORDS, Packed, Steps, Unpacked};
 use unit::TileUnit;
 
-pub use blocks::{Place, gather, join, places};
+pub use blocks::{Place, gather, group_rows, join, start_of};
 pub use held::{join_rows, multiply_held, pair_rows, takes_heads};
 pub use rate::multiply_from_cache;
 pub use unit::is_available;
@@ -47,7 +47,7 @@ pub use unit::is_available;
 const STEP_K: usize = 32;
 
 /// Pairs of a row in an A: 64 bytes.
-const STEP_PAIRS: usize = STEP_K / 2;
+pub const STEP_PAIRS: usize = STEP_K / 2;
 
 /// Rows of an A.
 const BLOCK_ROWS: usize = 16;
@@ -130,11 +130,12 @@ impl<W: Tiles> Product<'_, W> {
     ) {
         let (weights, tiles) = (self.weights, &self.tiles);
         let n_steps = weights.n_k() / STEP_K;
-        for group in (0..self.rows.len()).step_by(GROUP_ROWS) {
-            let n = GROUP_ROWS.min(self.rows.len() - group);
+        let a_group = |rows: &Range<usize>| group_rows(rows.len(), weights.n_k());
+        for group in (0..self.rows.len()).step_by(a_group(&self.rows)) {
+            let n = a_group(&self.rows).min(self.rows.len() - group);
             let of_rows = |row: usize| row * n_steps * STEP_PAIRS;
             let next = match group + n == self.rows.len() {
-                true => self.next.start..self.next.end.min(self.next.start + GROUP_ROWS),
+                true => self.next.start..self.next.end.min(self.next.start + a_group(&self.next)),
                 false => 0..0,
             };
             let rows = Rows {
@@ -147,7 +148,7 @@ impl<W: Tiles> Product<'_, W> {
             let sums = &mut scratch.sums;
             match weights.packed_pairs(tiles.start) {
                 Some((words, a_tile)) => {
-                    let packed = Packed::new(&words[..tiles.len() * a_tile], group == 0);
+                    let packed = Packed::new(&words[..tiles.len() * a_tile]);
                     rows.multiply(&unit, packed, tiles, sums, group, &mut output);
                 }
                 None => {

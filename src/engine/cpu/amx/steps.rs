@@ -62,11 +62,21 @@ impl<T> Ahead<'_, T> {
         prefetch_near(self.packed, at, Self::LINE);
     }
 
-    /// Asks for one of the parts of `n_lines` of a later step, from line `from` on.
+    /// Asks for one of the parts of a later step's `n_lines`.
     #[inline(always)]
-    fn ask(&self, step: usize, from: usize, n_lines: usize, part: usize) {
+    fn ask_part(&self, step: usize, part: usize, n_lines: usize) {
         for line in n_lines * part / PARTS..n_lines * (part + 1) / PARTS {
-            self.ask_line(step, from.wrapping_add(line));
+            self.ask_line(step, line);
+        }
+    }
+
+    /// Asks for a block's share of them, `a_turn`: one behind the other's, so that memory answers at a steady pace.
+    /// A core has few places where it waits for memory, and those who need them wait as well.
+    #[inline(always)]
+    fn ask_turn(&self, step: usize, turn: usize, a_turn: usize, n_lines: usize) {
+        let from = turn.wrapping_mul(a_turn);
+        for line in from..n_lines.min(from.wrapping_add(a_turn)) {
+            self.ask_line(step, line);
         }
     }
 }
@@ -75,38 +85,24 @@ impl<T> Ahead<'_, T> {
 pub struct Packed<'a> {
     steps: &'a [[u32; STEP_WORDS]],
     ahead: Ahead<'a, u32>,
-    /// Whether they come from memory: for another group of rows they are in the second-level cache.
-    is_far: bool,
-    n_blocks: usize,
+    /// Lines of a step that each block asks for.
+    a_turn: usize,
 }
 
 impl<'a> Packed<'a> {
+    /// Lines of a step.
+    const LINES: usize = STEP_WORDS / Ahead::<u32>::LINE;
+
     #[inline(always)]
-    pub fn new(words: &'a [u32], is_far: bool) -> Self {
+    pub fn new(words: &'a [u32]) -> Self {
         Self {
             steps: words.as_chunks().0,
             ahead: Ahead {
                 packed: words,
                 a_step: STEP_WORDS,
             },
-            is_far,
-            n_blocks: 1,
+            a_turn: 0,
         }
-    }
-
-    #[inline(always)]
-    fn step_with<const LINES: usize>(
-        &self,
-        step: usize,
-        turn: usize,
-        mut product: impl FnMut(&[u32; STEP_WORDS], usize),
-    ) {
-        let (pairs, from) = (&self.steps[step], turn.wrapping_mul(LINES));
-        product(pairs, 0);
-        in_parts!(part => {
-            self.ahead.ask(step, from, LINES, part);
-            product(pairs, part + 1);
-        });
     }
 }
 
@@ -114,26 +110,27 @@ impl Steps for Packed<'_> {
     const RUN: usize = 10;
 
     fn begin(&mut self, n_blocks: usize) {
-        self.n_blocks = n_blocks;
+        self.a_turn = Self::LINES.div_ceil(n_blocks);
     }
 
-    /// Each block asks for a share of a step, one behind the other's, so that memory answers at a steady pace:
-    /// as many lines as there are parts, or twice as many. Where that is more than all, what is too much is asked
-    /// for a second time.
     #[inline(always)]
     fn step<const FIRST: bool, const ONLY: bool>(
         &mut self,
         step: usize,
         turn: usize,
-        product: impl FnMut(&[u32; STEP_WORDS], usize),
+        mut product: impl FnMut(&[u32; STEP_WORDS], usize),
     ) {
-        const LINES: usize = STEP_WORDS / Ahead::<u32>::LINE;
-        match (ONLY, self.is_far, self.n_blocks * PARTS < LINES) {
-            (true, _, _) => self.step_with::<LINES>(step, turn, product),
-            (_, true, true) => self.step_with::<{ 2 * PARTS }>(step, turn, product),
-            (_, true, false) => self.step_with::<PARTS>(step, turn, product),
-            (_, false, _) => self.step_with::<0>(step, turn, product),
+        let pairs = &self.steps[step];
+        if !ONLY {
+            self.ahead.ask_turn(step, turn, self.a_turn, Self::LINES);
         }
+        product(pairs, 0);
+        in_parts!(part => {
+            if ONLY {
+                self.ahead.ask_part(step, part, Self::LINES);
+            }
+            product(pairs, part + 1);
+        });
     }
 }
 
@@ -219,8 +216,7 @@ impl<W: Tiles, const HERE: bool> Steps for Unpacked<'_, W, HERE> {
         }
     }
 
-    /// All is unpacked beside the first block, since the others need it at once. Each asks for a share of a later
-    /// step: a core has few places where it waits for memory, and those who need them wait as well.
+    /// All is unpacked beside the first block, since the others need it at once.
     #[inline(always)]
     fn step<const FIRST: bool, const ONLY: bool>(
         &mut self,
@@ -238,10 +234,7 @@ impl<W: Tiles, const HERE: bool> Steps for Unpacked<'_, W, HERE> {
         let slots = [Self::slot::<ONLY>(step), Self::slot::<ONLY>(next)];
         let n_lines = self.n_lines();
         if !ONLY {
-            let from = turn.wrapping_mul(self.a_turn);
-            for line in from..n_lines.min(from.wrapping_add(self.a_turn)) {
-                self.ahead.ask_line(step, line);
-            }
+            self.ahead.ask_turn(step, turn, self.a_turn, n_lines);
         }
         if !FIRST || next >= self.steps.len() {
             let pairs = pairs(&self.ring[slots[0]]);
@@ -255,7 +248,7 @@ impl<W: Tiles, const HERE: bool> Steps for Unpacked<'_, W, HERE> {
         product(pairs, 0);
         let mut between = |part| {
             if ONLY {
-                self.ahead.ask(step, 0, n_lines, part);
+                self.ahead.ask_part(step, part, n_lines);
             }
             product(pairs, part + 1);
         };

@@ -106,6 +106,10 @@ fn amx_rows_of_all_counts_are_the_models_sums() {
         (97, 416, 3),
         (97, 32, 2),
         (230, 96, 5),
+        // Several groups of rows.
+        (257, 96, 2),
+        (600, 64, 5),
+        (400, 4096, 1),
     ] {
         let x = values(&mut random, n_rows * n_k);
         let mut expected = Vec::new();
@@ -141,7 +145,7 @@ fn amx_rows_of_all_counts_are_the_models_sums() {
 fn amx_row_does_not_depend_on_its_mates() {
     let exec = exec();
     let mut random = Random(22);
-    let (n_rows, n_k, n_tiles) = (107, 288, 3);
+    let (n_rows, n_k, n_tiles) = (275, 288, 3);
     let x = values(&mut random, n_rows * n_k);
     for tiles in formats(&mut random, n_tiles, n_k) {
         let weights = Projection {
@@ -150,7 +154,7 @@ fn amx_row_does_not_depend_on_its_mates() {
             bias: None,
         };
         let all = multiplied(&exec, &weights, &x, n_rows);
-        for n in [1, 5, 16, 17, 31, 33, 96] {
+        for n in [1, 5, 16, 17, 31, 33, 96, 257] {
             for first in [0, 40, n_rows - n] {
                 let first = first.min(n_rows - n);
                 let some = multiplied(&exec, &weights, &x[first * n_k..][..n * n_k], n);
@@ -159,7 +163,7 @@ fn amx_row_does_not_depend_on_its_mates() {
             }
         }
         // Neighbours that are no numbers, in the same block and behind it.
-        for row in [0, 40, 96, n_rows - 1] {
+        for row in [0, 40, 96, 144, n_rows - 1] {
             let mut among = vec![f32::NAN; n_rows * n_k];
             among[row * n_k..][..n_k].copy_from_slice(&x[row * n_k..][..n_k]);
             let got = multiplied(&exec, &weights, &among, n_rows);
@@ -244,6 +248,7 @@ fn amx_driver_gives_the_models_sums_on_any_cpu() {
         (40, 16, 416, 2),
         (97, 97, 96, 4),
         (200, 130, 256, 1),
+        (700, 600, 96, 2),
     ] {
         let x = values(&mut random, n_rows * n_k);
         let matrices = formats(&mut random, n_tiles, n_k);
@@ -269,12 +274,12 @@ fn amx_driver_gives_the_models_sums_on_any_cpu() {
 #[test]
 fn amx_places_are_where_rows_are_joined() {
     // Values that bf16 holds: their numbers in the upper half.
-    let (n_k, n_rows) = (96, 250);
+    let (n_k, n_rows) = (96, 450);
     let number = |row: usize, k: usize| (row * n_k + k) as u32 + 1;
     let x: Vec<f32> = (0..n_rows * n_k)
         .map(|i| f32::from_bits(number(i / n_k, i % n_k) << 16))
         .collect();
-    let offsets = [0u32, 0, 1, 18, 50, 146, 250];
+    let offsets = [0u32, 0, 1, 18, 50, 146, 450];
     let rows = RowSets {
         n_k,
         offsets: &offsets,
@@ -285,17 +290,21 @@ fn amx_places_are_where_rows_are_joined() {
     let mut n_seen = 0;
     for set in 0..rows.n_sets() {
         let set = rows.of_set(set);
-        for group in set.clone().step_by(GROUP_ROWS) {
-            let n = GROUP_ROWS.min(set.end - group);
-            for k in (0..n_k).step_by(16) {
-                places(group, n, n_k, k, |row, start| {
+        let a_group = group_rows(set.len(), n_k);
+        for group in set.clone().step_by(a_group) {
+            let end = set.end.min(group + a_group);
+            let a_block = block_rows(end - group);
+            for first in (group..end).step_by(a_block) {
+                let n = a_block.min(end - first);
+                for (row, k) in (0..n).flat_map(|row| [0, 16, 32, 48, 64, 80].map(|k| (row, k))) {
+                    let start = start_of(first, n, n_k, k) + row * STEP_PAIRS;
                     for pair in 0..8 {
                         let word = blocks[start + pair];
-                        let [even, odd] = [0, 1].map(|i| number(group + row, k + 2 * pair + i));
-                        assert_eq!(word, even | odd << 16, "row {row} of {group}, k {k}");
+                        let [even, odd] = [0, 1].map(|i| number(first + row, k + 2 * pair + i));
+                        assert_eq!(word, even | odd << 16, "row {row} of {first}, k {k}");
                     }
                     n_seen += 16;
-                });
+                }
             }
         }
     }
@@ -365,9 +374,12 @@ fn amx_scattered_experts_are_the_models_sums() {
                 let rows = &mut [std::array::from_fn(|lane| {
                     model(&base.gate_up, at, lane, x)
                 })];
-                swiglu::swiglu(exec.path, LIMIT, false, &bias, rows);
-                expected_act[entry * intermediate + tile * PAIRS..][..PAIRS]
-                    .copy_from_slice(&rows[0][..PAIRS]);
+                swiglu::swiglu_to_bf16(exec.path, LIMIT, &bias, rows);
+                let act = &mut expected_act[entry * intermediate + tile * PAIRS..][..PAIRS];
+                for (pair, act) in rows[0].iter().zip(act.as_chunks_mut().0) {
+                    let bits = pair.to_bits();
+                    *act = [bits << 16, bits & 0xFFFF_0000].map(f32::from_bits);
+                }
             }
             let act = &act[entry * intermediate..][..intermediate];
             for o in 0..hidden {
