@@ -27,6 +27,7 @@ use crate::engine::TILE_KEYS;
 use crate::quant::bf16;
 use softmax::{
     States, decay_all, decay_and_add, finish, finish_to_pairs, fold, fold_outputs, softmax_tile,
+    softmax_to_pairs,
 };
 
 /// A row that is attended.
@@ -226,36 +227,58 @@ fn attend_tile<E: KvElement>(
     let in_pairs = E::as_bf16(keys).zip(E::as_bf16(values));
     let in_pairs = in_pairs.filter(|_| queries.by_tiles && amx::takes_heads(head_dim));
     let all = from * group..to * group;
-    if let Some((keys, _)) = in_pairs {
+    let mut decay = [0.0; MAX_QUERIES];
+    if let Some((keys, values)) = in_pairs {
+        let n = all.len();
         let halves = first_key / LANES..end_key.div_ceil(LANES);
         let tiles = scratch.tile_pairs.as_chunks_mut().0;
-        let tiles = &mut tiles[..halves.len() * head_dim / LANES];
-        amx::pair_rows(path, keys, TILE_KEYS, 0, halves.clone(), tiles);
+        let of_keys = &mut tiles[..halves.len() * head_dim / LANES];
+        amx::pair_rows(path, keys, TILE_KEYS, 0, halves.clone(), of_keys);
         let n_queries = queries.rows.len() * group;
         let sums = &mut scratch.scores.as_chunks_mut().0[halves.start * MAX_QUERIES + all.start..];
-        amx::multiply_held(
-            &scratch.q_pairs,
-            n_queries,
-            all.clone(),
-            tiles,
-            head_dim,
-            sums,
-        );
-    } else {
-        let keys = unpack(path, keys, &mut scratch.keys);
-        for half in first_key / LANES..end_key.div_ceil(LANES) {
-            let scores = &mut lanes_of(&mut scratch.scores, half)[all.clone()];
-            scores.fill([0.0; LANES]);
-            let starts = &starts.q[all.clone()];
-            let keys = &keys[half * LANES..];
-            fma_chain(path, scores, keys, TILE_KEYS, queries.q, starts, head_dim);
+        let q = &scratch.q_pairs;
+        amx::multiply_held(q, n_queries, all.clone(), of_keys, head_dim, sums);
+        let mut bits = [0; MAX_QUERIES];
+        for (row, bits) in rows.iter().zip(bits.chunks_exact_mut(group)) {
+            let (low, high) = seen(row);
+            bits.fill(u64::MAX >> (TILE_KEYS - (high - low)) << low);
         }
+        let (scores_low, scores_high) = scratch.scores.split_at(MAX_QUERIES * LANES);
+        let p_pairs = &mut scratch.p_pairs[..n * TILE_KEYS / 2];
+        softmax_to_pairs(
+            path,
+            [scores_low, scores_high].map(|scores| &scores.as_chunks().0[all.clone()]),
+            &bits[..n],
+            scale,
+            &mut split.max[all.clone()],
+            &mut split.sum[all.clone()],
+            &mut decay[..n],
+            &mut scratch.probabilities.as_chunks_mut::<TILE_KEYS>().0[..n],
+            p_pairs,
+        );
+        amx::pair_rows(path, values, padded, first_key, 0..padded / LANES, tiles);
+        let sums = scratch.values.as_chunks_mut().0;
+        amx::multiply_held(p_pairs, n, 0..n, tiles, TILE_KEYS, sums);
+        for block in 0..padded / LANES {
+            let out = &mut lanes_of(&mut scratch.split, block)[all.clone()];
+            let sums = &lanes_of(&mut scratch.values, block)[..n];
+            decay_and_add(path, &decay[..n], sums, out);
+        }
+        return;
     }
+    let keys = unpack(path, keys, &mut scratch.keys);
+    for half in first_key / LANES..end_key.div_ceil(LANES) {
+        let scores = &mut lanes_of(&mut scratch.scores, half)[all.clone()];
+        scores.fill([0.0; LANES]);
+        let starts = &starts.q[all.clone()];
+        let keys = &keys[half * LANES..];
+        fma_chain(path, scores, keys, TILE_KEYS, queries.q, starts, head_dim);
+    }
+    let values = unpack(path, values, &mut scratch.values);
     // Rows that see the same keys go on together.
-    let mut decay = [0.0; MAX_QUERIES];
     let mut first = all.start;
-    let alike = || rows.chunk_by(|a, b| seen(a) == seen(b));
-    for rows in alike() {
+    for rows in rows.chunk_by(|a, b| seen(a) == seen(b)) {
+        let (low, high) = seen(&rows[0]);
         let some = first..first + rows.len() * group;
         first = some.end;
         let (scores_low, scores_high) = scratch.scores.split_at(MAX_QUERIES * LANES);
@@ -263,35 +286,14 @@ fn attend_tile<E: KvElement>(
             path,
             &scores_low.as_chunks::<LANES>().0[some.clone()],
             &scores_high.as_chunks::<LANES>().0[some.clone()],
-            seen(&rows[0]),
+            (low, high),
             scale,
             queries.exact,
             &mut split.max[some.clone()],
             &mut split.sum[some.clone()],
             &mut decay[some.clone()],
-            &mut scratch.probabilities.as_chunks_mut::<TILE_KEYS>().0[some],
+            &mut scratch.probabilities.as_chunks_mut::<TILE_KEYS>().0[some.clone()],
         );
-    }
-    if let Some((_, values)) = in_pairs {
-        let tiles = scratch.tile_pairs.as_chunks_mut().0;
-        amx::pair_rows(path, values, padded, first_key, 0..padded / LANES, tiles);
-        let (p, p_pairs) = (&scratch.probabilities, &mut scratch.p_pairs);
-        amx::join_rows(path, p, &starts.p[all.clone()], TILE_KEYS, p_pairs);
-        let sums = scratch.values.as_chunks_mut().0;
-        amx::multiply_held(p_pairs, all.len(), 0..all.len(), tiles, TILE_KEYS, sums);
-        for block in 0..padded / LANES {
-            let out = &mut lanes_of(&mut scratch.split, block)[all.clone()];
-            let sums = &lanes_of(&mut scratch.values, block)[..all.len()];
-            decay_and_add(path, &decay[all.clone()], sums, out);
-        }
-        return;
-    }
-    let values = unpack(path, values, &mut scratch.values);
-    let mut first = all.start;
-    for rows in alike() {
-        let (low, high) = seen(&rows[0]);
-        let some = first..first + rows.len() * group;
-        first = some.end;
         for block in 0..padded / LANES {
             let out = &mut lanes_of(&mut scratch.split, block)[some.clone()];
             decay_all(path, &decay[some.clone()], out);

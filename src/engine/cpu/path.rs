@@ -2,8 +2,9 @@
 //!
 //! All paths but `amx` give equal bits: a body is written once over fixed arrays of lanes with
 //! explicit `mul_add`, and no compiler setting lets LLVM reorder floating-point arithmetic. On `amx`
-//! matrix products are summed in another order, that of its instruction ([`super::amx`]); all else, and
-//! all of an exact run, is as on the others. A path is chosen when the backend opens;
+//! matrix products are summed in another order, that of its instruction ([`super::amx`]), and probabilities and
+//! SwiGLU, which are rounded to bf16, take shorter exponentials (`exp2`); all else, and all of an exact
+//! run, is as on the others. A path is chosen when the backend opens;
 //! `PODIUM_CPU=portable|avx2|avx512|avx512bf16|amx` forces one.
 
 use crate::engine::config::ConfigError;

@@ -4,13 +4,17 @@
 //! sinks, are folded into those before it; at the end outputs are divided by their denominators. Nothing here knows
 //! of rows, pages or how products are done.
 
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
 use std::ops::Range;
 
+use super::super::amx;
 use super::super::gemm::MAX_QUERIES;
 use super::super::lanes::{
     LANES, REGISTER, exp, halved, larger, max_lanes, next_row, sum_register,
 };
-use super::super::path::on_each_path;
+use super::super::path::{CpuPath, on_each_path};
 use crate::engine::TILE_KEYS;
 use crate::quant::bf16;
 
@@ -137,6 +141,71 @@ fn softmax_tile_body(
         }
         first = end;
     }
+}
+
+/// As [`softmax_tile`] of queries that each see the keys that have a bit in `seen`, with probabilities rounded and
+/// written as rows for the tile unit, `pairs` `[2][queries][16]`; `probabilities` are scratch. Where there are
+/// instructions for pairs it takes half as many operations, of exponentials within 3e-6.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "kernels take their shapes one by one"
+)]
+pub fn softmax_to_pairs(
+    path: CpuPath,
+    scores: [&[[f32; LANES]]; 2],
+    seen: &[u64],
+    scale: f32,
+    maxima: &mut [f32],
+    denominators: &mut [f32],
+    decay: &mut [f32],
+    probabilities: &mut [[f32; TILE_KEYS]],
+    pairs: &mut [u32],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if path.has_pairs() {
+        let sees_all = seen.iter().all(|&seen| seen == u64::MAX);
+        let mut tile = x86::Tile {
+            scores,
+            seen,
+            scale,
+            maxima,
+            denominators,
+            decay,
+            pairs,
+        };
+        // SAFETY: a path of this kind exists only where the CPU has its features.
+        #[allow(unsafe_code, reason = "features were detected")]
+        return unsafe {
+            match sees_all {
+                true => tile.softmax::<true>(),
+                false => tile.softmax::<false>(),
+            }
+        };
+    }
+    let mut first = 0;
+    for alike in seen.chunk_by(|a, b| a == b) {
+        let some = first..first + alike.len();
+        first = some.end;
+        let keys = alike[0].trailing_zeros()..u64::BITS - alike[0].leading_zeros();
+        softmax_tile(
+            path,
+            &scores[0][some.clone()],
+            &scores[1][some.clone()],
+            (keys.start as usize, keys.end as usize),
+            scale,
+            false,
+            &mut maxima[some.clone()],
+            &mut denominators[some.clone()],
+            &mut decay[some.clone()],
+            &mut probabilities[some],
+        );
+    }
+    let probabilities = probabilities.as_flattened();
+    let mut starts = [0; MAX_QUERIES];
+    for (query, start) in starts.iter_mut().enumerate() {
+        *start = query * TILE_KEYS;
+    }
+    amx::join_rows(path, probabilities, &starts[..seen.len()], TILE_KEYS, pairs);
 }
 
 on_each_path! {
