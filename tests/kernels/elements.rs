@@ -105,18 +105,36 @@ fn swiglu_clamps_and_joins() {
         });
     }
     // Two bf16 to a word, the first in the low half.
+    let halves = |row: &[f32; LANES], i: usize| {
+        let bits = row[i / 2].to_bits();
+        (bits >> (i % 2 * 16)) as u16
+    };
     for path in CpuPath::available() {
         let (mut values, mut words) = (rows.clone(), rows.clone());
         swiglu::swiglu(path, 7.0, false, &bias, &mut values);
         swiglu::swiglu_to_bf16(path, 7.0, &bias, &mut words);
+        let mut n_other = 0;
         for (values, words) in values.iter().zip(&words) {
-            for pair in 0..swiglu::PAIRS / 2 {
-                let bits = words[pair].to_bits();
-                let halves = [bits << 16, bits & 0xFFFF_0000];
-                let expected = [values[2 * pair], values[2 * pair + 1]];
-                assert_eq!(halves, expected.map(f32::to_bits), "pair {pair}, {path:?}");
+            for (i, value) in values[..swiglu::PAIRS].iter().enumerate() {
+                let (got, expected) = (halves(words, i), (value.to_bits() >> 16) as u16);
+                // The other neighbour where pairs have their own way.
+                let most = u16::from(path.has_pairs());
+                assert!(got.abs_diff(expected) <= most, "value {i}, {path:?}");
+                n_other += usize::from(got != expected);
             }
         }
+        assert!(n_other * 100 <= rows.len() * swiglu::PAIRS, "{n_other}");
+        let mut row = [[0.0; LANES]];
+        (row[0][0], row[0][1], row[0][17]) = (-30.0, f32::NAN, 3.0);
+        (row[0][2], row[0][3], row[0][19]) = (-1e6, 1e6, f32::NAN);
+        swiglu::swiglu_to_bf16(path, 7.0, &[0.0; LANES], &mut row);
+        let got: [f32; 4] =
+            std::array::from_fn(|i| f32::from_bits(u32::from(halves(&row[0], i)) << 16));
+        assert!(
+            got[0] < 0.0 && got[0] > -1e-19 && got[1].is_nan(),
+            "{got:?}"
+        );
+        assert!(got[2].abs() < 1e-19 && got[3].is_nan(), "{got:?}");
     }
     // The gate has no lower limit, NaN is kept.
     let mut row = [[0.0; LANES]];

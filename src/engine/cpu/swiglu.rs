@@ -4,6 +4,9 @@
 //! It runs as the epilogue of the gate-up product: a weight tile has 16 gates in its lower lanes
 //! and their 16 ups in its upper lanes.
 
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
 use super::lanes::{LANES, exp};
 use super::path::{CpuPath, on_each_path};
 use crate::quant::bf16;
@@ -21,9 +24,21 @@ on_each_path! {
         = to_values
 }
 
+/// The same, rounded, as bf16: two to a lane, the first in the low half. Where there are instructions for pairs it
+/// takes half as many operations, and what is almost in the middle of two may be rounded the other way.
+#[inline(always)]
+pub fn swiglu_to_bf16(path: CpuPath, limit: f32, bias: &[f32; LANES], rows: &mut [[f32; LANES]]) {
+    #[cfg(target_arch = "x86_64")]
+    if path.has_pairs() {
+        // SAFETY: a path of this kind exists only where the CPU has its features.
+        #[allow(unsafe_code, reason = "features were detected")]
+        return unsafe { x86::swiglu_to_bf16(limit, bias, rows) };
+    }
+    swiglu_on_each(path, limit, bias, rows);
+}
+
 on_each_path! {
-    /// The same, rounded, as bf16: two to a lane, the first in the low half.
-    pub fn swiglu_to_bf16(limit: f32, bias: &[f32; LANES], rows: &mut [[f32; LANES]]) = to_bf16
+    fn swiglu_on_each(limit: f32, bias: &[f32; LANES], rows: &mut [[f32; LANES]]) = to_bf16
 }
 
 #[inline(always)]
