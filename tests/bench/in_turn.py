@@ -74,9 +74,9 @@ class Program:
         self.process.send_signal(signal.SIGCONT)
 
 
-def podium(args: argparse.Namespace) -> Program:
+def podium(args: argparse.Namespace, turns: tuple[tuple[str, ...], ...]) -> Program:
     layers = "" if args.layers == 24 else f":layers={args.layers}"
-    workloads = ["1x16/2"] + [name for turn in TURNS for name in turn] * args.rounds
+    workloads = ["1x16/2"] + [name for turn in turns for name in turn] * args.rounds
     words = [args.podium, "bench", "--device", "cpu", "--threads", str(args.threads), "--json"]
     words += ["--model", f"synthetic:gpt-oss-20b{layers}", "--repeats", "1"]
     return Program(words + ["--workload", ",".join(workloads)])
@@ -115,12 +115,16 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=24, help="of that file")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--turns", type=int, default=len(TURNS), help="the first so many alone: 1 is one sequence"
+    )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--cpus", help="numbers, commas between: as many as threads")
     where.add_argument("--probe", help="what names them before each turn")
     args = parser.parse_args()
 
-    names = [name for turn in TURNS for name in turn]
+    turns = TURNS[: args.turns]
+    names = [name for turn in turns for name in turn]
     ours: dict[str, list[float]] = {name: [] for name in names}
     theirs: dict[str, list[float]] = {name: [] for name in names}
     limits = {}
@@ -156,11 +160,12 @@ def main() -> int:
     alone = {"-npp": ",".join(["15"] + ["15", "512"] * n), "-ntg": "16", "-npl": "1"}
     together = {"-npp": "15", "-ntg": "6", "-npl": ",".join(["1"] + ["8,32,64"] * n)}
     programs = []
-    for begin in (
-        lambda: podium(args),
+    begins = (
+        lambda: podium(args, turns),
         lambda: llama(args, 768, alone),
         lambda: llama(args, 16384, together),
-    ):
+    )
+    for begin in begins if len(turns) > 1 else begins[:2]:
         program = begin()
         program.figures()
         program.stop()
@@ -169,7 +174,7 @@ def main() -> int:
     os.sched_setaffinity(0, everywhere)
 
     for number in range(n):
-        for turn in TURNS:
+        for turn in turns:
             in_turn = [
                 (turn_of_podium, programs[0]),
                 (turn_of_llama, programs[1 if turn == TURNS[0] else 2]),
