@@ -14,21 +14,18 @@
 mod softmax;
 #[cfg(test)]
 mod tests;
-
-use std::ops::Range;
+mod tile;
 
 use super::amx;
 use super::gemm::{AttentionScratch, MAX_QUERIES};
 use super::kv_cache::{KvElement, KvGeometry, PAGE_TILES};
-use super::lanes::{LANES, fma_chain};
-use super::path::{CpuPath, Kind};
+use super::lanes::LANES;
+use super::path::CpuPath;
 use super::weights::Vector;
 use crate::engine::TILE_KEYS;
 use crate::quant::bf16;
-use softmax::{
-    States, decay_all, decay_and_add, finish, finish_to_pairs, fold, fold_outputs, softmax_tile,
-    softmax_to_pairs,
-};
+use softmax::{States, finish, finish_to_pairs, fold, fold_outputs};
+use tile::attend_tile;
 
 /// A row that is attended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,146 +185,10 @@ pub fn attend<'t, E: KvElement>(
     }
 }
 
-/// Continues the split of the rows `run` by the tile of positions `start..`. What a row sees of it
-/// begins and ends no earlier than what its predecessor does.
-#[allow(
-    clippy::too_many_arguments,
-    reason = "a kernel takes its shapes one by one"
-)]
-fn attend_tile<E: KvElement>(
-    path: CpuPath,
-    geometry: &KvGeometry,
-    scratch: &mut AttentionScratch,
-    queries: &Queries,
-    run: Range<usize>,
-    starts: &Starts,
-    start: usize,
-    tile: &[E],
-    split: &mut States,
-) {
-    let (head_dim, padded, group) = (geometry.head_dim, geometry.padded_head_dim, queries.group);
-    let scale = 1.0 / (head_dim as f32).sqrt();
-    // The keys that a row sees.
-    let seen = |row: &Row| {
-        let end = (row.position + 1).clamp(start, start + TILE_KEYS);
-        (queries.low(row).max(start) - start, end - start)
-    };
-    // The rows that see some key.
-    let rows = &queries.rows[run.clone()];
-    let from = run.start + rows.partition_point(|row| row.position < start);
-    let to = run.start + rows.partition_point(|row| queries.low(row) < start + TILE_KEYS);
-    if from >= to {
-        return;
-    }
-    let rows = &queries.rows[from..to];
-    let (keys, values) = tile.split_at(TILE_KEYS * head_dim);
-    // Values of keys that no row sees are left alone.
-    let (first_key, end_key) = (seen(&rows[0]).0, seen(&rows[rows.len() - 1]).1);
-    let values = &values[first_key * padded..end_key * padded];
-    let in_pairs = E::as_bf16(keys).zip(E::as_bf16(values));
-    let in_pairs = in_pairs.filter(|_| queries.by_tiles && amx::takes_heads(head_dim));
-    let all = from * group..to * group;
-    let mut decay = [0.0; MAX_QUERIES];
-    if let Some((keys, values)) = in_pairs {
-        let n = all.len();
-        let halves = first_key / LANES..end_key.div_ceil(LANES);
-        let tiles = scratch.tile_pairs.as_chunks_mut().0;
-        let of_keys = &mut tiles[..halves.len() * head_dim / LANES];
-        amx::pair_rows(path, keys, TILE_KEYS, 0, halves.clone(), of_keys);
-        let n_queries = queries.rows.len() * group;
-        let sums = &mut scratch.scores.as_chunks_mut().0[halves.start * MAX_QUERIES + all.start..];
-        let q = &scratch.q_pairs;
-        amx::multiply_held(q, n_queries, all.clone(), of_keys, head_dim, sums);
-        let mut bits = [0; MAX_QUERIES];
-        for (row, bits) in rows.iter().zip(bits.chunks_exact_mut(group)) {
-            let (low, high) = seen(row);
-            bits.fill(u64::MAX >> (TILE_KEYS - (high - low)) << low);
-        }
-        let (scores_low, scores_high) = scratch.scores.split_at(MAX_QUERIES * LANES);
-        let p_pairs = &mut scratch.p_pairs[..n * TILE_KEYS / 2];
-        softmax_to_pairs(
-            path,
-            [scores_low, scores_high].map(|scores| &scores.as_chunks().0[all.clone()]),
-            &bits[..n],
-            scale,
-            &mut split.max[all.clone()],
-            &mut split.sum[all.clone()],
-            &mut decay[..n],
-            &mut scratch.probabilities.as_chunks_mut::<TILE_KEYS>().0[..n],
-            p_pairs,
-        );
-        amx::pair_rows(path, values, padded, first_key, 0..padded / LANES, tiles);
-        let sums = scratch.values.as_chunks_mut().0;
-        amx::multiply_held(p_pairs, n, 0..n, tiles, TILE_KEYS, sums);
-        for block in 0..padded / LANES {
-            let out = &mut lanes_of(&mut scratch.split, block)[all.clone()];
-            let sums = &lanes_of(&mut scratch.values, block)[..n];
-            decay_and_add(path, &decay[..n], sums, out);
-        }
-        return;
-    }
-    let keys = unpack(path, keys, &mut scratch.keys);
-    for half in first_key / LANES..end_key.div_ceil(LANES) {
-        let scores = &mut lanes_of(&mut scratch.scores, half)[all.clone()];
-        scores.fill([0.0; LANES]);
-        let starts = &starts.q[all.clone()];
-        let keys = &keys[half * LANES..];
-        fma_chain(path, scores, keys, TILE_KEYS, queries.q, starts, head_dim);
-    }
-    let values = unpack(path, values, &mut scratch.values);
-    // Rows that see the same keys go on together.
-    let mut first = all.start;
-    for rows in rows.chunk_by(|a, b| seen(a) == seen(b)) {
-        let (low, high) = seen(&rows[0]);
-        let some = first..first + rows.len() * group;
-        first = some.end;
-        let (scores_low, scores_high) = scratch.scores.split_at(MAX_QUERIES * LANES);
-        softmax_tile(
-            path,
-            &scores_low.as_chunks::<LANES>().0[some.clone()],
-            &scores_high.as_chunks::<LANES>().0[some.clone()],
-            (low, high),
-            scale,
-            queries.exact,
-            &mut split.max[some.clone()],
-            &mut split.sum[some.clone()],
-            &mut decay[some.clone()],
-            &mut scratch.probabilities.as_chunks_mut::<TILE_KEYS>().0[some.clone()],
-        );
-        for block in 0..padded / LANES {
-            let out = &mut lanes_of(&mut scratch.split, block)[some.clone()];
-            decay_all(path, &decay[some.clone()], out);
-            let values = &values[(low - first_key) * padded + block * LANES..];
-            let starts = &starts.p[some.clone()];
-            let p = &scratch.probabilities[low..];
-            fma_chain(path, out, values, padded, p, starts, high - low);
-        }
-    }
-}
-
 /// Query rows of lane block `block` of a scratch `[blocks][MAX_QUERIES][LANES]`.
 fn lanes_of(values: &mut [f32], block: usize) -> &mut [[f32; LANES]] {
     let n = MAX_QUERIES * LANES;
     values[block * n..][..n].as_chunks_mut::<LANES>().0
-}
-
-fn unpack<'a, E: KvElement>(path: CpuPath, source: &'a [E], scratch: &'a mut [f32]) -> &'a [f32] {
-    #[inline(always)]
-    fn body<'a, E: KvElement>(source: &'a [E], scratch: &'a mut [f32]) -> &'a [f32] {
-        E::as_f32(source, scratch)
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-    fn avx512<'a, E: KvElement>(source: &'a [E], scratch: &'a mut [f32]) -> &'a [f32] {
-        body(source, scratch)
-    }
-    match path.kind() {
-        // SAFETY: a path of this kind exists only where the CPU has its features.
-        #[cfg(target_arch = "x86_64")]
-        #[allow(unsafe_code, reason = "features were detected")]
-        Kind::Avx512 | Kind::Avx512Bf16 => unsafe { avx512(source, scratch) },
-        _ => body(source, scratch),
-    }
 }
 
 /// As [`attend`], slow and obvious: one softmax over all visible keys in f64. Without `exact`
