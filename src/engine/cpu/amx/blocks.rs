@@ -54,8 +54,9 @@ fn each_part(
     const FEW: usize = 1 << 15;
     let n_k = rows.n_k;
     let n_steps = n_k / STEP_K;
-    let n_groups = |n_rows: usize| n_rows.div_ceil(group_rows(n_rows, n_k));
-    let (n_groups, n_parts) = (n_groups(rows.n_rows()), n_steps.div_ceil(PART));
+    // Those of all rows in one set: no set has more.
+    let n_groups = rows.n_rows().div_ceil(group_rows(rows.n_rows(), n_k));
+    let n_parts = n_steps.div_ceil(PART);
     let n_tasks = rows.n_sets() * n_groups * n_parts;
     let blocks = Disjoint::new(blocks);
     let one_by_one = if rows.n_rows() * n_k <= FEW {

@@ -42,8 +42,7 @@ impl View<'_> {
     }
 }
 
-/// Continues the split of the rows `run` by the tile of positions `start..`. What a row sees of it
-/// begins and ends no earlier than what its predecessor does.
+/// Continues the split of the rows `run` by the tile of positions `start..`.
 #[allow(
     clippy::too_many_arguments,
     reason = "a kernel takes its shapes one by one"
@@ -159,7 +158,7 @@ fn by_values<E: KvElement>(
     // Rows that see the same keys go on together.
     let mut first = all.start;
     for rows in view.rows.chunk_by(|a, b| view.seen(a) == view.seen(b)) {
-        let of_rows = view.seen(&rows[0]);
+        let visible = view.seen(&rows[0]);
         let some = first..first + rows.len() * queries.group;
         first = some.end;
         let (scores_low, scores_high) = scratch.scores.split_at(MAX_QUERIES * LANES);
@@ -167,7 +166,7 @@ fn by_values<E: KvElement>(
             path,
             &scores_low.as_chunks::<LANES>().0[some.clone()],
             &scores_high.as_chunks::<LANES>().0[some.clone()],
-            (of_rows.start, of_rows.end),
+            (visible.start, visible.end),
             view.scale(),
             queries.exact,
             &mut split.max[some.clone()],
@@ -178,10 +177,10 @@ fn by_values<E: KvElement>(
         for block in 0..padded / LANES {
             let out = &mut lanes_of(&mut scratch.split, block)[some.clone()];
             decay_all(path, &decay[some.clone()], out);
-            let values = &values[(of_rows.start - seen.start) * padded + block * LANES..];
+            let values = &values[(visible.start - seen.start) * padded + block * LANES..];
             let starts = &starts.p[some.clone()];
-            let p = &scratch.probabilities[of_rows.start..];
-            fma_chain(path, out, values, padded, p, starts, of_rows.len());
+            let p = &scratch.probabilities[visible.start..];
+            fma_chain(path, out, values, padded, p, starts, visible.len());
         }
     }
 }
