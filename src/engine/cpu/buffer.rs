@@ -56,8 +56,8 @@ impl<T: Plain> Buffer<T> {
     /// # Errors
     /// The system refuses the memory, or its size in bytes overflows.
     pub fn zeroed(what: &str, len: usize) -> Result<Self, EngineError> {
-        let mut zeros = Self::to_fill(what, len)?;
-        zeros.map.fill(0);
+        let mut zeros = Self::mapped(what, len, HUGE_PAGE)?;
+        zeros.map[..len * size_of::<T>()].fill(0);
         Ok(zeros)
     }
 
@@ -66,6 +66,13 @@ impl<T: Plain> Buffer<T> {
     /// # Errors
     /// As [`Buffer::zeroed`].
     pub fn to_fill(what: &str, len: usize) -> Result<Self, EngineError> {
+        Self::mapped(what, len, 1)
+    }
+
+    /// A mapping that nothing was written to; where it takes huge pages, of a multiple of `whole` bytes. Linux has
+    /// one of whole huge pages begin with one (since 6.7), and any other anywhere, whose ends are small pages then:
+    /// of a buffer of few huge pages, half.
+    fn mapped(what: &str, len: usize, whole: usize) -> Result<Self, EngineError> {
         let out_of_memory = |needed: u64| EngineError::OutOfMemory {
             what: what.to_owned(),
             needed,
@@ -77,9 +84,12 @@ impl<T: Plain> Buffer<T> {
         if n_bytes as u64 > machine_bytes() {
             return Err(out_of_memory(n_bytes as u64));
         }
-        let map = MmapMut::map_anon(n_bytes.max(1)).map_err(|_| out_of_memory(n_bytes as u64))?;
+        let huge = n_bytes >= HUGE_PAGES_FROM;
+        let whole = if huge { whole } else { 1 };
+        let map = MmapMut::map_anon(n_bytes.max(1).next_multiple_of(whole))
+            .map_err(|_| out_of_memory(n_bytes as u64))?;
         #[cfg(target_os = "linux")]
-        if n_bytes >= HUGE_PAGES_FROM {
+        if huge {
             // Fewer address misses; a system that does not know the advice does without.
             let _ = map.advise(memmap2::Advice::HugePage);
             super::numa::interleave(&map);
@@ -123,8 +133,10 @@ fn machine_bytes() -> u64 {
 }
 
 /// Less has few huge pages, or none.
-#[cfg(target_os = "linux")]
 const HUGE_PAGES_FROM: usize = 4 << 20;
+
+/// Bytes of a huge page.
+const HUGE_PAGE: usize = 2 << 20;
 
 impl<T: Plain> Deref for Buffer<T> {
     type Target = [T];
