@@ -21,7 +21,7 @@ use super::moe_matmul;
 use super::rmsnorm::{rmsnorm, rmsnorm_to_blocks};
 use super::rope::rope;
 use super::topk_routing::route;
-use super::weights::Vector;
+use super::weights::{Vector, prefetch};
 use super::workspace::Workspace;
 use crate::engine::config::{LayerKind, ModelConfig};
 use crate::engine::{PAGE_POSITIONS, TILE_KEYS, TokenId};
@@ -285,17 +285,20 @@ pub fn lm_head(exec: &Exec, model: &CpuModel, work: &mut Workspace, rows: std::o
     );
 }
 
-/// Key and value of (row, KV head).
-fn key_value<'a>(
-    config: &ModelConfig,
-    qkv: &'a [f32],
-    row: usize,
-    head: usize,
-) -> (&'a [f32], &'a [f32]) {
-    let row = &qkv[row * config.qkv_width()..][..config.qkv_width()];
-    let k = config.q_width() + head * config.head_dim;
-    let v = k + config.n_kv_heads * config.head_dim;
-    (&row[k..k + config.head_dim], &row[v..v + config.head_dim])
+/// Key and value of (row, KV head). Those of a later row are on their way: rows are pages apart, so no processor
+/// foresees them.
+fn key_value<'a>(config: &ModelConfig, qkv: &'a [f32], row: usize, head: usize) -> [&'a [f32]; 2] {
+    /// Rows by which that one is ahead.
+    const AHEAD: usize = 6;
+    let n = config.head_dim;
+    let starts = |row: usize| {
+        let key = row * config.qkv_width() + config.q_width() + head * n;
+        [key, key + config.n_kv_heads * n]
+    };
+    for start in starts(row + AHEAD) {
+        prefetch(qkv, start, n);
+    }
+    starts(row).map(|start| &qkv[start..][..n])
 }
 
 /// The page of a sequence's tile.
@@ -311,17 +314,21 @@ fn append_full<E: KvElement>(
     work: &Workspace,
     batch: &Batch,
 ) {
+    /// Keys and values, of a row and a head each, that are not worth a task.
+    const FEW: usize = 8;
     let geometry = kv.geometry;
     let pages = Disjoint::new(&mut kv.pages);
     let n_heads = geometry.n_kv_heads;
-    for_each(batch.segments.len() * n_heads, 8, |task| {
+    let rows_a_segment = batch.n_rows() / batch.segments.len().max(1);
+    let few = FEW.div_ceil(rows_a_segment.max(1));
+    for_each(batch.segments.len() * n_heads, few, |task| {
         let (segment, head) = (batch.segments[task / n_heads], task % n_heads);
         for i in 0..segment.n_rows {
             let position = segment.first + i;
             let tile = position / TILE_KEYS;
             let page = page_of(&work.page_table, work.max_pages, segment.sequence, tile);
             let start = geometry.page_tile(page, layer.kind_index, head, tile);
-            let (k, v) = key_value(config, &work.qkv, segment.row + i, head);
+            let [k, v] = key_value(config, &work.qkv, segment.row + i, head);
             // SAFETY: a task has its own head, and pages that are written to belong to one
             // sequence, which is in the pass once.
             #[allow(unsafe_code, reason = "heads and pages are disjoint")]
@@ -395,7 +402,7 @@ fn attend_sliding<E: KvElement>(
             let step_end = (step + TILE_KEYS).min(segment.n_rows);
             for i in step..step_end {
                 let position = segment.first + i;
-                let (k, v) = key_value(config, qkv, segment.row + i, head);
+                let [k, v] = key_value(config, qkv, segment.row + i, head);
                 let tile = &mut ring[tile_start(position / TILE_KEYS)..][..geometry.tile_len()];
                 kv_append(exec.path, &geometry, tile, position % TILE_KEYS, k, v);
             }
