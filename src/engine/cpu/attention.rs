@@ -101,6 +101,7 @@ pub fn attend<'t, E: KvElement>(
         let to = &mut scratch.q_pairs;
         amx::join_rows(path, queries.q, &starts.q[..n_queries], head_dim, to);
     }
+    let mut unit = amx::HeldUnit::default();
     let (mut split, mut folded) = (States::EMPTY, States::EMPTY);
     let (mut old, mut new) = ([0.0; MAX_QUERIES], [0.0; MAX_QUERIES]);
     for block in 0..padded / LANES {
@@ -140,6 +141,7 @@ pub fn attend<'t, E: KvElement>(
                     path,
                     geometry,
                     scratch,
+                    &mut unit,
                     queries,
                     run.clone(),
                     &starts,

@@ -72,9 +72,37 @@ fn pair_rows_body(
     }
 }
 
+/// The unit through a task's products: it stays set while blocks have as many rows.
+pub struct HeldUnit<U = unit::Hardware> {
+    unit: Option<U>,
+    n_rows: usize,
+}
+
+impl<U> Default for HeldUnit<U> {
+    /// Not yet set.
+    fn default() -> Self {
+        Self {
+            unit: None,
+            n_rows: 0,
+        }
+    }
+}
+
+impl<U: TileUnit> HeldUnit<U> {
+    fn of_rows(&mut self, n_rows: usize) -> &U {
+        if self.n_rows != n_rows {
+            // Its end takes the shapes from the thread, so it comes before the next one is set.
+            self.unit = None;
+            self.n_rows = n_rows;
+        }
+        self.unit.get_or_insert_with(|| U::set(n_rows))
+    }
+}
+
 /// Multiplies `some` of `n_rows` joined rows with tiles of `n_k`; sums are written from the first of
 /// them on.
 pub fn multiply_held(
+    unit: &mut HeldUnit,
     rows: &[u32],
     n_rows: usize,
     some: Range<usize>,
@@ -84,12 +112,14 @@ pub fn multiply_held(
 ) {
     #[cfg(test)]
     if !unit::is_available() {
-        return multiply_by::<super::emulated::Emulated>(rows, n_rows, some, tiles, n_k, sums);
+        let mut unit = HeldUnit::<super::emulated::Emulated>::default();
+        return multiply_by(&mut unit, rows, n_rows, some, tiles, n_k, sums);
     }
-    multiply_by::<unit::Hardware>(rows, n_rows, some, tiles, n_k, sums);
+    multiply_by(unit, rows, n_rows, some, tiles, n_k, sums);
 }
 
 fn multiply_by<U: TileUnit>(
+    unit: &mut HeldUnit<U>,
     rows: &[u32],
     n_rows: usize,
     some: Range<usize>,
@@ -98,12 +128,11 @@ fn multiply_by<U: TileUnit>(
     sums: &mut [[f32; LANES]],
 ) {
     let end_whole = some.end - some.len() % BLOCK_ROWS;
-    // The unit is set once for all whole blocks.
     for blocks in [some.start..end_whole, end_whole..some.end] {
         if blocks.is_empty() {
             continue;
         }
-        let unit = U::set(BLOCK_ROWS.min(blocks.len()));
+        let unit = unit.of_rows(BLOCK_ROWS.min(blocks.len()));
         for first in blocks.step_by(BLOCK_ROWS) {
             for (tile, steps) in tiles.chunks_exact(n_k / STEP_K).enumerate() {
                 unit.clear();

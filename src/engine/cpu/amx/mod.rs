@@ -39,7 +39,7 @@ use steps::{LINE_WORDS, Packed, Steps, Unpacked};
 use unit::TileUnit;
 
 pub use blocks::{Place, gather, group_rows, join, start_of};
-pub use held::{join_rows, multiply_held, pair_rows, takes_heads};
+pub use held::{HeldUnit, join_rows, multiply_held, pair_rows, takes_heads};
 pub use rate::multiply_from_cache;
 pub use unit::is_available;
 

@@ -340,7 +340,7 @@ fn finish_body(decay: &[f32], sums: &[f32], exact: bool, out: &mut [[f32; LANES]
 }
 
 on_each_path! {
-    /// The same, rounded, as pairs of bf16 in the lower half of the lanes.
+    /// The same, rounded, as pairs of bf16 in the lower half of the lanes; with a division a query, not a value.
     pub fn finish_to_pairs(decay: &[f32], sums: &[f32], out: &mut [[f32; LANES]])
         = finish_to_pairs_body
 }
@@ -349,11 +349,11 @@ on_each_path! {
 fn finish_to_pairs_body(decay: &[f32], sums: &[f32], out: &mut [[f32; LANES]]) {
     let (decay, sums) = (&decay[..out.len()], &sums[..out.len()]);
     for (query, out) in out.iter_mut().enumerate() {
-        let (decay, sum) = (decay[query], sums[query]);
+        let factor = decay[query] / sums[query];
         next_row();
         let mut values = [0; LANES];
         for lane in 0..LANES {
-            values[lane] = bf16::from_f32(out[lane] * decay / sum);
+            values[lane] = bf16::from_f32(out[lane] * factor);
         }
         let lower: &mut [f32; LANES / 2] = out.first_chunk_mut().expect("half of the lanes");
         // SAFETY: both are 64 bytes, and any bits are a number.

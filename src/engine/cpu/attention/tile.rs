@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::super::amx;
+use super::super::amx::{self, HeldUnit};
 use super::super::gemm::{AttentionScratch, MAX_QUERIES};
 use super::super::kv_cache::{KvElement, KvGeometry};
 use super::super::lanes::{LANES, fma_chain};
@@ -51,6 +51,7 @@ pub fn attend_tile<E: KvElement>(
     path: CpuPath,
     geometry: &KvGeometry,
     scratch: &mut AttentionScratch,
+    unit: &mut HeldUnit,
     queries: &Queries,
     run: Range<usize>,
     starts: &Starts,
@@ -78,7 +79,7 @@ pub fn attend_tile<E: KvElement>(
     let values = &values[seen.start * padded..seen.end * padded];
     let in_pairs = E::as_bf16(keys).zip(E::as_bf16(values));
     match in_pairs.filter(|_| queries.by_tiles && amx::takes_heads(geometry.head_dim)) {
-        Some((keys, values)) => by_tiles(path, scratch, &view, keys, values, split),
+        Some((keys, values)) => by_tiles(path, scratch, unit, &view, keys, values, split),
         None => by_values(path, scratch, &view, starts, keys, values, split),
     }
 }
@@ -87,6 +88,7 @@ pub fn attend_tile<E: KvElement>(
 fn by_tiles(
     path: CpuPath,
     scratch: &mut AttentionScratch,
+    unit: &mut HeldUnit,
     view: &View,
     keys: &[u16],
     values: &[u16],
@@ -102,7 +104,7 @@ fn by_tiles(
     let n_queries = view.queries.rows.len() * group;
     let scores = &mut scratch.scores.as_chunks_mut().0[halves.start * MAX_QUERIES + all.start..];
     let q = &scratch.q_pairs;
-    amx::multiply_held(q, n_queries, all.clone(), of_keys, head_dim, scores);
+    amx::multiply_held(unit, q, n_queries, all.clone(), of_keys, head_dim, scores);
     // A bit for each key.
     let mut bits = [0; MAX_QUERIES];
     for (row, bits) in view.rows.iter().zip(bits.chunks_exact_mut(group)) {
@@ -125,7 +127,7 @@ fn by_tiles(
     );
     amx::pair_rows(path, values, padded, seen.start, 0..padded / LANES, tiles);
     let sums = scratch.values.as_chunks_mut().0;
-    amx::multiply_held(p_pairs, n, 0..n, tiles, TILE_KEYS, sums);
+    amx::multiply_held(unit, p_pairs, n, 0..n, tiles, TILE_KEYS, sums);
     for block in 0..padded / LANES {
         let out = &mut lanes_of(&mut scratch.split, block)[all.clone()];
         let sums = &lanes_of(&mut scratch.values, block)[..n];
