@@ -78,7 +78,7 @@ def podium(args: argparse.Namespace, turns: tuple[tuple[str, ...], ...]) -> Prog
     layers = "" if args.layers == 24 else f":layers={args.layers}"
     workloads = ["1x16/2"] + [name for turn in turns for name in turn] * args.rounds
     words = [args.podium, "bench", "--device", "cpu", "--threads", str(args.threads), "--json"]
-    words += ["--model", f"synthetic:gpt-oss-20b{layers}", "--repeats", "1"]
+    words += ["--model", f"synthetic:gpt-oss-20b{layers}", "--repeats", str(args.repeats)]
     return Program(words + ["--workload", ",".join(workloads)])
 
 
@@ -115,6 +115,9 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=24, help="of that file")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="of podium's workloads in a turn, for their medians"
+    )
     parser.add_argument(
         "--turns", type=int, default=len(TURNS), help="the first so many alone: 1 is one sequence"
     )
