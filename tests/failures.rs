@@ -288,6 +288,17 @@ fn commands_that_cannot_run() {
         &["bench", "--device", "cpu", "--workload", "decode-8,8x512"],
     );
     cannot_run(
+        "bench-no-room",
+        &[],
+        &[
+            "bench",
+            "--device",
+            "cpu",
+            "--workload",
+            "decode-1,1048576x1048576/1",
+        ],
+    );
+    cannot_run(
         "precision-unknown",
         &[("a.jsonl", good)],
         &["eval", "a.jsonl", "--precision", "3bit"],

@@ -44,7 +44,7 @@ use crate::dataset::DatasetError;
 use crate::engine::checkpoint::{CheckpointError, Precision};
 use crate::engine::config::ConfigError;
 use crate::engine::generate::{ForcedError, GenerateError};
-use crate::engine::plan::{CARDS, MemoryPlan, PlanError};
+use crate::engine::plan::{CARDS, MemoryPlan, PlanError, bytes_text};
 use crate::engine::shapes;
 use crate::engine::{BackendMemory, EngineError};
 use crate::profile::ProfileError;
@@ -119,6 +119,16 @@ pub enum JobError {
         error: PlanError,
         /// The least that would be needed.
         plan: Box<MemoryPlan>,
+    },
+    #[error(
+        "workload `{workload}` needs {}, {} are available",
+        bytes_text(*.needed),
+        bytes_text(*.available)
+    )]
+    NoRoom {
+        workload: String,
+        needed: u64,
+        available: u64,
     },
     #[error("unknown shape `{word}`")]
     Shape { word: String },
@@ -223,6 +233,11 @@ impl JobError {
             Self::NotEmpty { .. } => "give a folder that does not exist yet".to_owned(),
             Self::Allocated { .. } => "this is a mistake in podium; please report it".to_owned(),
             Self::DoesNotFit { error, .. } => error.hint(),
+            Self::NoRoom { .. } => {
+                "choose fewer layers (`--model synthetic:SHAPE:layers=N`), or fewer and shorter rows \
+                 (`--workload ROWSxPROMPT/OUTPUT`)"
+                    .to_owned()
+            }
             Self::Shape { .. } => format!(
                 "expected one of {}, or for `synth` a config.json of the shape",
                 shapes::NAMES.join(", ")

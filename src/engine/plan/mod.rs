@@ -251,7 +251,8 @@ fn is_zero(bytes: &u64) -> bool {
     *bytes == 0
 }
 
-pub(super) fn total(memory: &BackendMemory) -> u64 {
+/// All classes together.
+pub fn total(memory: &BackendMemory) -> u64 {
     memory
         .weights_bytes
         .saturating_add(memory.kv_bytes)

@@ -22,8 +22,9 @@ use crate::engine::cpu::pairs::pair_chain;
 use crate::engine::cpu::path::{CpuPath, on_each_path};
 use crate::engine::cpu::weights::prefetch;
 use crate::engine::cpu::{CpuBackend, CpuOptions, thread_pool};
-use crate::engine::{Backend, EngineError};
-use crate::job::synthetic::Synthetic;
+use crate::engine::plan;
+use crate::engine::{Backend, EngineError, EngineShape};
+use crate::job::synthetic::{self, Synthetic};
 use crate::job::{JobError, precision};
 use crate::report::table::bytes;
 use crate::submission::environment::Environment;
@@ -52,6 +53,12 @@ pub fn bench(args: &BenchArgs, model: &Synthetic) -> Result<u8, JobError> {
         trace_hash: false,
         poison: false,
     };
+    let format = synthetic::format(args.precision.as_deref())?;
+    for workload in &workloads {
+        let shape = shape(args, workload);
+        let memory = CpuBackend::planned_memory(&model.config, format, &shape, &options);
+        check_room(workload, plan::total(&memory), plan::available_memory())?;
+    }
     let pool = thread_pool(options.n_threads)?;
     let limits = Limits {
         bytes_per_s: read_bandwidth(&pool, path)?,
@@ -102,10 +109,28 @@ fn run(
     options: CpuOptions,
     workload: &Workload,
 ) -> Result<Report, JobError> {
-    let shape = workload.shape(args.prefill_rows.unwrap_or(PREFILL_ROWS));
+    let shape = shape(args, workload);
     let mut backend = CpuBackend::with_model(path, Arc::clone(loaded), shape, options)?;
     let measured = measure(&mut backend, workload, &settings(args), &machine.cost)?;
     Ok(report(args, machine, workload, measured, backend.memory()))
+}
+
+/// What the engine holds for a workload.
+fn shape(args: &BenchArgs, workload: &Workload) -> EngineShape {
+    workload.shape(args.prefill_rows.unwrap_or(PREFILL_ROWS))
+}
+
+/// Whether there is room for a workload, before time goes into weights and the system kills what takes too much;
+/// 0 available bytes are those of a system that does not say.
+fn check_room(workload: &Workload, needed: u64, available: u64) -> Result<(), JobError> {
+    if available > 0 && needed > available {
+        return Err(JobError::NoRoom {
+            workload: workload.name.to_string(),
+            needed,
+            available,
+        });
+    }
+    Ok(())
 }
 
 fn n_cores() -> usize {
