@@ -2,7 +2,7 @@
 //! Developer's Manual, volume 2): two chains of fma for the even and the odd k of a step, rounded to
 //! nearest, their sum, and that added to C; subnormal numbers are 0 going in and coming out.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use super::unit::TileUnit;
 use super::{LANES, STEP_PAIRS, STEP_WORDS};
@@ -60,7 +60,19 @@ fn dot_body(c: &mut Sums, a: &Pairs, b: &Pairs, n_rows: usize) {
     }
 }
 
-/// The unit, of rows as it was set, what it took, and the sums of a tile's halves.
+thread_local! {
+    /// Whether the thread's unit is set, and how often it was.
+    static IS_SET: Cell<bool> = const { Cell::new(false) };
+    static N_SET: Cell<usize> = const { Cell::new(0) };
+}
+
+/// How often this thread's unit was set.
+pub fn n_set() -> usize {
+    N_SET.get()
+}
+
+/// The unit, of rows as it was set, what it took, and the sums of a tile's halves. A thread has one: a second
+/// would take the first one's shapes, and the end of either both.
 pub struct Emulated {
     path: CpuPath,
     n_rows: usize,
@@ -72,6 +84,8 @@ pub struct Emulated {
 impl TileUnit for Emulated {
     fn set(n_rows: usize) -> Self {
         assert!((1..=16).contains(&n_rows), "{n_rows}");
+        assert!(!IS_SET.replace(true), "the thread's unit is set");
+        N_SET.set(N_SET.get() + 1);
         Self {
             path: CpuPath::available().pop().unwrap_or(CpuPath::PORTABLE),
             n_rows,
@@ -126,5 +140,11 @@ impl TileUnit for Emulated {
             sums[..C_LANES].copy_from_slice(&low[row]);
             sums[C_LANES..].copy_from_slice(&high[row]);
         }
+    }
+}
+
+impl Drop for Emulated {
+    fn drop(&mut self) {
+        IS_SET.set(false);
     }
 }

@@ -145,3 +145,31 @@ fn multiply_by<U: TileUnit>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::emulated::{Emulated, n_set};
+    use super::*;
+
+    #[test]
+    fn the_unit_is_set_again_for_other_rows_alone() {
+        const N_K: usize = 2 * STEP_K;
+        let word = |i: usize| 0x3F80_3F80 ^ (i as u32 * 0x0101) & 0x007F_007F;
+        let rows: Vec<u32> = (0..40 * N_K / 2).map(word).collect();
+        let tile: PairedBlock = std::array::from_fn(|i| word(i * 7 + 3));
+        let multiply = |unit: &mut HeldUnit<Emulated>, n: usize| {
+            let mut sums = vec![[0.0; LANES]; MAX_QUERIES];
+            multiply_by(unit, &rows, 40, 0..n, &[tile; 2], N_K, &mut sums);
+            sums.truncate(n);
+            sums
+        };
+        // Of 16, 16, 8, 16, 16 and 8 rows.
+        let counts = [16, 40, 16, 24];
+        let alone = counts.map(|n| multiply(&mut HeldUnit::default(), n));
+        let before = n_set();
+        let mut unit = HeldUnit::default();
+        let held = counts.map(|n| multiply(&mut unit, n));
+        assert!(held == alone, "sums are those of a unit that was just set");
+        assert_eq!(n_set() - before, 4, "16, 8, 16, 8 rows");
+    }
+}
