@@ -70,8 +70,11 @@ __device__ __forceinline__ u64 mix(u64 word) {
     return word ^ (word >> 31);
 }
 
-// exp of x <= 0 in units of 2^-44 (src/engine/sample/softmax.rs).
-__device__ __forceinline__ u64 mass(float x) {
+// In [256, 512) a double's last place is 2^-44.
+#define MASS_BASE 384.0
+
+// exp of x <= 0 in units of 2^-44 (src/engine/sample/softmax.rs), and the bits of MASS_BASE.
+__device__ __forceinline__ u64 mass_above_base(float x) {
     const float ROUND = 12582912.0f;
     x = x > -80.0f ? x : -80.0f;
     float shifted = x * 1.44269504088896340736f + ROUND;
@@ -86,9 +89,11 @@ __device__ __forceinline__ u64 mass(float x) {
     p = p * r + 1.0f;
     u32 exponent = (u32)__float_as_int(shifted) - (u32)__float_as_int(ROUND) + 127u;
     float e = p * __int_as_float((int)(exponent << 23));
-    // In [256, 512) a double's last place is 2^-44.
-    return (u64)__double_as_longlong((double)e + 384.0) - (u64)__double_as_longlong(384.0);
+    return (u64)__double_as_longlong((double)e + MASS_BASE);
 }
+
+__device__ __forceinline__ u64 mass_base() { return (u64)__double_as_longlong(MASS_BASE); }
+__device__ __forceinline__ u64 mass(float x) { return mass_above_base(x) - mass_base(); }
 
 __device__ __forceinline__ double ln(double x) {
     u64 bits = (u64)__double_as_longlong(x);
@@ -373,14 +378,36 @@ __device__ __forceinline__ bool is_cut(const Slot* slot, u32 n_vocab) {
     return slot->temperature > 0.0f && (cuts_by_k(slot, n_vocab) || slot->keeps_p);
 }
 
-// So many logits of a thread are on their way at once.
-constexpr u32 BATCH = 8;
+// A thread's logits of a round: FOURS of four that follow each other, of which a block's lie side by side.
+constexpr u32 FOURS = 2;
 
-__device__ __forceinline__ void load_batch(const float* logits, u32 first, u32 end, float (&batch)[BATCH]) {
+struct Batch {
+    float v[FOURS][4];
+};
+
+__device__ __forceinline__ u32 id_of_four(u32 first, u32 four) { return first + four * PART_THREADS * 4; }
+
+// Those behind `end` become numbers without mass.
+__device__ __forceinline__ void load_batch(const float* logits, u32 first, u32 end, bool aligned, Batch& batch) {
+    const float LOWEST = -3.402823466e38f;
+    if (aligned && id_of_four(first, FOURS - 1) + 4 <= end) {
+        #pragma unroll
+        for (u32 four = 0; four < FOURS; four++) {
+            float4 x = *(const float4*)(logits + id_of_four(first, four));
+            batch.v[four][0] = x.x;
+            batch.v[four][1] = x.y;
+            batch.v[four][2] = x.z;
+            batch.v[four][3] = x.w;
+        }
+        return;
+    }
     #pragma unroll
-    for (u32 i = 0; i < BATCH; i++) {
-        u32 id = first + i * PART_THREADS;
-        if (id < end) batch[i] = logits[id];
+    for (u32 four = 0; four < FOURS; four++) {
+        #pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            u32 id = id_of_four(first, four) + i;
+            batch.v[four][i] = id < end ? logits[id] : LOWEST;
+        }
     }
 }
 
@@ -394,29 +421,51 @@ extern "C" __global__ void __launch_bounds__(PART_THREADS) tally(const SampleArg
     Part part(args);
     float max = value_of_key(args.maxima[blockIdx.x]);
     bool greedy = !(slot->temperature > 0.0f);
+    // Rows begin with whole fours.
+    bool aligned = args.n_vocab % 4 == 0;
     u64 total = 0;
-    // Of any sign; infinities and NaN lie above all numbers.
-    u32 magnitude = 0;
+    // NaN behind an infinity or a NaN.
+    float finite = 0.0f;
     // Greedy: the lowest id of the greatest logit.
     Best best = {0.0, NONE};
-    for (u32 first = part.first + threadIdx.x; first < part.end; first += BATCH * PART_THREADS) {
-        float batch[BATCH];
-        load_batch(logits, first, part.end, batch);
+    u32 first = part.first + threadIdx.x * 4;
+    Batch next;
+    if (first < part.end) load_batch(logits, first, part.end, aligned, next);
+    while (first < part.end) {
+        const Batch batch = next;
+        u32 following = id_of_four(first, FOURS);
+        // While this one is gone through.
+        if (following < part.end) load_batch(logits, following, part.end, aligned, next);
+        bool has_greatest = false;
         #pragma unroll
-        for (u32 i = 0; i < BATCH; i++) {
-            u32 id = first + i * PART_THREADS;
-            if (id >= part.end) continue;
-            magnitude = umax(magnitude, (u32)__float_as_int(batch[i]) & 0x7fffffffu);
-            total += mass(batch[i] - max);
-            if (greedy && batch[i] == max && id < best.id) best.id = id;
+        for (u32 four = 0; four < FOURS; four++) {
+            #pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                float x = batch.v[four][i];
+                finite = __fmaf_rn(x, 0.0f, finite);
+                has_greatest |= x == max;
+                total += mass_above_base(x - max);
+            }
         }
+        total -= FOURS * 4 * mass_base();
+        if (greedy && has_greatest) {
+            #pragma unroll
+            for (u32 four = 0; four < FOURS; four++) {
+                #pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    u32 id = id_of_four(first, four) + i;
+                    if (batch.v[four][i] == max && id < best.id) best.id = id;
+                }
+            }
+        }
+        first = following;
     }
     if (!greedy && !is_cut(slot, args.n_vocab)) {
         best = draw(args, slot, logits, max, part.first + threadIdx.x * 4, part.end, PART_THREADS * 4, false, {0, 0});
     }
     total = block_sum(total, warps);
     best = block_best(best, warps);
-    u32 special = (u32)__syncthreads_or(magnitude >= 0x7f800000u);
+    u32 special = (u32)__syncthreads_or(finite != finite);
     u64 hash = 0;
     if (args.trace_hash) {
         for (u32 id = part.first + threadIdx.x; id < part.end; id += PART_THREADS) {
