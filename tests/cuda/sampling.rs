@@ -36,7 +36,7 @@ fn draws_are_those_of_the_cpu() {
         params(3.0, 3, 0.5),
         params(f32::NAN, 2, 0.5),
         params(1.0, 0, f32::NAN),
-        // Greedy again, of logits without ties and of others that have some.
+        // Greedy again, of logits without ties and of equal ones.
         params(0.0, 0, 1.0),
         params(0.0, 0, 1.0),
         params(0.0, 0, 1.0),
